@@ -33,14 +33,13 @@ from lorasweep.data.rewards import prompt_of  # noqa: E402
 from lorasweep.data.synthetic.skills import ALPHABET  # noqa: E402
 from lorasweep.methods.lora import LoRA  # noqa: E402
 from lorasweep.methods.registry import spec_from  # noqa: E402
-from lorasweep.models.load import Base  # noqa: E402
+from lorasweep.models.load import Base, find_targets  # noqa: E402
 from lorasweep.models.load import load as load_model  # noqa: E402
-from lorasweep.models.targets import find_targets  # noqa: E402
 from lorasweep.spec.execution import Exec  # noqa: E402
 from lorasweep.spec.method import parse_layers  # noqa: E402
 from lorasweep.spec.run import RunSpec  # noqa: E402
 from lorasweep.train import pretrain  # noqa: E402
-from lorasweep.train.objectives.rollouts import held_out_rewards  # noqa: E402
+from lorasweep.train.objectives.policy_gradient import held_out_rewards  # noqa: E402
 
 Rows = Mapping[str, Example]
 """Rows of a data set by the text of their prompt."""
@@ -352,7 +351,7 @@ def learning_curve(
                 # lorasweep detects new weights by versions, which fused AdamW does not count
                 torch.autograd.graph.increment_version(list(model.parameters()))
                 known = ([held_out], [data.rewards], spec.max_new_tokens, spec.precision)
-                found[state.global_step] = held_out_rewards(model, *known)[0][0]
+                found[state.global_step] = held_out_rewards(model, *known)[0]["test_reward"]
 
     count = spec.steps * spec.batch_size // spec.group_size
     used = data.train(spec.seed, 0, count)

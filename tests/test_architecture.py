@@ -205,7 +205,7 @@ def test_packages_are_imported_only_where_they_belong():
 
 def test_importing_everything_but_the_training_side_imports_no_torch():
     """In one process: what plans, launches, asks and answers starts in a second."""
-    models = "attention|bases|forward|load|sharding|targets"
+    models = "bases|forward|load|sharding"
     heavy = rf"lorasweep\.(train|models\.({models})|methods\.stacked|check)\b|benchmarks\b"
     modules = [m for m in PATHS if not re.match(heavy, m)]
     code = (

@@ -21,8 +21,7 @@ from lorasweep.data.examples import Data, Example, shuffled
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.models.load import empty_model
-from lorasweep.models.targets import find_targets, use_grouped_experts
+from lorasweep.models.load import empty_model, find_targets, use_grouped_experts
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.streams import stream
 from tests.world import compose_request, tiny_spec

@@ -394,6 +394,6 @@ def _counted(model: ModelSpec, config_text: str) -> ModelSpec:
     """Add the shape that transformers' modules have, once for all rows with this folder."""
     config = describe.config_at(model, Path(model.location))
     found = describe.with_shape(model, config)
-    if find.has_weights(Path(model.location)):  # else it is only advised on
+    if find.is_complete(Path(model.location)):  # else it is only advised on
         describe.try_out(found, config, Path(model.location))
     return replace(found, context_length=0)  # ids of runs of fleets stay

@@ -91,8 +91,7 @@ def cases_of(
     for p in ("fp64", "fp32", "bf16"):
         spec = replace(small, precision=p)
         cases.append(Case(CORRECTNESS, f"a pack in {p}, against its runs", "pack", spec))
-    for name in ("killed_and_resumed", "little_memory"):
-        cases.append(Case(CORRECTNESS, name.replace("_", " "), name, small))
+    cases.append(Case(CORRECTNESS, "little memory", "little_memory", small))
     for name in MODELS:
         for method in (lora, full):
             spec = run(name, method, rows, length)

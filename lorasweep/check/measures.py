@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import resource
-import signal
 import statistics
 import tempfile
 import time
@@ -54,9 +53,8 @@ UPDATE_BOUND = 1e-10
 largest weight. Two orders of adding up differ by 1e-15 to 1e-12 (docs/log)."""
 PACK_STEPS, PACK_BOUND = 10, {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.02}
 """Updates, and the largest difference in nats of a held-out loss after them."""
-RESUME_BOUND = 1e-4
-"""The same between a run that was interrupted and one that was not. On a CPU they are equal; on a
-GPU some sums have no fixed order."""
+MEMORY_BOUND = 1e-4
+"""The same between a run with little memory and one with enough."""
 ROOM = "LORASWEEP_CHECK_ROOM"
 """Environment variable: bytes that `few_bytes` leaves to a worker."""
 
@@ -170,50 +168,27 @@ def _losses(runs: Sequence[RunSpec], base: Base, data: Any) -> dict[str, float]:
     return {i: result["test_nll"] for some in ended for i, (_, result) in some.items()}
 
 
-def killed_and_resumed(spec: RunSpec) -> dict[str, Any]:
-    """Kill a worker by SIGKILL, train on from its checkpoint; compare with a run in one go."""
-    spec, exec_ = replace(spec, steps=12), Exec(checkpoint_s=0.0, workers=1)
-    again, whole, env = _trained(spec, exec_, "kill_once")
-    if not env["resumed_from_step"]:
-        raise RuntimeError("the run did not resume from a checkpoint")
-    return {"difference": abs(again - whole), "bound": RESUME_BOUND}
-
-
 def little_memory(spec: RunSpec) -> dict[str, Any]:
     """Train with memory for some of a batch's rows; compare with a run with enough memory."""
     spec, hardware = replace(spec, steps=3, batch_size=256), detect.this_machine()
     sizes = (spec.batch_size, 1)
     most, least = (place(spec, hardware, rows=rows).memory_bytes for rows in sizes)
-    exec_ = Exec(workers=1, micro_batch_size=spec.batch_size)
-    for share in (0.5, 0.25, 0.12):  # of the plan's estimate, which may be too high
-        os.environ[ROOM] = str(int(share * (most - least)))
-        less, whole, env = _trained(spec, exec_, "few_bytes")
-        if env["micro_batch_size"] < spec.batch_size:
-            return {"difference": abs(less - whole), "bound": RESUME_BOUND}
-    raise RuntimeError("the memory did not run out, so nothing was checked")
-
-
-def _trained(spec: RunSpec, exec_: Exec, trainer: str) -> tuple[float, float, dict[str, Any]]:
-    """Train in worker processes and here; return both losses and facts about the last attempt."""
     base = models.load(spec.model, [], spec.precision)
     whole = _losses([spec], base, data_sets.load(spec.dataset, []))[spec.id]
-    with tempfile.TemporaryDirectory() as folder:
-        store = RunStore(folder)
-        store.prepare()
-        points, exec_ = [Point(spec.method.name, spec)], replace(exec_, runs_dir=folder)
-        local.run_points(points, store, exec_, lambda _: None, f"{__name__}:{trainer}")
-        result = store.result(spec.id)
-        if result is None:
-            raise RuntimeError(f"the run failed: {store.failure(spec.id)}")
-        return result["test_nll"], whole, store.env(spec.id)
-
-
-def kill_once(pack: list[RunSpec], exec_: Exec, resume: Any) -> Iterator[Event]:
-    """Train (a Trainer); kill the process after update 8, unless it has resumed."""
-    for event in TorchTrainer()(pack, exec_, resume):
-        yield event
-        if resume is None and event.step == 8:
-            os.kill(os.getpid(), signal.SIGKILL)
+    for share in (0.5, 0.25, 0.12):  # of the plan's estimate, which may be too high
+        os.environ[ROOM] = str(int(share * (most - least)))
+        with tempfile.TemporaryDirectory() as folder:
+            store = RunStore(folder)
+            store.prepare()
+            exec_ = Exec(workers=1, micro_batch_size=spec.batch_size, runs_dir=folder)
+            points, trainer = [Point(spec.method.name, spec)], f"{__name__}:few_bytes"
+            local.run_points(points, store, exec_, lambda _: None, trainer)
+            result = store.result(spec.id)
+            if result is None:
+                raise RuntimeError(f"the run failed: {store.failure(spec.id)}")
+            if store.env(spec.id)["micro_batch_size"] < spec.batch_size:
+                return {"difference": abs(result["test_nll"] - whole), "bound": MEMORY_BOUND}
+    raise RuntimeError("the memory did not run out, so nothing was checked")
 
 
 def few_bytes(pack: list[RunSpec], exec_: Exec, resume: Any) -> Iterator[Event]:

@@ -216,7 +216,7 @@ def write_adapter(
         commit: the base's commit on the hub.
         models_dir: where the base lies; needed for full fine-tuning only.
     """
-    from lorasweep.methods.stacked.peft_export import save_peft
+    from lorasweep.methods.stacked import save_peft
     from lorasweep.models.load import save_trained
 
     if not isinstance(spec.method, LoRA):

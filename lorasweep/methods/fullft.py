@@ -6,7 +6,7 @@ that differs from LoRA in the parametrisation only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorasweep.errors import SpecError
 from lorasweep.methods.trainables import Experts, Router, Target, Trainables, whole
@@ -70,10 +70,9 @@ class FullFT(Method):
             raise SpecError("fullft trains one run at a time. Set exec.pack_size=1.")
         chosen: list[torch.Tensor] = list(base.parameters()) if self.scope == "all" else []
         for target in targets.values():
-            if isinstance(target, Experts):
-                chosen += [target.module.gate_up_proj, target.module.down_proj]
-            else:
-                chosen.append((target.module if isinstance(target, Router) else target).weight)
+            module: Any = target.module if isinstance(target, Experts | Router) else target
+            is_stack = isinstance(target, Experts)
+            chosen += [module.gate_up_proj, module.down_proj] if is_stack else [module.weight]
         return _WholeModel(base, {id(p) for p in chosen})
 
 
@@ -111,7 +110,7 @@ class _WholeModel(Trainables):
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         import torch
 
-        from lorasweep.methods.stacked.adapters import spectral_norm
+        from lorasweep.methods.stacked import spectral_norm
 
         matrices = {n: p for n, p in self.parameters().items() if p.dim() > 1}
         norms = [spectral_norm(whole(p.detach() - self._start[n])) for n, p in matrices.items()]

@@ -17,7 +17,7 @@ from lorasweep.spec.values import ABOVE_0, Is, later, misfits
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorasweep.methods.stacked.adapters import StackedAdapters
+    from lorasweep.methods.stacked import StackedAdapters
     from lorasweep.methods.trainables import Target
 
 
@@ -72,8 +72,7 @@ class LoRA(Method):
         return self.expert_scaling(self.expert_rank_of(model.n_experts, model.n_active_experts))
 
     def _scaling(self, alpha: float, rank: int) -> float:
-        divisors = {"rank": rank, "sqrt_rank": math.sqrt(rank), "none": 1.0}
-        return alpha / divisors[self.scaling_by]
+        return alpha / {"rank": rank, "sqrt_rank": math.sqrt(rank), "none": 1.0}[self.scaling_by]
 
     def expert_rank_of(self, n_experts: int, n_active: int) -> int:
         """Return the rank of an expert's adapter."""
@@ -83,9 +82,8 @@ class LoRA(Method):
         return {"active": n_active, "all": n_experts, "whole": 1}[self.expert_rank]
 
     def rank_of(self, matrix: Matrix) -> int:
-        if matrix.n_experts == 1:
-            return self.rank
-        return self.expert_rank_of(matrix.n_experts, matrix.n_active)
+        one = matrix.n_experts == 1
+        return self.rank if one else self.expert_rank_of(matrix.n_experts, matrix.n_active)
 
     def n_trained(self, model: ModelSpec, matrix: Matrix, active: bool = False) -> int:
         """Count the trained parameters of a kind of matrix; `active`: those that one token uses."""
@@ -109,14 +107,14 @@ class LoRA(Method):
         for problem in misfits(self, self.WHERE):
             raise SpecError(problem)
         experts = [m for m in matrices if m.n_experts > 1]
-        for f in fields(self) if not experts else ():
-            value = getattr(self, f.name)
-            if f.name.startswith("expert_") and value != f.default:
-                raise SpecError(
-                    f"method.{f.name}={value} has no effect {where}: no expert is adapted. Leave "
-                    "it out, or add mlp to method.layers of a model with experts."
-                )
         if not experts:
+            for f in fields(self):
+                value = getattr(self, f.name)
+                if f.name.startswith("expert_") and value != f.default:
+                    raise SpecError(
+                        f"method.{f.name}={value} has no effect {where}: no expert is adapted. "
+                        "Leave it out, or add mlp to method.layers of a model with experts."
+                    )
             return
         divisor = self._divisor(experts[0].n_experts, experts[0].n_active)
         smallest = min(m.smaller for m in experts)
@@ -149,6 +147,6 @@ class LoRA(Method):
         methods: "Sequence[LoRA]",
         seeds: Sequence[int],
     ) -> "StackedAdapters":
-        from lorasweep.methods.stacked.adapters import StackedAdapters
+        from lorasweep.methods.stacked import StackedAdapters
 
         return StackedAdapters(base, targets, methods, seeds)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Experts:
     """The experts of one layer: a module with `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
 
-    E experts, H hidden, I width of an expert. The rows of gate come before the rows of up.
+    E experts, H hidden, I width of an expert. The rows of gate come first.
     """
 
     module: Any
@@ -45,7 +45,6 @@ class Trainables:
 
     def parameters(self) -> "dict[str, torch.Tensor]":
         """Return the tensors by name, in a fixed order."""
-        raise NotImplementedError
 
     def part_of(self, name: str) -> tuple[str, slice]:
         """Return the tensor's name in the state of one run, and the runs that it holds."""
@@ -56,15 +55,11 @@ class Trainables:
         return [1.0]
 
     def keep(self, runs: list[int]) -> "dict[str, tuple[str, list[int]]]":
-        """Drop all runs but `runs` (increasing indices into the current order).
-
-        Returns: name of a new tensor -> name of the old tensor, and the rows kept of it.
-        """
+        """Drop all runs but `runs` (increasing); return new name -> old name, and the kept rows."""
         raise NotImplementedError("a pack of one run cannot be compacted")
 
     def refresh(self) -> None:
         """Look up the parameters of the model again, after sharding has replaced them."""
-        raise NotImplementedError
 
     def only(self, runs: list[int]) -> AbstractContextManager[None]:
         """Restrict the model, `norms` and `spectra` to `runs` (increasing); not for gradients."""
@@ -79,12 +74,9 @@ class Trainables:
 
     def norms(self) -> list[dict[str, float]]:
         """Return the norms to record, one dict per run."""
-        raise NotImplementedError
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         """Return the final spectral norms by matrix: {name: {delta, ...}}, one dict per run."""
-        raise NotImplementedError
 
     def detach(self) -> None:
         """Restore the base model."""
-        raise NotImplementedError

@@ -4,7 +4,6 @@ Its matrices are counted in transformers' modules, built from its config without
 """
 
 import copy
-import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -25,20 +24,15 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of architectures that predict the next token."""
 KINDS = ("attention", "mlp", "experts")
 """Kinds of matrices in a layer that can be adapted."""
-NAMED = 3
-"""Modules of a kind, or near names, that a message names."""
 FOLDER = "the folder with config.json, weights (model.safetensors) and tokenizer"
 
 
 def describe_model(given: str, models_dirs: Sequence[str] = ()) -> tuple[ModelSpec, str]:
     """Return a model's spec, and the folder to append to exec.models_dir ('' for the hub).
 
-    Args:
-        given: a folder of transformers, a .gguf file, or a name on the hub with @revision.
-        models_dirs: folders in which a relative path is also looked for.
-
-    Raises:
-        ModelError: there is no such model, or its architecture cannot be adapted.
+    `given`: a folder of transformers, a .gguf file, or a name on the hub with @revision.
+    `models_dirs`: folders in which a relative path is also looked for. ModelError: there is no such
+    model, or its architecture cannot be adapted.
     """
     paths = [Path(given), *(Path(folder) / given for folder in models_dirs)]
     tried = [Path(p) for p in dict.fromkeys(os.path.abspath(p.expanduser()) for p in paths)]
@@ -49,24 +43,19 @@ def describe_model(given: str, models_dirs: Sequence[str] = ()) -> tuple[ModelSp
         pin = find.content_pin(path)
         name = f"{path.name.removesuffix('.gguf')}-{pin.removeprefix('sha256:')[:8]}"
         return replace(described, name=name, revision=pin), str(path.parent)
-    remedy = "Give the path of a folder or a .gguf file, or "
-    match = HUB_NAME.fullmatch(given)
+    problem, match = "", HUB_NAME.fullmatch(given)
     if match and not given.endswith(".gguf") and not given.startswith(("/", ".", "~")):
         spec = ModelSpec(given, "hub", match[1], match[2] or "")
         try:
             folder = find.cached_config(spec)
         except ModelError as error:
-            problem = str(error).removeprefix(f"model {given!r}: ")
-            remedy = f"As a name, {problem} Or correct "
+            problem = f" As a name, {str(error).removeprefix(f'model {given!r}: ')}"
         else:
             described = _described(spec, folder, models_dirs)
             return replace(described, name=match[1].replace("/", "-"), revision=folder.name), ""
-    there = {p.name for missing in tried for p in missing.parent.glob("*") if _is_model(p)}
-    near = difflib.get_close_matches(Path(given).name, sorted(there), NAMED, cutoff=0.4)
-    nearest = f"Nearest there: {', '.join(near)}. " if near else ""
     raise ModelError(
-        f"model {given!r}: no folder or file {' or '.join(map(str, tried))}. {nearest}{remedy}the "
-        "name on the hub, model=owner/name or owner/name@revision."
+        f"model {given!r}: no folder or file {' or '.join(map(str, tried))}.{problem} Give the "
+        "path of a folder or a .gguf file, or a name on the hub: owner/name or owner/name@revision."
     )
 
 
@@ -79,9 +68,7 @@ def _described(spec: ModelSpec, path: Path, models_dirs: Sequence[str]) -> Model
     """Add the shape and the type of weights, from a folder or a GGUF file; try them out."""
     where = f"model {spec.name!r}: {path}"
     if not _is_model(path):
-        there = sorted(p.name for p in path.iterdir())[: 2 * NAMED] if path.is_dir() else ()
-        what = f"has no config.json, only {', '.join(there) or 'nothing'}"
-        what = what if path.is_dir() else "is no .gguf file"
+        what = "has no config.json" if path.is_dir() else "is no .gguf file"
         raise ModelError(f"{where} {what}. Give a .gguf file, or {FOLDER}.")
     if path.is_file():  # values are computed in fp32; reading a config takes seconds
         converted = find.converted_at(path, models_dirs[0])
@@ -90,7 +77,7 @@ def _described(spec: ModelSpec, path: Path, models_dirs: Sequence[str]) -> Model
         return try_out(with_shape(spec, config), config, known)
     if spec.source == "folder":
         find.check_folder(spec, path)
-    if find.has_weights(path) and not find.has_tokenizer(path):
+    if find.is_complete(path) and not find.has_tokenizer(path):
         raise ModelError(
             f"{where} has no tokenizer, none of {', '.join(find.TOKENIZER)}. Copy the tokenizer's "
             "files of the model there (or tokenizer.save_pretrained)."
@@ -139,7 +126,7 @@ def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
     """
     from torch import nn
 
-    from lorasweep.models.targets import find_targets
+    from lorasweep.models.load import find_targets
 
     model, refused = _without_weights(spec, config)
     config = model.config  # of the text model
@@ -151,17 +138,14 @@ def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
     attention, mlp, experts = ({n: s for of, n, s in found[0] if of == kind} for kind in KINDS)
     others = list(dict.fromkeys(n for layer in found for of, n, _ in layer if of not in KINDS))
     uneven = [n for layer in found for _, n, _ in sorted(set(layer) ^ set(found[0]))]
-    names = [n for _, n, _ in found[0]]
-    twice = sorted(n for n in set(names) if names.count(n) > 1)
     for wrong, what in (
-        (others[:NAMED], "other matrices in its layers:"),
-        (not (attention and (mlp or experts)), "no matrices in attention or MLP"),
+        (others[:3], "other matrices in its layers:"),
+        (() if attention and (mlp or experts) else [""], "no matrices in attention or MLP"),
         (uneven[:1], f"its {len(layers)} layers differ, in"),
-        (twice, "attention and MLP both have matrices named"),
-        (list(mlp) if experts else [], "it has matrices beside its experts:"),
+        (list(mlp) if experts else (), "it has matrices beside its experts:"),
     ):
         if wrong:
-            raise refused(f"{what} {', '.join(wrong)}" if isinstance(wrong, list) else what)
+            raise refused(f"{what} {', '.join(wrong)}".strip())
     head, modules = model.get_output_embeddings(), {m: n for n, m in model.named_modules()}
     last = modules[head].rpartition(".")[2]
     n_heads = getattr(config, "num_attention_heads", 0)
@@ -199,7 +183,7 @@ def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
         raise refused(spec.problem)
     try:
         find_targets(model, spec, (*LAYER_SETS, ROUTER) if experts else LAYER_SETS)
-    except ModelError as error:  # experts of another layout
+    except ModelError as error:  # experts of another layout; names that are not unique
         problem, _, _ = str(error).removeprefix(f"model {spec.name!r}: ").partition(". ")
         raise refused(problem) from error
     return spec
@@ -218,10 +202,11 @@ def _without_weights(spec: ModelSpec, config: Any) -> tuple[Any, Callable[[str],
             "Mistral, Qwen, Gemma, OLMo or Phi-3."
         )
 
-    more = {"dtype": torch.float32, "trust_remote_code": False}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **more)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # of any type, as above
         raise refused(f"transformers cannot build it: {_first_line(error)}") from error
     stated = [str(name) for name in getattr(config, "architectures", None) or ()]
@@ -245,10 +230,9 @@ def try_out(spec: ModelSpec, config: Any, path: Path) -> ModelSpec:
 
     from lorasweep.methods.lora import LoRA
     from lorasweep.models.forward import ROUNDING, hidden_states, logits_of
-    from lorasweep.models.load import model_at, prepared
-    from lorasweep.models.targets import find_targets
+    from lorasweep.models.load import find_targets, model_at, prepared
 
-    complete, tried = find.is_complete(path), "its tokenizer"
+    complete, tried = path.is_dir() and find.is_complete(path), "its tokenizer"
     if complete:
         model_at(spec, path, device_map="meta")
     model, refused = _without_weights(spec, config)

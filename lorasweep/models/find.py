@@ -14,15 +14,13 @@ from typing import Any
 
 from lorasweep.errors import ModelError, check_installed, from_hub
 from lorasweep.spec.model import ModelSpec
-from lorasweep.store.files import read_json, safetensors_header, write_atomic
+from lorasweep.store.files import safetensors_header
 
 SHIPPED = Path(__file__).parent / "bases"
 """Folder with the weights of recipes that come with the package."""
 LICENSE = ("license", "license_name", "license_link")
-"""Keys of a model card's head."""
+"""Keys of a model card's head (github.com/huggingface/hub-docs, modelcard.md)."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PICKLED = "pytorch_model*.bin*"
-"""Weights in an older format."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Names of a tokenizer's vocabulary file; a tokenizer has at least one of them."""
 OF_TOKENIZER = (
@@ -30,16 +28,12 @@ OF_TOKENIZER = (
     *("tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
 )
 """Names of all files of a tokenizer that determine the tokens of a row."""
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
-UNWANTED = ["original/*"]
-"""Weights in Meta's format, which some repositories have in addition to transformers' format."""
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
     """Check weights without loading them; return whether a tokenizer exists, or will be downloaded.
 
-    Raises:
-        ModelError: the weights are missing or incomplete; with `fetched`, not in the hub's cache.
+    ModelError: the weights are missing or incomplete; with `fetched`, not in the hub's cache.
     """
     if spec.source == "hub":
         folder = check_cached(spec, fetched)
@@ -58,17 +52,15 @@ def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool =
 def pinned_path(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     """Return the folder or file of a local model with the content that its revision pins.
 
-    Raises:
-        ModelError: it is missing or incomplete, or has another content.
+    ModelError: it is missing or incomplete, or has another content.
     """
     tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
     is_gguf, pinned = spec.source == "gguf", spec.revision
     there = [p for p in tried if (p.is_file() if is_gguf else (p / "config.json").is_file())]
     if not there:
-        get = "run `make weights`" if "SmolLM2" in spec.location else "put the weights there"
         raise ModelError(
-            f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, "
-            f"{get}, or set exec.models_dir=[FOLDER]."
+            f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. Put the "
+            "weights there (of SmolLM2: run `make weights`), or set exec.models_dir=[FOLDER]."
         )
     for path in there:  # a folder of models_dirs may have another model of this name
         if not is_gguf:
@@ -88,16 +80,13 @@ def content_pin(path: Path) -> str:
     That of a folder is what `sha256sum FILES | sha256sum` prints in it, with config.json, the
     weights and the tokenizer's files in this order.
     """
-    files = [path]
-    if path.is_dir():
-        weights = sorted(p for p in map(path.joinpath, weight_files(path)) if p.is_file())
-        files = [path / "config.json", *(weights or sorted(path.glob(PICKLED)))]
-        files += [p for p in map(path.joinpath, OF_TOKENIZER) if p.is_file()]
+    names = ["config.json", *sorted(weight_files(path)), *OF_TOKENIZER]
+    files = [path] if path.is_file() else [p for p in map(path.joinpath, names) if p.is_file()]
     digests = [_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    if path.is_dir():
-        listed = "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, files))
-        digests = [hashlib.sha256(listed.encode()).hexdigest()]
-    return f"sha256:{digests[0]}"
+    if path.is_file():
+        return f"sha256:{digests[0]}"
+    listed = "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, files))
+    return f"sha256:{hashlib.sha256(listed.encode()).hexdigest()}"
 
 
 @cache
@@ -115,9 +104,8 @@ def converted_at(path: Path, models_dir: str) -> Path:
 
 def recipe_file_name(spec: ModelSpec) -> str:
     """Name the weights file of a recipe: model name, and hash of recipe and shape."""
-    fields = spec.plain()
-    for name in ("location", "revision", "attention", "mlp", "unembedding", "weights_dtype"):
-        fields.pop(name, None)
+    left_out = {"location", "revision", "attention", "mlp", "unembedding", "weights_dtype"}
+    fields = {name: value for name, value in spec.plain().items() if name not in left_out}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return f"{spec.name}-{digest[:10]}.safetensors"
 
@@ -132,17 +120,15 @@ def recipe_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | None:
 def check_folder(spec: ModelSpec, folder: Path) -> None:
     """Raise ModelError if the weights of a local model are incomplete."""
     if problem := _problem(folder)[0]:
-        raise ModelError(f"model {spec.name!r}: {folder} has {problem}. Copy the files again.")
-
-
-def has_weights(folder: Path) -> bool:
-    """Return whether a model's folder has files of weights, complete or not."""
-    return any((folder / n).is_file() for n in weight_files(folder)) or any(folder.glob(PICKLED))
+        raise ModelError(
+            f"model {spec.name!r}: {folder} has {problem}. Copy the files again; save weights in "
+            "another format, such as pytorch_model.bin, as safetensors first (save_pretrained)."
+        )
 
 
 def is_complete(folder: Path) -> bool:
     """Return whether a model's folder has all files of weights, of the size in their headers."""
-    return has_weights(folder) and not _problem(folder)[0]
+    return not _problem(folder)[0]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -152,10 +138,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 def weight_files(folder: Path) -> list[str]:
     """Name the safetensors files that a model's folder should have."""
-    if (folder / SINGLE).is_file():  # transformers reads it, even beside an index
-        return [SINGLE]
-    with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
-        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    if not (folder / SINGLE).is_file():  # transformers reads it, even beside an index
+        with suppress(OSError, ValueError, KeyError):  # an unreadable index counts as none
+            return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     return [SINGLE]
 
 
@@ -168,10 +153,8 @@ def _problem(folder: Path) -> tuple[str, bool]:
         if header is None or size != header[1]:
             says = f"and its header says {header[1]:,}" if header else "and no readable header"
             return f"an incomplete file of weights: {path} has {size:,} bytes, {says}", True
-    if absent and not list(folder.glob(PICKLED)):
-        there = len(names) - len(absent)
-        return f"{there} of {len(names)} files of weights: no {absent[0]}", False
-    return "", False
+    there = f"{len(names) - len(absent)} of {len(names)} files of weights"
+    return (f"{there}: no {absent[0]}", False) if absent else ("", False)
 
 
 def matrix_types(spec: ModelSpec, folder: Path) -> set[str]:
@@ -205,9 +188,7 @@ def types_in(files: Iterable[Path]) -> set[str]:
 def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
     """Return the folder of a hub model in the cache; None if the first run will download it.
 
-    Raises:
-        ModelError: the model is inaccessible or damaged; or it is not completely downloaded,
-            although `needed` or offline.
+    ModelError: it is inaccessible or damaged; or incomplete, although `needed` or offline.
     """
     from huggingface_hub import constants
 
@@ -236,8 +217,7 @@ def cached_config(spec: ModelSpec) -> Path:
 def fetch(spec: ModelSpec) -> tuple[Path, int]:
     """Download a hub model unless it is cached; return its folder and size in bytes.
 
-    Raises:
-        ModelError: the model is inaccessible or damaged.
+    ModelError: it is inaccessible or damaged.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -245,8 +225,8 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
         found = snapshot_download(
             spec.location,
             revision=spec.revision or None,
-            allow_patterns=WANTED,
-            ignore_patterns=UNWANTED,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"],
+            ignore_patterns=["original/*"],  # weights in Meta's format
             local_files_only=constants.HF_HUB_OFFLINE,  # some releases list the files online
         )
     except Exception as error:
@@ -256,36 +236,28 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
 
 
 def license_of(spec: ModelSpec, models_dirs: Sequence[str]) -> dict[str, str]:
-    """Return license, license_name and license_link of a base; empty if the license is not known.
+    """Return license, license_name and license_link of a base, from its card or a GGUF file.
 
-    They are keys of the head of a model card (github.com/huggingface/hub-docs, modelcard.md), and
-    are read from the base's card or from a GGUF file.
+    Empty if the license is not known.
     """
-    given: dict[str, Any] = {}
+    given: Any = {}
     with suppress(Exception):  # a base without a readable card has no known license
         if spec.source == "gguf":
-            path = pinned_path(spec, models_dirs)
-            kept = converted_at(path, models_dirs[0]) / "license.json"
-            if not (given := read_json(kept) or {}):
-                import gguf
+            import gguf
 
-                fields = gguf.GGUFReader(path).fields
-                named = {name: fields.get(f"general.{name.replace('_', '.')}") for name in LICENSE}
-                given = {k: bytes(f.parts[f.data[0]]).decode() for k, f in named.items() if f}
-                with suppress(OSError):  # for the next time: reading a GGUF file takes seconds
-                    write_atomic(kept, json.dumps(given).encode())
+            fields = gguf.GGUFReader(pinned_path(spec, models_dirs)).fields
+            named = {name: fields.get(f"general.{name.replace('_', '.')}") for name in LICENSE}
+            given = {k: bytes(f.parts[f.data[0]]).decode() for k, f in named.items() if f}
         elif spec.source != "recipe":
             from huggingface_hub import hf_hub_download, metadata_load
 
-            name, revision = "README.md", spec.revision or None
-            on_hub = spec.source == "hub"
+            on_hub, name, revision = spec.source == "hub", "README.md", spec.revision or None
             path = None if on_hub else pinned_path(spec, models_dirs) / name
             given = metadata_load(path or hf_hub_download(spec.location, name, revision=revision))
     found = {k: v for k in LICENSE if isinstance(v := (given or {}).get(k), str) and v.strip()}
     if "license" not in found:
         return {}
-    found["license"] = found["license"].lower()
     link = found.get("license_link", "")
     if spec.source == "hub" and link and "://" not in link:  # a file of the base's repository
         found["license_link"] = f"https://huggingface.co/{spec.location}/blob/main/{link}"
-    return found
+    return {**found, "license": found["license"].lower()}

@@ -1,6 +1,7 @@
 """Forward passes of transformers models in two halves (hidden states, logits), and number types.
 
-Shapes: R rows, T tokens, P positions, H hidden, V vocabulary.
+Also attention of short rows on a CPU, where torch's own backward pass is slow. Shapes: R rows, T
+tokens, P positions, H hidden (in attention: query heads), K key heads, d head size, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -25,13 +26,18 @@ GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 ROUNDING = 0.03
 """Accepted difference of outputs, as a share of the largest one: above bf16 rounding, far below the
 effect of tokens of another row."""
+SHORT_ROWS = "short_rows"
+"""transformers' name of `attention`: a value of attn_implementation."""
+SHORT_BYTES = 1024
+"""Rows are short if the T scores of a token need at most this: 512 tokens in bf16, 256 in fp32.
+Forward and backward pass then take 0.2 to 0.9 of torch's time in bf16, and 0.8 to 1.0 in fp32; for
+longer rows torch is faster (docs/log)."""
+LEFT_TO_TORCH = ("softcap", "position_bias", "cache", "is_causal")
+"""Arguments of transformers' attentions; with a value for one of them, torch computes."""
 
 
 def backend(model: nn.Module, processes: int = 1) -> str:
-    """Name the backend as results record it: 'transformers on cuda, 8 processes'.
-
-    Older results may say 'cpu_llama on cpu': a hand-written forward pass, since removed.
-    """
+    """Name the backend as results record it: 'transformers on cuda, 8 processes'."""
     more = f", {processes} processes" if processes > 1 else ""
     return f"transformers on {next(model.parameters()).device.type}{more}"
 
@@ -41,6 +47,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+# ---------------------------------------------------------------- number types
 
 
 def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -64,24 +73,22 @@ def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def hold_in_bf16(model: nn.Module) -> None:
     """Convert `bf16_matrices` to bf16, which must be exact; embeddings then output fp32."""
+
+    def rows_of(module: Any, tokens: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding(tokens, module.weight, module.padding_idx).float()
+        return rows if type(module) is nn.Embedding else rows * module.embed_scale.float()
+
     for p in bf16_matrices(model).values():
         p.data = p.data.to(torch.bfloat16)
-    for module in model.modules():
-        if type(module) is nn.Embedding:
-            module.register_forward_hook(lambda module, args, out: out.float())
-        elif _is_embedding(module):
-            module.forward = partial(_scaled_rows, module)
+    module: Any
+    for module in filter(_is_embedding, model.modules()):
+        module.forward = partial(rows_of, module)
 
 
 def _is_embedding(module: nn.Module) -> bool:
     """Return whether a module looks up rows; Gemma's also multiplies them with `embed_scale`."""
     scaled = isinstance(getattr(module, "embed_scale", None), torch.Tensor)
     return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and scaled)
-
-
-def _scaled_rows(module: Any, tokens: torch.Tensor) -> torch.Tensor:
-    rows = F.embedding(tokens, module.weight, module.padding_idx)
-    return rows.float() * module.embed_scale.float()
 
 
 @contextmanager
@@ -105,49 +112,34 @@ def frozen_in_bf16(model: nn.Module, precision: str) -> Iterator[None]:
 
 
 def set_numerics(model: nn.Module, precision: str, published_in_bf16: bool) -> None:
-    """Let a model compute in a precision: matrices and norms in bf16, or norms in float64."""
-    if precision == "bf16":
-        if published_in_bf16:
-            hold_in_bf16(model)
-        norms_to_bf16(model)
-    if precision == "fp64":
-        norms_in_float64(model)
+    """Let a model compute in a precision: matrices and norms in bf16, or norms in float64.
 
-
-def norms_to_bf16(model: nn.Module) -> None:
-    """Convert the outputs of norms of fp32 states to bf16.
-
-    Autocast would convert them again in each of the matrix products that follow. The gradients of
-    these products are then added in bf16 instead of fp32.
+    In bf16 the outputs of norms of fp32 states are converted once: autocast would convert them in
+    each of the matrix products that follow. The gradients of these products are then added in bf16
+    instead of fp32. transformers computes norms in float32 for any input, also float64.
     """
-
-    def convert(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-        return out.to(torch.bfloat16) if args[0].dtype == torch.float32 else out
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.register_forward_hook(convert)
-
-
-def are_bf16(values: torch.Tensor) -> bool:
-    """Return whether bf16 represents all values exactly."""
-    return all(torch.equal(part.to(torch.bfloat16).to(part), part) for part in values.split(8192))
-
-
-def norms_in_float64(model: nn.Module) -> None:
-    """Compute RMS norms in float64: transformers computes them in float32 for any input."""
 
     def rms_norm(module: Any, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return (module.weight + offset) * (x * scale)
 
-    known: Any
-    for known in model.modules():
-        name = type(known).__name__
-        if name.endswith("RMSNorm") and hasattr(known, "variance_epsilon"):
-            known.forward = partial(rms_norm, known, known.variance_epsilon, 0.0)
-        elif name in GEMMA_NORMS:
-            known.forward = partial(rms_norm, known, known.eps, 1.0)
+    def convert(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.to(torch.bfloat16) if args[0].dtype == torch.float32 else out
+
+    if precision == "bf16" and published_in_bf16:
+        hold_in_bf16(model)
+    norm: Any
+    for norm in model.modules():
+        name = type(norm).__name__
+        if precision == "bf16" and name.endswith("RMSNorm"):
+            norm.register_forward_hook(convert)
+        elif precision == "fp64" and name in GEMMA_NORMS:
+            norm.forward = partial(rms_norm, norm, norm.eps, 1.0)
+        elif precision == "fp64" and name.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+            norm.forward = partial(rms_norm, norm, norm.variance_epsilon, 0.0)
+
+
+# ---------------------------------------------------------------- forward passes
 
 
 def hidden_states(
@@ -168,9 +160,7 @@ def logits_of(model: Any, hidden_RPH: torch.Tensor) -> torch.Tensor:
     """Return the model's logits [R, P, V] for its decoder's output [R, P, H].
 
     This runs the model's forward pass with its softcaps, scalings and adapters, but no decoder.
-
-    Raises:
-        ModelError: the forward pass of the model does not call the decoder.
+    ModelError: the forward pass does not call the decoder.
     """
     name = model.base_model_prefix
     decoder, computed = getattr(model, name), _Computed(hidden_RPH)
@@ -203,15 +193,64 @@ class _Computed(nn.Module):
 
 
 @torch.no_grad()
-def check_rows_stay_apart(model: Any) -> None:
+def check_rows_stay_apart(model: Any, precision: str) -> None:
     """Raise ModelError if, in joined rows, the output at a token depends on another row."""
-    tokens_RT = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, 2, 4, 5, 6]])  # the second row is the same
     device = next(model.parameters()).device
-    position_ids_RT = torch.arange(3).repeat(2, 2).to(device)
+    # the second row is the same
+    tokens_RT = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, 2, 4, 5, 6]], device=device)
+    position_ids_RT = torch.arange(3, device=device).repeat(2, 2)
     second_RP = torch.tensor([[3, 4, 5]] * 2, device=device)
-    one, other = hidden_states(model, tokens_RT.to(device), second_RP, position_ids_RT).float()
+    with autocast(precision, device):
+        one, other = hidden_states(model, tokens_RT, second_RP, position_ids_RT).float()
     if not torch.allclose(one, other, rtol=0.0, atol=ROUNDING * float(one.abs().max())):
         raise ModelError(
             f"{type(model).__name__} lets joined rows attend to each other with "
             f"attn_implementation={model.config._attn_implementation!r}. Set exec.join_rows=false."
         )
+
+
+def use_short_rows(model: Any) -> None:
+    """Let a model on a CPU compute short rows with `attention`, if it uses torch's (sdpa)."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # takes a second
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(SHORT_ROWS, attention)
+        AttentionMaskInterface.register(SHORT_ROWS, sdpa_mask)
+        model.set_attn_implementation(SHORT_ROWS)
+
+
+def attention(
+    module: Any,
+    query_RHTd: torch.Tensor,
+    key_RKTd: torch.Tensor,
+    value_RKTd: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return the attention of rows, [R, T, H, d]; `mask`: where to attend, None: causal.
+
+    Long rows, and new tokens after cached ones, are left to torch. In bf16, scores are rounded to
+    bf16 before the softmax; torch keeps them in fp32.
+    """
+    rows, heads, length, d = query_RHTd.shape
+    # rotary positions can leave queries and keys in fp32 under autocast
+    all_three = (query_RHTd.to(value_RKTd), key_RKTd.to(value_RKTd), value_RKTd)
+    is_plain = not more.get("dropout") and all(more.get(name) is None for name in LEFT_TO_TORCH)
+    is_short = length * value_RKTd.element_size() <= SHORT_BYTES and length == key_RKTd.shape[2]
+    if not (is_plain and is_short):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, *all_three, mask, scaling=scaling, **more)
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+    # not infinity: tokens of padding may attend to nothing, and must not become NaN
+    bias = torch.zeros_like(mask, dtype=value_RKTd.dtype)
+    bias.masked_fill_(~mask, torch.finfo(bias.dtype).min)
+    # one product for all query heads of a key head, so that keys and values are not copied
+    query, key, value = (x.reshape(rows * key_RKTd.shape[1], -1, d) for x in all_three)
+    bias = bias.expand(rows, heads, length, length).reshape(len(query), -1, length)
+    scores = torch.baddbmm(bias, query, key.mT, alpha=scaling or d**-0.5)
+    mixed = torch.bmm(scores.softmax(-1), value)
+    return mixed.view(rows, heads, length, d).transpose(1, 2), None

@@ -1,4 +1,4 @@
-"""Load base models, from the hub, a folder, a GGUF file or a recipe; check their shape.
+"""Load base models, from the hub, a folder, a GGUF file or a recipe; check shape and matrices.
 
 A recipe describes a small model that `lorasweep.train.pretrain` trains. The weights of some recipes
 come with the package.
@@ -11,18 +11,20 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from lorasweep.errors import ModelError, check_installed, from_hub
+from lorasweep.methods.stacked import StackedExperts, experts_forward
+from lorasweep.methods.trainables import Experts, Router, Target
 from lorasweep.models import find
-from lorasweep.models.attention import use_short_rows
-from lorasweep.models.forward import MASTER_DTYPES, are_bf16, bf16_matrices, set_numerics
+from lorasweep.models.forward import MASTER_DTYPES, bf16_matrices, set_numerics, use_short_rows
 from lorasweep.models.sharding import Mesh
-from lorasweep.models.targets import use_grouped_experts
-from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.model import ROUTER, ModelSpec
 from lorasweep.store.files import read_json
 
 if TYPE_CHECKING:
@@ -50,10 +52,8 @@ def load(
     """Load a base model in the master type of `precision`, in eval mode, and check its shape.
 
     Under bf16, matrices published in bf16 stay in bf16. With several processes, process 0 has the
-    weights on the CPU; the other processes have only the shapes (`sharding.shard`).
-
-    Raises:
-        ModelError: the weights are missing, or do not have the described shape.
+    weights on the CPU; the other processes have only the shapes (`sharding.shard`). ModelError: the
+    weights are missing, or do not have the described shape.
     """
     mesh = mesh or Mesh()
     if mesh.rank:
@@ -74,7 +74,7 @@ def load(
 def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
     """Read a model and its tokenizer; from the hub, both at one commit, which is also returned."""
     from safetensors.torch import load_file
-    from transformers.utils import cached_file, extract_commit_hash, logging
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -91,18 +91,20 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
         tied = {"lm_head.weight": state["model.embed_tokens.weight"]} if spec.tied else {}
         model.load_state_dict(state | tied)
         return model, None, None
-    if spec.source != "hub":
-        folder = _folder(spec, models_dirs)
-        return model_at(spec, folder), _tokenizer_at(folder), None
+    place, more = _place(spec, models_dirs)
     try:
-        config = cached_file(spec.location, "config.json", revision=spec.revision or None)
-        commit = extract_commit_hash(config, None)
-        if commit is None:
-            raise OSError(f"{config} is in no folder named by a commit")
-        tokenizer = _tokenizer_at(spec.location, revision=commit)
-        return model_at(spec, spec.location, revision=commit), tokenizer, commit
+        return model_at(spec, place, **more), _tokenizer_at(place, **more), more.get("revision")
     except OSError as error:
+        if spec.source != "hub":
+            raise
         raise ModelError(from_hub(f"model {spec.name!r}", spec.location, error)) from error
+
+
+def _place(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Path | str, dict[str, str]]:
+    """Return where transformers finds a model: a folder; or a name on the hub and its commit."""
+    if spec.source == "hub":
+        return spec.location, {"revision": find.cached_config(spec).name}
+    return _folder(spec, models_dirs), {}
 
 
 def save_trained(
@@ -110,10 +112,8 @@ def save_trained(
 ) -> None:
     """Write a fully fine-tuned model and its tokenizer as a folder of transformers.
 
-    `weights`: the trained tensors by the names of the model's parameters.
-
-    Raises:
-        ModelError: the base is missing, or does not have these parameters.
+    `weights`: the trained tensors by the names of the model's parameters. ModelError: the base is
+    missing, or does not have these parameters.
     """
     model, tokenizer, _ = _read(spec, models_dirs)
     model.to(next(iter(weights.values())).dtype)  # rounding to the base's bf16 loses small changes
@@ -129,9 +129,8 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = Fa
     """Load only the tokenizer; None if there is none. ModelError as from `find.check_available`."""
     if not find.check_available(spec, models_dirs, fetched):
         return None
-    if spec.source == "hub":
-        return _tokenizer_at(spec.location, revision=spec.revision or None)
-    return _tokenizer_at(_folder(spec, models_dirs))
+    place, more = _place(spec, models_dirs)
+    return _tokenizer_at(place, **more)
 
 
 def _tokenizer_at(place: Path | str, **more: Any) -> Any:
@@ -157,11 +156,7 @@ def model_at(spec: ModelSpec, place: Path | str, **more: Any) -> Any:
 
 
 def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
-    """Return the class that the config.json of a model with a tokenizer names; '' if it names none.
-
-    Raises:
-        ModelError: the model is missing.
-    """
+    """Return the class that a model's config.json names, or ''. ModelError: it is missing."""
     folder = find.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
     config = read_json(folder / "config.json") or {}
     return next(iter(config.get("architectures") or ()), "")
@@ -178,12 +173,8 @@ def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
 
 def prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
     """Return the model with the tensor types and numerics of `precision`, converted in place."""
-    dtype = MASTER_DTYPES[precision]
     use_grouped_experts(model, spec)
-    model = model.to(dtype).eval()
-    for p in model.parameters():
-        if p.dtype != dtype:
-            raise ModelError(f"model {spec.name!r}: a weight is {p.dtype}, not {dtype}.")
+    model = model.to(MASTER_DTYPES[precision]).eval()
     set_numerics(model, precision, spec.weights_dtype == "bf16")
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # sdpa of some releases drops the softcap
@@ -233,14 +224,15 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         f"{k} is {got}, described as {want}" for k, (got, want) in values.items() if got != want
     ]
     if spec.weights_dtype == "bf16":
-        finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]
-        wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []
+        for name, p in bf16_matrices(model).items():
+            parts = p.detach().split(8192)
+            if not all(torch.equal(part.to(torch.bfloat16).to(part), part) for part in parts):
+                wrong.append(f"weights_dtype is fp32 ({name}), described as bf16")
+                break
     if wrong:
-        is_folder = spec.source == "folder"
-        described = f"{spec.location}/config.json" if is_folder else "file in conf/model"
         raise ModelError(
-            f"model {spec.name!r} differs from its {described}: {'; '.join(wrong)}. Correct the "
-            "file, or get the weights that it describes."
+            f"model {spec.name!r} differs from its file in conf/model or {spec.location}/config."
+            f"json: {'; '.join(wrong)}. Correct the file, or get the weights that it describes."
         )
 
 
@@ -251,6 +243,108 @@ def weights_sha256(model: Any) -> str:
         digest.update(json.dumps([name, list(p.shape)]).encode())
         digest.update(p.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- target modules and experts
+
+
+def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> dict[str, Target]:
+    """Map module names to the nn.Linear, Experts or Router with matrices of the layer sets.
+
+    ModelError: a module is missing, or its kind or shape differs from `spec`.
+    """
+    n_experts, hidden, width = spec.n_experts, spec.hidden_size, spec.mlp_size
+    gate_up, down = (n_experts, 2 * width, hidden), (n_experts, hidden, width)
+    kinds = {ROUTER: f"routers with weight {[n_experts, hidden]}"}
+    if n_experts:
+        kinds["mlp"] = (
+            f"experts with gate_up_proj {[*gate_up]}, gate before up, and down_proj {[*down]}, "
+            "without biases"
+        )
+
+    def target(module: Any, layer_set: str) -> Target | None:
+        """Return the Target of a module; None if its kind or shape differs from `spec`."""
+        if layer_set not in kinds:
+            return module if isinstance(module, nn.Linear) else None
+        shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
+        if layer_set == ROUTER:
+            return Router(module) if shapes.get("weight") == (n_experts, hidden) else None
+        fits = (
+            shapes == {"gate_up_proj": gate_up, "down_proj": down}
+            and not getattr(module, "is_transposed", False)
+            and getattr(module, "is_concatenated", True)
+        )
+        return Experts(module, spec.n_active_experts) if fits else None
+
+    found: dict[str, Target] = {}
+    for layer_set in layers:
+        names, count = spec.modules(layer_set)
+        matching = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in names}
+        known = {n: t for n, m in matching.items() if (t := target(m, layer_set)) is not None}
+        wrong = sorted(matching.keys() - known.keys())
+        if wrong or len(matching) != count:
+            raise ModelError(
+                f"model {spec.name!r}: layer set {layer_set!r}: expected {count} modules named "
+                f"{sorted(names)} that are {kinds.get(layer_set, 'nn.Linear')}, found "
+                f"{len(matching)} with these names. Not of that kind: {wrong[:3] or 'none'}. "
+                "Correct the model's file in conf/model (a model with experts needs n_experts and "
+                "n_active_experts), or leave this layer set out of method.layers."
+            )
+        found |= known
+    return found
+
+
+def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
+    """Let the model compute its experts by `experts_forward`, with and without adapters.
+
+    The default of transformers fails in float64, and computes in fp32 under autocast. Raises
+    ModelError if the experts have another layout, or biases.
+    """
+    if spec.n_experts:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        find_targets(model, spec, ("mlp",))
+        ALL_EXPERTS_FUNCTIONS.register("sorted_by_run", experts_forward)
+        model.set_experts_implementation("sorted_by_run")
+
+
+class ExpertTokens:
+    """Count the tokens that each expert gets in training, padding included.
+
+    Passes without gradients and passes repeated by a backward pass do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "experts"]
+        self._found: list[list[torch.Tensor]] = [[] for _ in layers]
+        self._hooks = [
+            m.register_forward_pre_hook(partial(self._count, found))
+            for m, found in zip(layers, self._found)
+        ]
+
+    @staticmethod
+    def _count(found: list[torch.Tensor], module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if torch._C._current_graph_task_id() == -1 and torch.is_grad_enabled():
+            adapted = isinstance(module, StackedExperts)
+            n_runs = len(module.gate_proj.scaling_N) if adapted else 1
+            chosen, base = args[1].view(n_runs, -1), module.base if adapted else module
+            counts = chosen.new_zeros(n_runs, len(base.down_proj))
+            found.append(counts.scatter_add_(1, chosen, torch.ones_like(chosen)))
+
+    def take(self, n_runs: int, mesh: Mesh) -> list[list[list[int]]]:
+        """Return each run's counts since the last call by layer and expert; empty if no experts."""
+        if not self._found:
+            return [[]] * n_runs
+        by_layer = torch.stack([torch.stack(found).sum(0) for found in self._found])
+        for found in self._found:
+            found.clear()
+        mesh.sum_(by_layer)
+        return by_layer.transpose(0, 1).tolist()
+
+    def close(self) -> None:
+        """Stop counting."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 # ---------------------------------------------------------------- recipes
@@ -264,28 +358,17 @@ def config_of(spec: ModelSpec, **more: Any) -> "PretrainedConfig":
     if spec.n_experts:
         more |= {"num_experts": spec.n_experts, "num_experts_per_tok": spec.n_active_experts}
         more |= {"moe_intermediate_size": spec.mlp_size, "norm_topk_prob": True}
-    return kind(
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.mlp_size,
-        num_hidden_layers=spec.n_layers,
-        num_attention_heads=spec.n_heads,
-        num_key_value_heads=spec.n_kv_heads,
-        head_dim=spec.head_size,
-        vocab_size=spec.vocab_size,
-        tie_word_embeddings=spec.tied,
-        **more,
-    )
+    more |= {"num_attention_heads": spec.n_heads, "num_key_value_heads": spec.n_kv_heads}
+    more |= {"hidden_size": spec.hidden_size, "intermediate_size": spec.mlp_size}
+    more |= {"num_hidden_layers": spec.n_layers, "head_dim": spec.head_size}
+    return kind(vocab_size=spec.vocab_size, tie_word_embeddings=spec.tied, **more)
 
 
 def empty_model(spec: ModelSpec) -> "PreTrainedModel":
     """Build an untrained model of the described shape, with transformers' random weights."""
     from transformers import AutoModelForCausalLM
 
-    config = config_of(
-        spec,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-5,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-    )
-    return AutoModelForCausalLM.from_config(config)
+    more: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    more |= {"max_position_embeddings": 512, "rms_norm_eps": 1e-5}
+    more |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    return AutoModelForCausalLM.from_config(config_of(spec, **more))

@@ -119,11 +119,11 @@ class Mesh:
         return found
 
 
-class _Entry(nn.Module):
-    """The root module of FSDP2: all code that uses the model runs inside its forward pass.
+ALONE = Mesh()
 
-    So parts of the model may be called separately, several times.
-    """
+
+class _Entry(nn.Module):
+    """The root module of FSDP2, in whose forward pass all code that uses the model runs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -140,10 +140,8 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
     All tensors except frozen vectors are split over all processes. A layer is gathered while it
     computes; tensors outside the layers stay gathered during a whole pass. Under bf16 a layer's
     matrices are sent in bf16, to which autocast would round them anyway. Gradients are summed,
-    because the loss is already divided by the weight of the whole batch.
-
-    Raises:
-        ModelError: the number of processes does not fit the model.
+    because the loss is already divided by the weight of the whole batch. ModelError: the number of
+    processes does not fit the model.
     """
     assert mesh.devices is not None
     whole = {name: t.detach() for name, t in _tensors(model)} if mesh.rank == 0 else {}
@@ -166,21 +164,19 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
         return Shard(max(fitting, key=lambda axis: p.shape[axis]))
 
     ignored = {p for p in model.parameters() if p.dim() < 2 and not p.requires_grad}
-    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    types = (torch.bfloat16, torch.float32) if precision == "bf16" else (None, None)
+    common: dict[str, Any] = {"mesh": mesh.devices, "ignored_params": ignored}
+    common |= {"shard_placement_fn": placement}
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
-
-    def split(part: nn.Module, policy: MixedPrecisionPolicy = plain, **more: Any) -> None:
-        common: dict[str, Any] = {"mesh": mesh.devices, "ignored_params": ignored, **more}
-        fully_shard(part, mp_policy=policy, shard_placement_fn=placement, **common)
-
     for block in blocks(model):
         for part in block.modules():
             own = list(part.parameters(recurse=False))
             if own and all(p.dim() < 2 for p in own) and any(p.requires_grad for p in own):
-                split(part, reshard_after_forward=False)
-        split(block, bf16 if precision == "bf16" else plain)
+                fully_shard(part, mp_policy=plain, reshard_after_forward=False, **common)
+        policy = MixedPrecisionPolicy(*types, cast_forward_inputs=False)
+        fully_shard(block, mp_policy=policy, **common)
     entry = _Entry(model)
-    split(entry)
+    fully_shard(entry, mp_policy=plain, **common)
     for made in _split(entry):
         made.set_gradient_divide_factor(1.0)
         made.set_force_sum_reduction_for_comms(True)

@@ -46,7 +46,7 @@ CPU_FRAGMENTATION = 1.3
 """Memory of the activations of adapter runs / their bytes in use: freed blocks are kept
 (launch/process.py). Measured on two processors: 1.2 to 1.8, varying by run (docs/log)."""
 SCORE_BYTES = 1024
-"""Bytes of a token's scores in the longest row that keeps them (models/attention.py)."""
+"""Bytes of a token's scores in the longest row that keeps them (models/forward.py)."""
 CPU_LOGITS, CPU_CHUNK_LOGITS = 5, 1 << 24
 """Numbers per logit at the peak, and logits computed at once (train/objectives/nll.py, LOGITS)."""
 

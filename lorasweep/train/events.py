@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorasweep.store.checkpoint import State
 
@@ -12,13 +12,11 @@ LEARNING, SAMPLING, EVALUATION = "learning", "sampling", "evaluation"
 """Phases of training."""
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Where in training an error was raised."""
+class Phase(NamedTuple):
+    """Where in training an error was raised; whether Exec.forward_parts can reduce its memory."""
 
     name: str = LEARNING
     divisible: bool = False
-    """Whether Exec.forward_parts can reduce the memory of the phase."""
 
 
 @contextmanager

@@ -22,12 +22,9 @@ from lorasweep.data.batches import collate
 from lorasweep.data.examples import Example
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend, frozen_in_bf16
-from lorasweep.models.load import Base
+from lorasweep.models.load import Base, ExpertTokens, find_targets
 from lorasweep.models.sharding import Mesh, guard, shard
-from lorasweep.models.targets import ExpertTokens, find_targets
 from lorasweep.spec.evaluations import EARLY_STOPPING_RULE, Best, eval_steps, no_better
-from lorasweep.spec.metric import Metric
-from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.train.events import EVALUATION, Event, Record, phase
@@ -37,12 +34,22 @@ from lorasweep.train.optim import AdamW
 
 
 @contextmanager
-def attached(pack: Sequence[RunSpec], base: Base) -> Iterator[Trainables]:
-    """Attach the trainables of a pack to the base, and detach them at the end."""
+def attached(
+    pack: Sequence[RunSpec], base: Base, weights: Sequence[Mapping[str, torch.Tensor]] = ()
+) -> Iterator[Trainables]:
+    """Attach the trainables of a pack to the base, and detach them at the end.
+
+    `weights`: values for each run, by the names of tensors in a state.
+    """
     model, method = base.model, pack[0].method
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     try:
+        for name, tensor in trainables.parameters().items() if weights else ():
+            in_state, runs = trainables.part_of(name)
+            for k in range(runs.start, runs.stop):
+                mine = tensor[k - runs.start] if trainables.stacked else tensor
+                mine.data.copy_(weights[k][in_state])
         yield trainables
     finally:
         trainables.detach()
@@ -58,7 +65,6 @@ def train(
 
     `resume` maps every run id of the pack to its state from snapshot(), all at the same step.
     """
-    # ---------------------------------------------------------------- setup
     model, mesh, runs, metric = base.model, base.mesh, list(pack), objective.metric
     # no adapter is attached yet: this measures the base, from which all runs start
     at_start = objective.start(base, runs) if mesh.size == 1 else []
@@ -102,8 +108,13 @@ def train(
             mesh.sum_(total_N)
             if step == 0:
                 for run, squares in zip(runs, optimizer.grad_squares()):
-                    shares = gradient_shares(squares, run.model)
-                    progress[run.id].curve[0]["grad_share"] = shares
+                    total, shares = (
+                        sum(squares.values()) or math.nan,
+                        defaultdict[str, float](float),
+                    )
+                    for name, value in squares.items():  # embedding and norms are 'rest'
+                        shares[run.model.set_of(name)] += value / total
+                    progress[run.id].curve[0]["grad_share"] = dict(shares)
             norms = optimizer.grad_norms()
             if step == first_step:
                 guard(model, trainables, mesh, [*total_N.tolist(), *norms])
@@ -122,12 +133,15 @@ def train(
             update = objective.metrics(losses)
             expert_tokens = counts.take(len(total_N), mesh)
             for k, run in enumerate(runs):
-                n_tokens = sum(b.tokens_N[groups[k]] for b in batches)
-                progress[run.id].add(n_tokens, seconds, expert_tokens[groups[k]])
+                n_tokens, mine = sum(b.tokens_N[groups[k]] for b in batches), progress[run.id]
+                mine.tokens += n_tokens
+                mine.step_s.append(seconds)
+                of_experts = np.add(mine.expert_tokens or 0, expert_tokens[groups[k]])
+                mine.expert_tokens = of_experts.tolist()
                 records[run.id] = {
                     "step": step,
                     "examples": step * run.batch_size,
-                    "tokens": progress[run.id].tokens,
+                    "tokens": mine.tokens,
                     **update[k],
                     "grad_norm": norms[k],
                     "step_s": seconds,
@@ -151,15 +165,28 @@ def train(
                     progress[i].curve.append({name: records[i][name] for name in names})
                     if not math.isfinite(measures.get(metric.name, metric.on_first(measures))):
                         diverged.add(i)
-            last |= stop_early(step, runs, due - diverged, progress, optimizer, metric)
+            better = []
+            for k, run in enumerate(runs):
+                if not run.early_stopping or run.id not in due - diverged:
+                    continue
+                best, points = progress[run.id].best, progress[run.id].curve[1:]
+                best.note(step, metric.loss(metric.on_first(points[-1])))
+                better += [k] * (best.step == step)
+                steps = [point["step"] for point in points]
+                if no_better(best.step, steps, run.steps) >= run.early_stopping:
+                    # the metric on the rows of earlier evaluations, which are these rows
+                    points[-1].setdefault(metric.on_part, metric.on_first(points[-1]))
+                    last.add(run.id)
+            optimizer.keep_best(better)
             done = last - diverged
             at = [k for k, run in enumerate(runs) if run.id in done]
             finished = [runs[k] for k in at]
-            stopped = [run for run in finished if run.early_stopping]
-            past_best = {run.id for run in stopped if progress[run.id].best.step != step}
-            optimizer.keep_best([k for k in at if runs[k].id in past_best], restore=True)
-            for i, (measures, _) in held_out(runs, past_best, True).items():
-                measured[i] = measures
+            past = [
+                k for k in at if runs[k].early_stopping and progress[runs[k].id].best.step != step
+            ]
+            optimizer.keep_best(past, restore=True)
+            again = held_out(runs, {runs[k].id for k in past}, True)
+            measured |= {i: measures for i, (measures, _) in again.items()}
             if finished:
                 with phase(EVALUATION), trainables.only(at):
                     more = mesh.run(objective.at_end, model, finished)
@@ -170,41 +197,34 @@ def train(
             for k, run in enumerate(runs):
                 if run.id not in diverged | last:
                     continue
+                mine = progress[run.id]
                 result = {
                     **objective.facts(run),
                     **metric.stored(),
                     "backend": computed_by,
                     "steps_done": step,
-                    "tokens": progress[run.id].tokens,
+                    "tokens": mine.tokens,
                     **update[k],
-                    "curve": progress[run.id].curve,
-                    **progress[run.id].expert_facts(),
+                    "curve": mine.curve,
+                    **({"expert_tokens": mine.expert_tokens} if mine.expert_tokens else {}),
                     "base_sha256": base.sha256,
                     "divergence_rule": DIVERGENCE_RULE,
                     **({"base_commit": base.commit} if base.commit else {}),
                 }
                 if run.id in done:
-                    result |= measured[run.id]
-                    result["step_s"] = statistics.median_high(progress[run.id].step_s)
-                    if progress[run.id].best.step:  # the update with the best weights
-                        result["best_step"] = progress[run.id].best.step
+                    result |= measured[run.id] | {"step_s": statistics.median_high(mine.step_s)}
+                    if mine.best.step:  # the update with the best weights
+                        result["best_step"] = mine.best.step
                         result["early_stopping_rule"] = EARLY_STOPPING_RULE
                 ended[run.id] = ("done" if run.id in done else "diverged", result)
 
             def snapshot(step: int = step, runs: list[RunSpec] = runs) -> dict[str, State]:
-                layout = [run.id for run in runs]
-                return {
-                    i: {
-                        "tensors": optimizer.run_tensors(k),
-                        "meta": {
-                            "step": step,
-                            "layout": layout,
-                            **progress[i].state(),
-                            **objective.state(i),
-                        },
-                    }
-                    for k, i in enumerate(layout)
-                }
+                layout, found = [run.id for run in runs], {}
+                for k, i in enumerate(layout):
+                    meta = {"step": step, "layout": layout}
+                    meta |= {**progress[i].state(), **objective.state(i)}
+                    found[i] = {"tensors": optimizer.run_tensors(k), "meta": meta}
+                return found
 
             event = Event(step, records, ended, snapshot, computed_by)
             yield event
@@ -228,8 +248,8 @@ def measure_trials(
     """
     model, metric, records, ended = base.model, objective.metric, {}, {}
     objective.start(base, pack)
-    with attached(pack, base) as trainables, frozen_in_bf16(model, pack[0].precision):
-        load_weights(trainables, [weights_of(trials[run.id]) for run in pack])
+    weights = [weights_of(trials[run.id]) for run in pack]
+    with attached(pack, base, weights) as trainables, frozen_in_bf16(model, pack[0].precision):
         for run in pack:
             objective.load_state(run.id, trials[run.id]["meta"]["result"])
         found = measure(model, objective, trainables, base.mesh, pack, set(trials), True)
@@ -260,21 +280,11 @@ def log_p(
     """
     with ExitStack() as at_end:
         if weights is not None:
-            load_weights(at_end.enter_context(attached([run], base)), [weights])
+            at_end.enter_context(attached([run], base, [weights]))
         at_end.enter_context(frozen_in_bf16(base.model, run.precision))
         found = [token_log_p(base.model, collate([row]), run.precision)[0] for row in rows]
     values = [f[: int(row.loss.sum())].double().cpu().numpy() for f, row in zip(found, rows)]
     return np.concatenate([np.zeros(0), *values])
-
-
-@torch.no_grad()
-def load_weights(trainables: Trainables, weights: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Copy each run's trained tensors, by the names of a state."""
-    for name, tensor in trainables.parameters().items():
-        in_state, runs = trainables.part_of(name)
-        for k in range(runs.start, runs.stop):
-            mine = tensor[k - runs.start] if trainables.stacked else tensor
-            mine.copy_(weights[k][in_state])
 
 
 def measure(
@@ -331,54 +341,5 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """Return the values for a checkpoint."""
         best = {"best": astuple(self.best)} if self.best.step else {}
-        return {"curve": self.curve, "tokens": self.tokens, **best, **self.expert_facts()}
-
-    def expert_facts(self) -> dict[str, list[list[int]]]:
-        """Return the tokens of each expert for a result; empty without experts."""
-        return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
-
-    def add(self, n_tokens: int, seconds: float, expert_tokens: list[list[int]]) -> None:
-        """Add an update; `expert_tokens`: the tokens of the update, by layer and expert."""
-        self.tokens += n_tokens
-        self.step_s.append(seconds)
-        self.expert_tokens = np.add(self.expert_tokens or 0, expert_tokens).tolist()
-
-
-def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, float]:
-    """Return each layer set's share of the squared gradient norm; embedding and norms are 'rest'.
-
-    `squares`: parameter name -> squared gradient norm of the parameter. If all norms are zero, the
-    shares are NaN.
-    """
-    total = sum(squares.values()) or math.nan
-    shares: dict[str, float] = defaultdict(float)
-    for name, value in squares.items():
-        shares[model.set_of(name)] += value / total
-    return dict(shares)
-
-
-def stop_early(
-    step: int,
-    runs: Sequence[RunSpec],
-    measured: set[str],
-    progress: Mapping[str, Progress],
-    optimizer: AdamW,
-    metric: Metric,
-) -> set[str]:
-    """Keep the weights of `measured` runs that improved; return the ids of runs that end early."""
-    watched = [run for run in runs if run.early_stopping and run.id in measured]
-    for run in watched:
-        point = progress[run.id].curve[-1]
-        loss = metric.loss(metric.on_first(point))
-        progress[run.id].best.note(step, loss)
-    better = {run.id for run in watched if progress[run.id].best.step == step}
-    optimizer.keep_best([k for k, run in enumerate(runs) if run.id in better])
-    ending = set()
-    for run in watched:
-        points = progress[run.id].curve[1:]
-        steps = [point["step"] for point in points]
-        if no_better(progress[run.id].best.step, steps, run.steps) >= run.early_stopping:
-            # `on_part` is the metric on the rows of earlier evaluations, which are these rows
-            points[-1].setdefault(metric.on_part, metric.on_first(points[-1]))
-            ending.add(run.id)
-    return ending
+        experts = {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
+        return {"curve": self.curve, "tokens": self.tokens, **best, **experts}

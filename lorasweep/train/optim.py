@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorasweep.methods.trainables import Trainables
-from lorasweep.models.sharding import Mesh, local, read_tensors
+from lorasweep.models.sharding import ALONE, Mesh, local, read_tensors
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
 
@@ -37,17 +37,15 @@ class AdamW:
     """AdamW for the tensors of a pack. Each process updates its part of a sharded tensor."""
 
     def __init__(
-        self, trainables: Trainables, specs: Sequence[RunSpec], mesh: Mesh | None = None
+        self, trainables: Trainables, specs: Sequence[RunSpec], mesh: Mesh = ALONE
     ) -> None:
-        """Start with zero moments."""
-        self.trainables, self.specs, self.mesh = trainables, list(specs), mesh or Mesh()
+        self.trainables, self.specs, self.mesh = trainables, list(specs), mesh
         self.params = params = trainables.parameters()
-        self.exp_avg: Tensors = {n: torch.zeros_like(p) for n, p in params.items()}
-        self.exp_avg_sq: Tensors = {n: torch.zeros_like(p) for n, p in params.items()}
-        self.best: Tensors = {}
-        """Weights of the best evaluation of each run; empty if no run may end early."""
-        if any(s.early_stopping for s in specs):
-            self.best = {n: torch.zeros_like(p) for n, p in params.items()}
+        self.exp_avg, self.exp_avg_sq, self.best = (
+            {n: torch.zeros_like(p) for n, p in params.items() if wanted}
+            for wanted in (True, True, any(s.early_stopping for s in specs))
+        )
+        """`best`: weights of the best evaluation of each run; empty if no run may end early."""
         self._find_lr_ratios()
 
     def _find_lr_ratios(self) -> None:
@@ -118,8 +116,7 @@ class AdamW:
             min(1.0, s.clip_norm / (n + 1e-6)) if s.clip_norm else 1.0
             for s, n in zip(self.specs, norms)
         ]
-        params = [local(p) for p in self.params.values()]
-        grads = [_gradient(p) for p in self.params.values()]
+        params, grads = ([of(p) for p in self.params.values()] for of in (local, _gradient))
         m, v = ([local(held[n]) for n in self.params] for held in (self.exp_avg, self.exp_avg_sq))
         if not self.trainables.stacked:
             # torch's fused kernel reads and writes each number once

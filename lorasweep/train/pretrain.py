@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,8 +12,7 @@ from lorasweep.data.batches import collate, eval_batches
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
 from lorasweep.models.find import recipe_file_name, recipe_weights
-from lorasweep.models.load import empty_model
-from lorasweep.models.targets import use_grouped_experts
+from lorasweep.models.load import empty_model, use_grouped_experts
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec, Recipe
 from lorasweep.train.objectives.nll import evaluate, nll_sums
@@ -29,15 +28,11 @@ Progress = Callable[[int, float], None]
 def ensure(
     spec: ModelSpec, models_dirs: Sequence[str], progress: Progress = lambda step, nll: None
 ) -> None:
-    """Pretrain the base of a recipe into the first models folder, unless its weights exist.
-
-    Does nothing for models without a recipe.
-    """
-    if spec.source != "recipe" or recipe_weights(spec, models_dirs) is not None:
-        return
-    path = Path(models_dirs[0]).expanduser() / recipe_file_name(spec)
-    print(f"pretraining base model {spec.name} once, from its recipe, into {path}", flush=True)
-    save(pretrain(spec, progress)[0], path)
+    """Pretrain the base of a recipe into the first models folder, unless its weights exist."""
+    if spec.source == "recipe" and recipe_weights(spec, models_dirs) is None:
+        path = Path(models_dirs[0]).expanduser() / recipe_file_name(spec)
+        print(f"pretraining base model {spec.name} once, from its recipe, into {path}", flush=True)
+        save(pretrain(spec, progress)[0], path)
 
 
 def save(model: "PreTrainedModel", path: Path) -> None:
@@ -53,9 +48,7 @@ def save(model: "PreTrainedModel", path: Path) -> None:
     os.replace(partial, path)
 
 
-def pretrain(
-    spec: ModelSpec, progress: Progress = lambda step, nll: None
-) -> tuple["PreTrainedModel", float]:
+def pretrain(spec: ModelSpec, progress: Progress) -> tuple["PreTrainedModel", float]:
     """Train the base by its recipe; return the model and its held-out NLL in nats per token."""
     assert spec.recipe is not None
     torch.manual_seed(spec.recipe.seed)
@@ -93,16 +86,9 @@ def updates(model: "PreTrainedModel", recipe: Recipe, data: Data) -> Iterator[tu
 
 def pretraining_data(recipe: Recipe) -> Data:
     """Load the pretraining data of a recipe, with 512 held-out rows."""
-    spec = DatasetSpec(
-        name=f"pretrain-{recipe.dataset}",
-        source="synthetic",
-        location=recipe.dataset,
-        format="tokens",
-        mask="all",
-        max_length=recipe.length,
-        n_test=512,
-        generator_params=recipe.generator_params,
-    )
+    name, more = f"pretrain-{recipe.dataset}", {"generator_params": recipe.generator_params}
+    how: dict[str, Any] = {"format": "tokens", "mask": "all", "n_test": 512, **more}
+    spec = DatasetSpec(name, "synthetic", recipe.dataset, max_length=recipe.length, **how)
     return load_data(spec, data_dirs=())
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lorasweep.errors import ModelError
 from lorasweep.models.forward import COMPUTE_DTYPES, autocast
-from lorasweep.models.sharding import Mesh, layers_together
+from lorasweep.models.sharding import ALONE, Mesh, layers_together
 from lorasweep.train.events import SAMPLING, phase
 
 
@@ -54,7 +55,7 @@ def sample(
     uniforms_NAL: np.ndarray,
     ends: Sequence[Sequence[int]],
     precision: str,
-    mesh: Mesh | None = None,
+    mesh: Mesh = ALONE,
     forward_parts: int = 1,
 ) -> list[Completions]:
     """Sample completions at temperature 1, equally many prompts and completions for every run.
@@ -70,14 +71,14 @@ def sample(
     n_prompts = len(prompts[0])
     total, longest = uniforms_NAL.shape[1:]
     group = total // n_prompts
-    if mesh is not None and mesh.size > 1:
+    if mesh.size > 1:
         # There is one run. Each process samples every size-th prompt. Prompts that are repeated for
         # equal numbers are dropped later.
         mine = [k % n_prompts for k in mesh.turns(n_prompts)]
         uniforms = uniforms_NAL.reshape(n_prompts, group, -1)[mine].reshape(1, -1, longest)
         own = [[prompts[0][k] for k in mine]]
         with layers_together(model):
-            (found,) = sample(model, own, uniforms, ends, precision, None, forward_parts)
+            (found,) = sample(model, own, uniforms, ends, precision, ALONE, forward_parts)
         every = _joined(mesh.gather(found))  # ordered by process
         at = np.arange(len(every.tokens)).reshape(mesh.size, -1, group).swapaxes(0, 1)
         by_prompt = at.flatten()[:total]
@@ -85,18 +86,13 @@ def sample(
         return [replace(every, tokens=tokens, log_p=log_p, ended=every.ended[by_prompt])]
     most = min(completions_at_once(model, prompts, longest, precision), total)
     size = max(1, most // forward_parts // group)
+    parts = []
     with phase(SAMPLING, divisible=size > 1):
-        by_part = [
-            _together(
-                model,
-                [own[k : k + size] for own in prompts],
-                uniforms_NAL[:, k * group : (k + size) * group],
-                ends,
-                precision,
-            )
-            for k in range(0, n_prompts, size)
-        ]
-    return [_joined(own) for own in zip(*by_part)]
+        for k in range(0, n_prompts, size):
+            own, at = [of_run[k : k + size] for of_run in prompts], slice(k * group, None)
+            uniforms = uniforms_NAL[:, at][:, : size * group]
+            parts.append(_together(model, own, uniforms, ends, precision))
+    return [_joined(of_run) for of_run in zip(*parts)]
 
 
 def completions_at_once(
@@ -124,22 +120,22 @@ def _together(
 ) -> list[Completions]:
     """Sample by one forward pass over the prompts, then one for each further token."""
     (n, total, most), device = uniforms_NAL.shape, next(model.parameters()).device
-    rows = [p for own in prompts for p in own]
+    rows = [torch.from_numpy(p.astype(np.int64)) for own in prompts for p in own]
     length, group = max(map(len, rows)), total // len(prompts[0])
-    tokens = np.zeros((len(rows), length), dtype=np.int64)
-    mask = np.zeros_like(tokens)
-    for k, row in enumerate(rows):  # padded on the left
-        tokens[k, length - len(row) :] = row
-        mask[k, length - len(row) :] = 1
-    cache = _cache(model, precision) if most > 1 else None
-    forward, mask_RT, at = _forward(model, precision, cache), None, None
-    if not mask.all():
-        mask_RT = torch.from_numpy(mask).to(device)
-        at = (mask_RT.cumsum(1) - 1).clamp(min=0)
-    logits = forward(torch.from_numpy(tokens).to(device), mask_RT, at)
+    tokens_RT, mask_RT = (
+        pad_sequence(some, batch_first=True, padding_side="left").to(device)
+        for some in (rows, list(map(torch.ones_like, rows)))
+    )
+    (forward, cache), at = (
+        _forward(model, precision, most > 1),
+        (mask_RT.cumsum(1) - 1).clamp(min=0),
+    )
+    if min(map(len, rows)) == length:
+        mask_RT = at = None
+    logits = forward(tokens_RT, mask_RT, at)
     if cache is not None:
         cache.batch_repeat_interleave(group)
-    if at is not None and mask_RT is not None:
+    if at is not None:
         at, mask_RT = at[:, -1:].repeat_interleave(group, 0), mask_RT.repeat_interleave(group, 0)
 
     uniforms_RL = torch.from_numpy(uniforms_NAL).reshape(n * total, most).to(device)
@@ -162,14 +158,11 @@ def _together(
                 some = (first + torch.arange(n, device=device)[:, None] * held).flatten()
                 cache.batch_select_indices(some)
                 index, alive = index[some], alive[some]
-                if at is not None and mask_RT is not None:
+                if at is not None:
                     mask_RT, at = mask_RT[some], at[some]
-            if at is not None and mask_RT is not None:
-                at = at + 1
-                mask_RT = torch.cat([mask_RT, torch.ones_like(at)], 1)
-                here = at
-            else:
-                here = torch.full((len(index), 1), length + t - 1, device=device)
+            if at is not None:
+                at, mask_RT = at + 1, torch.cat([mask_RT, torch.ones_like(at)], 1)
+            here = torch.full((len(index), 1), length + t - 1, device=device) if at is None else at
             logits = forward(drawn_RL[index, t - 1][:, None], mask_RT, here)
         # draw the first token at which the cumulative probability exceeds the random number
         log_p = torch.log_softmax(logits, -1)
@@ -206,33 +199,25 @@ def _together(
     ]
 
 
-def _cache(model: Any, precision: str) -> Any:
+def _forward(model: Any, precision: str, cached: bool) -> tuple[Callable[..., torch.Tensor], Any]:
+    """Return the function (tokens, mask, positions) -> logits at the last token, and its cache.
+
+    The cache holds keys and values in the type of matrix products. Under autocast keys are fp32
+    (before transformers 5.24 also values). Attention rounds them to bf16 at every token, so
+    rounding them earlier changes no number. In bf16 the cache takes two thirds of the memory
+    (before 5.24 half of it).
+
+    ModelError: the forward pass has none of CACHE_ARGUMENTS. It would ignore an unknown argument,
+    and every token would be drawn as if it were the first of its row.
+    """
     from transformers import DynamicCache
 
     dtype = COMPUTE_DTYPES[precision]
 
     class Cache(DynamicCache):
-        """A transformers cache that stores keys and values in the type of matrix products.
-
-        Under autocast keys are fp32 (before transformers 5.24 also values). Attention rounds them
-        to bf16 at every token, so rounding them earlier changes no number. In bf16 the cache takes
-        two thirds of the memory (before 5.24 half of it).
-        """
-
-        def update(  # type: ignore[override]
-            self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
+        def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
             return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
 
-    return Cache(config=model.config)
-
-
-def _forward(model: Any, precision: str, cache: Any) -> Callable[..., torch.Tensor]:
-    """Return the function (tokens, mask, positions) -> logits at the last token.
-
-    ModelError: the forward pass has none of CACHE_ARGUMENTS. It would ignore an unknown argument,
-    and every token would be drawn as if it were the first of its row.
-    """
     taken = inspect.signature(model.forward).parameters
     names = [name for name in CACHE_ARGUMENTS if name in taken]
     if not names:
@@ -241,7 +226,8 @@ def _forward(model: Any, precision: str, cache: Any) -> Callable[..., torch.Tens
             f"arguments is named {' or '.join(CACHE_ARGUMENTS)}, so completions cannot be sampled. "
             "Use objective=sft, or another model."
         )
-    how = {"use_cache": cache is not None, "logits_to_keep": 1, names[0]: cache}
+    cache = Cache(config=model.config) if cached else None
+    how = {"use_cache": cached, "logits_to_keep": 1, names[0]: cache}
 
     def forward(
         tokens: torch.Tensor, mask: torch.Tensor | None, at: torch.Tensor | None
@@ -251,7 +237,7 @@ def _forward(model: Any, precision: str, cache: Any) -> Callable[..., torch.Tens
         logits = found.logits[:, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    return forward
+    return forward, cache
 
 
 def _joined(parts: Sequence[Completions]) -> Completions:

@@ -12,8 +12,7 @@ from collections import Counter
 import pytest
 
 from lorasweep.launch import local
-from lorasweep.models.load import config_of, without_weights
-from lorasweep.models.targets import find_targets
+from lorasweep.models.load import config_of, find_targets, without_weights
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import REST, trained_by_set

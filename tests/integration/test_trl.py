@@ -10,8 +10,13 @@ from benchmarks import trl_baseline as trl
 from lorasweep.data.rewards import prompt_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.train.objectives.nll import token_log_p
-from lorasweep.train.objectives.policy_gradient import surrogate
-from lorasweep.train.objectives.rollouts import Completion, Group, advantages, collate_rollouts
+from lorasweep.train.objectives.policy_gradient import (
+    Completion,
+    Group,
+    advantages,
+    collate_rollouts,
+    surrogate,
+)
 from tests.training import rewarded_world
 
 GROUP, PROMPTS, MOST = 8, 16, 8

@@ -26,13 +26,10 @@ rule 1, for which the base was measured on held-out rows only."""
 class Objective:
     """A training objective: its loss, its held-out measures, and its divergence rule.
 
-    The argument `runs` is the runs still in the pack; in `evaluate` and `at_end`, the runs to
-    measure.
-
-    For an update the loop calls `batches`, then `loss` of each batch. It divides each run's summed
-    loss by the run's summed `weights`. So a mean over tokens does not depend on the micro-batches.
-    In batches N counts groups of runs, see `groups`; it is the number of runs after the first
-    update.
+    `runs`: those still in the pack; in `evaluate` and `at_end`, those to measure. For an update the
+    loop calls `batches`, then `loss` of each batch. It divides each run's summed loss by the run's
+    summed `weights`. So a mean over tokens does not depend on the micro-batches. In batches N
+    counts groups of runs, see `groups`; it is the number of runs after the first update.
     """
 
     metric: Metric
@@ -47,18 +44,16 @@ class Objective:
     ) -> None:
         """Set up the objective; for `join_rows` and `forward_parts` see Exec.
 
-        Args:
-            data: run id -> the run's data set; runs may share one.
-            micro_batch_size: sequences (rows or completions) per run and forward pass with
-                gradients; None: all of an update.
+        `data`: run id -> the run's data set. `micro_batch_size`: sequences (rows or completions)
+        per run and forward pass with gradients; None: all of an update.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._join_rows, self._forward_parts, self._mesh = join_rows, forward_parts, Mesh()
 
     def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
-        """Return the group of each run: runs of a group have the same gradient at update `step`.
+        """Return the group of each run, numbered by the first runs, which alone are in the batches.
 
-        Groups are numbered by their first runs, which alone are in the batches.
+        Runs of a group have the same gradient at update `step`.
         """
         return list(range(len(runs)))
 
@@ -66,42 +61,34 @@ class Objective:
         """Return each run's measures, the metric included, under the base without adapters."""
         self._mesh = base.mesh
         if self._join_rows:
-            check_rows_stay_apart(base.model)
+            check_rows_stay_apart(base.model, self._precision)
         return []
 
     def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> Sequence[Batch]:
         """Return the micro-batches of update `step` (0-based). May sample from the model.
 
-        All processes of base.mesh return the same list, and its length is a multiple of the mesh
-        size. Each process then takes every size-th batch.
+        All processes return the same list, whose length is a multiple of their number.
         """
-        raise NotImplementedError
 
     def weights(self, batch: Any) -> torch.Tensor:
         """Return each run's weight of a batch, [N]. It is known before the forward pass."""
-        raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Return the summed loss of each run, [N], with gradient."""
-        raise NotImplementedError
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
         """Return the record of an update for each run, from the mean losses of the runs."""
-        raise NotImplementedError
 
     def diverged(self, run_id: str, loss: float) -> bool:
         """Note the mean loss of an update; return whether the run diverged. The loop checks NaN."""
-        raise NotImplementedError
 
     def evaluate(
         self, model: nn.Module, runs: Sequence[RunSpec], final: bool
     ) -> list[tuple[Record, int]]:
-        """Measure runs on held-out items: on all of them if `final`, else on a part.
+        """Return measures of runs by name, the metric included, and the number of held-out items.
 
-        Returns each run's measures by name, the metric included, and the number of items. The model
-        has only the adapters of these runs.
+        On all items if `final`, else on a part. The model has only the adapters of these runs.
         """
-        raise NotImplementedError
 
     def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
         """Return more measures of finished runs; the model has only the adapters of these runs."""
@@ -115,17 +102,11 @@ class Objective:
         return {**counts, DATA_SHA256: data.sha256, **commit}
 
     def state(self, run_id: str) -> dict[str, Any]:
-        """Return a run's state for its checkpoint, as JSON values.
-
-        The keys step, layout, curve, tokens and best are reserved for the loop.
-        """
+        """Return a run's state for its checkpoint, as JSON values, beside the keys of the loop."""
         return {DATA_SHA256: self._data[run_id].sha256}
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`, which also contains the keys of the loop.
-
-        Raises DataError if the run resumes with other data than it started with.
-        """
+        """Restore the values of `state`; DataError: the run resumes with other data."""
         then, now = state[DATA_SHA256], self._data[run_id].sha256
         if then != now:
             raise DataError(

@@ -8,6 +8,7 @@ positions of a run, L loss tokens of a run, H hidden, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from lorasweep.data.batches import Batch, by_length, joined, merge, padded
 from lorasweep.data.examples import Example
 from lorasweep.models.forward import autocast, hidden_states, logits_of
-from lorasweep.models.sharding import Mesh
-from lorasweep.train.events import Record
+from lorasweep.models.sharding import ALONE, Mesh
+from lorasweep.train.events import EVALUATION, Record, phase
 
 LOGITS, GPU_LOGITS = 1 << 24, 1 << 26
 """Maximum number of logits computed at once, on a CPU and on a GPU. On a GPU that is about 500
@@ -41,10 +42,6 @@ class Inputs(NamedTuple):
     """1 for a loss token, 0 for filler."""
     position_ids_RT: torch.Tensor | None
     """Position of each token in its row, where rows are joined; None for padded rows."""
-
-
-Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Function of the logits [R, p, V], targets [R, p] and weights [R, p] of a chunk of p positions."""
 
 
 def nll_sums(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
@@ -88,8 +85,13 @@ def inputs(model: nn.Module, batch: Batch) -> Inputs:
     return Inputs(tokens, positions, targets, weight, more[0] if more else None)
 
 
-def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> list[torch.Tensor]:
-    """Return `measure` of each chunk of positions, with gradient."""
+def _by_chunks(
+    model: Any, given: Inputs, precision: str, measure: Callable[..., torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return `measure` of each chunk of positions, with gradient.
+
+    It gets logits [R, p, V], targets [R, p] and weights [R, p].
+    """
     tokens_RT, positions_RP, targets_RP, weight_RP, position_ids_RT = given
     rows, width = positions_RP.shape
     most = LOGITS if tokens_RT.device.type == "cpu" else GPU_LOGITS
@@ -127,41 +129,37 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- held-out rows
 
 
-def _merged(
-    batches_N: Sequence[list[Batch]], mesh: Mesh
-) -> Iterator[tuple[int, Batch, list[bool]]]:
+def _merged(batches_N: Sequence[list[Batch]], mesh: Mesh) -> Iterator[tuple[int, Batch, list[int]]]:
     """Yield this process's share of the batches of all runs together: number, batch, who counts.
 
     A run with fewer batches than another repeats some; the repetitions do not count.
     """
     for k in mesh.turns(max(map(len, batches_N))):
-        yield k, merge([own[k % len(own)] for own in batches_N]), [k < len(b) for b in batches_N]
+        who = [n for n, own in enumerate(batches_N) if k < len(own)]
+        yield k, merge([own[k % len(own)] for own in batches_N]), who
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches_N: Sequence[list[Batch]], precision: str, mesh: Mesh | None = None
+    model: nn.Module, batches_N: Sequence[list[Batch]], precision: str, mesh: Mesh = ALONE
 ) -> list[float]:
     """Return each run's NLL in nats per loss token, from its list of held-out batches.
 
     Several processes share the batches.
     """
-    mesh = mesh or Mesh()
     device = next(model.parameters()).device
     total_N = torch.zeros(len(batches_N), dtype=torch.float64, device=device)
-    for _, batch, counts_N in _merged(batches_N, mesh):
-        sums_N = nll_sums(model, batch, precision).double()
-        if not all(counts_N):
-            sums_N = torch.where(torch.tensor(counts_N, device=device), sums_N, 0.0)
-        total_N += sums_N
+    for _, batch, who in _merged(batches_N, mesh):
+        total_N[who] += nll_sums(model, batch, precision).double()[who]
     mesh.sum_(total_N)
     n_loss_N = torch.tensor([sum(b.n_loss for b in own) for own in batches_N], device=device)
     return (total_N / n_loss_N).tolist()
 
 
-def more_than_a_row(batches_N: Sequence[list[Batch]]) -> bool:
-    """Return whether a batch has several rows of a run, so that smaller batches are possible."""
-    return any(len(batch.lengths[0]) > 1 for own in batches_N for batch in own)
+def in_evaluation(batches_N: Sequence[list[Batch]]) -> AbstractContextManager[None]:
+    """Return the phase of evaluation, divisible if a batch has several rows of a run."""
+    divisible = any(len(batch.lengths[0]) > 1 for own in batches_N for batch in own)
+    return phase(EVALUATION, divisible)
 
 
 @torch.no_grad()
@@ -170,19 +168,18 @@ def row_nlls(
     rows_N: Sequence[Sequence[Example]],
     batches_N: Sequence[list[Batch]],
     precision: str,
-    mesh: Mesh | None = None,
+    mesh: Mesh = ALONE,
 ) -> list[np.ndarray]:
     """Return the summed NLL in nats of each row of each run, in the order of `by_length`.
 
     `batches_N`: the rows, as `eval_batches` groups them. Several processes share the batches.
     """
-    mesh = mesh or Mesh()
     counts_N = [[int(rows[i].loss.sum()) for i in by_length(rows)] for rows in rows_N]
     ends_N = [np.cumsum([len(b.lengths[0]) for b in own]) for own in batches_N]
     found_N = [torch.zeros(len(rows), dtype=torch.float64) for rows in rows_N]
-    for k, batch, is_own_N in _merged(batches_N, mesh):
+    for k, batch, who in _merged(batches_N, mesh):
         log_p_NM = token_log_p(model, batch, precision).double().cpu().numpy()
-        for n in np.flatnonzero(is_own_N).tolist():
+        for n in who:
             own = batches_N[n][k]
             rows = slice(ends_N[n][k] - len(own.lengths[0]), ends_N[n][k])
             starts = np.cumsum([0, *counts_N[n][rows][:-1]])
@@ -202,12 +199,8 @@ def gain_se(
 
     The differences are paired, and errors are clustered by prompt (Miller, arXiv 2411.00640): a
     jackknife over prompts of a ratio of sums (Cochran, Sampling Techniques, 3rd ed., chapter 6).
-    NaN for fewer than two prompts.
-
-    Args:
-        before, after: [rows], summed NLL of each row under the base and under the trained model.
-        tokens: [rows], loss tokens.
-        prompts: [rows], number of each row's prompt; None: every row has a different prompt.
+    NaN for fewer than two prompts. All arguments are [rows]: summed NLLs under the base and under
+    the trained model, loss tokens, number of the prompt (None: every row has a different prompt).
     """
     differences = before - after
     if prompts is not None:
@@ -225,21 +218,18 @@ def evaluate_exact(
     batches_N: Sequence[list[Batch]],
     precision: str,
     name: str,
-    mesh: Mesh | None = None,
+    mesh: Mesh = ALONE,
 ) -> list[Record]:
     """Return each run's expected NLL over the true distributions, for each of PARTS.
 
     The expected NLL in a context is -sum_v p(v) log q(v). It is the expectation of the NLL that
     `evaluate` returns. Keys: `name` with each suffix of PARTS; NaN for a part without contexts.
     """
-    mesh = mesh or Mesh()
     sums, counts = torch.zeros(2, len(batches_N), len(PARTS), dtype=torch.float64)
-    for k, batch, is_own_N in _merged(batches_N, mesh):
+    for k, batch, who in _merged(batches_N, mesh):
         log_q_N = log_probabilities(model, batch, precision)
-        for n in np.flatnonzero(is_own_N).tolist():
-            truth = batches_N[n][k].truth
-            if truth is None:
-                continue
+        for n in who:
+            truth: Any = batches_N[n][k].truth
             true = torch.from_numpy(truth.probabilities).to(log_q_N[n])
             nll_L = -(true * log_q_N[n]).sum(-1).double().cpu()
             changed_L = torch.from_numpy(truth.changed)

@@ -5,40 +5,39 @@ ratio is p_learner / p_sampler, the advantage is the reward minus the mean rewar
 study has the same loss: `importance_sampling` of github.com/thinking-machines-lab/tinker-cookbook.
 Except for the sign, its gradient is the gradient of the expected reward (Williams 1992) times
 (G - 1) / G, because the mean contains the completion itself. Groups with equal rewards have no
-gradient, so the learner skips them. They count in the number of completions that the loss is
-divided by.
+gradient, so the learner skips them, but they count in the number that the loss is divided by.
 
-Shapes: N runs of the pack, M positions per run, G completions of a prompt.
+Shapes: N runs of the pack, P prompts, G completions of each, M positions per run at which a token
+of a completion is predicted.
 """
 
 import copy
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from lorasweep.data.batches import Batch, eval_batches, merge, up, widen
 from lorasweep.data.examples import Data, Example, Rewards, prompt_of
 from lorasweep.data.rewards import check_available, check_rows
 from lorasweep.errors import DataError, ModelError
 from lorasweep.models.load import Base
+from lorasweep.models.sharding import ALONE, Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.train.events import Record
-from lorasweep.train.objectives import rollouts
 from lorasweep.train.objectives.base import Objective
-from lorasweep.train.objectives.nll import token_log_p
-from lorasweep.train.objectives.rollouts import Rollouts
-from lorasweep.train.sampling import sample
+from lorasweep.train.objectives.nll import in_evaluation, row_nlls, token_log_p
+from lorasweep.train.sampling import Completions, sample
 
 COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
-"""A run has collapsed if its mean reward is below COLLAPSED_SHARE times `Signal.base_reward` for
+"""A run has collapsed if its mean reward is below COLLAPSED_SHARE times the base's reward for
 COLLAPSED_PATIENCE updates in a row. Assumptions, not tuned."""
 FIRST_UPDATES = 8
 """A run fails if in its first FIRST_UPDATES updates no completion is rewarded, or every one is."""
@@ -47,6 +46,40 @@ RATIO_BOUND = 1e-3
 ROUNDING = 1e-5
 """Accepted rounding error of a log-probability, as a share of the largest logit: about 100 times
 the precision of fp32."""
+EVAL_TOKENS = 4096
+"""Padded tokens per run and forward pass in evaluation, in packs of any size."""
+DEVIATION_EPS = 1e-4
+"""Added to a group's standard deviation: TRL's value (trl.GRPOTrainer)."""
+
+
+class Completion(NamedTuple):
+    """One sampled completion."""
+
+    tokens: np.ndarray
+    log_p: np.ndarray
+    """log p of each token under the sampler, in nats."""
+    advantage: float
+
+
+class Group(NamedTuple):
+    """The completions of one prompt."""
+
+    prompt: np.ndarray
+    completions: list[Completion]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts(Batch):
+    """A part of an update's completions, for all runs: the learner's micro-batch."""
+
+    sampler_NM: np.ndarray
+    """log p of each token under the sampler; float64, 0 at filler."""
+    advantage_NM: np.ndarray
+    completion_NM: np.ndarray
+    """Number of the completion that a token belongs to, within its run; int64, 0 at filler."""
+    episodes: int = 0
+    """Divisor of each run's loss: in the first micro-batch the completions that the run sampled for
+    the update, in the others 0."""
 
 
 class PolicyGradient(Objective):
@@ -57,10 +90,8 @@ class PolicyGradient(Objective):
     def __init__(self, data: Mapping[str, Data], *settings: Any, **more: Any) -> None:
         super().__init__(data, *settings, **more)
         self._signals = {run_id: Signal() for run_id in data}
-        self._reference: nn.Module | None = None
         self._pack: Sequence[RunSpec] = ()
         """The runs of the present update."""
-        self._sampled_per_s = math.nan
         self._gap_NK: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Per micro-batch: sum of log p_sampler - log p_learner, [N], and number of tokens, [N]."""
 
@@ -74,11 +105,11 @@ class PolicyGradient(Objective):
                 if self._mesh.rank == 0:  # other processes wait for process 0, and fail with it
                     check_available(run.dataset)
                     check_rows(run.dataset, data, run.max_new_tokens)
-                (at_start,) = self._measure(base.model, [run], [data.test])
+                (at_start,) = at_first = self._measure(base.model, [run], [data.test])
                 first = self.curve_rows(run)
                 if len(first) < len(data.test):
-                    at_start[on_part] = self._measure(base.model, [run], [first])[0][name]
-                base.at_start[key] = {on_part: at_start[name], **at_start}
+                    at_first = self._measure(base.model, [run], [first])
+                base.at_start[key] = {on_part: at_first[0][name], **at_start}
             found.append(dict(base.at_start[key]))
             self._signals[run.id].reward_start = found[-1][name]
         if any(run.kl_weight for run in runs):
@@ -92,34 +123,25 @@ class PolicyGradient(Objective):
         n_prompts = first.batch_size // first.group_size
         rows_N = [self._data[r.id].train(r.seed, step * n_prompts, n_prompts) for r in runs]
         started, shape = time.perf_counter(), (first.batch_size, first.max_new_tokens)
-        completions_N = self._mesh.run(
-            sample,
-            model,
-            [[prompt_of(row) for row in rows] for rows in rows_N],
-            np.stack([stream("sample", r.seed, step).random(shape) for r in runs]),
-            self._data[first.id].rewards.ends,
-            self._precision,
-            self._mesh,
-            self._forward_parts,
-        )
-        seconds = time.perf_counter() - started
-        self._sampled_per_s = sum(len(t) for own in completions_N for t in own.tokens) / seconds
-        groups_N, kept_N = [], []
+        prompts = [[prompt_of(row) for row in rows] for rows in rows_N]
+        uniforms = np.stack([stream("sample", r.seed, step).random(shape) for r in runs])
+        how = (self._data[first.id].rewards.ends, self._precision, self._mesh, self._forward_parts)
+        completions_N = self._mesh.run(sample, model, prompts, uniforms, *how)
+        n_sampled = sum(len(t) for own in completions_N for t in own.tokens)
+        speed = {"sampled_tokens_per_s": n_sampled / (time.perf_counter() - started)}
+        some, kept_N = [], []
         for run, rows, completions in zip(runs, rows_N, completions_N):
             rewards = self._rewards_of(run)
-            groups, record = rollouts.reward_groups(rows, completions, rewards, run.reward_scale)
-            record["largest_logit"] = completions.largest_logit
-            self._signals[run.id].note(record, run.batch_size)
-            groups_N.append(groups)
-            kept_N.append(
-                [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
-            )
+            groups, record = reward_groups(rows, completions, rewards, run.reward_scale)
+            self._signals[run.id].note({**record, **speed}, run.batch_size)
+            some = some or groups[:1]
+            kept = [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
+            kept_N.append(kept)
         if not any(kept_N):
-            kept_N[0] = groups_N[0][:1]  # an update needs a micro-batch, even without a gradient
+            kept_N[0] = some  # an update needs a micro-batch, even without a gradient
         share = -(-first.batch_size // self._mesh.size)
-        most = min(self._micro_batch_size or share, share)
-        more = (first.batch_size, self._join_rows, self._mesh.size)
-        return rollouts.collate_rollouts(kept_N, most, *more)
+        most, more = min(self._micro_batch_size or share, share), (self._join_rows, self._mesh.size)
+        return collate_rollouts(kept_N, most, first.batch_size, *more)
 
     def _rewards_of(self, run: RunSpec) -> Rewards:
         """Return Rewards that process 0 computes and broadcasts.
@@ -127,23 +149,18 @@ class PolicyGradient(Objective):
         A program that checks completions may have a time limit, so two processes could disagree.
         """
         rewards, mesh = self._data[run.id].rewards, self._mesh
-        if mesh.size == 1:
-            return rewards
-        first = mesh.rank == 0
-        return dataclasses.replace(
-            rewards, of=lambda pairs: mesh.broadcast(rewards.of(pairs) if first else None)
-        )
+
+        def of(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
+            return mesh.broadcast(None if mesh.rank else rewards.of(pairs))
+
+        return replace(rewards, of=of)
 
     def weights(self, batch: Rollouts) -> torch.Tensor:
         """Return the number of completions that each run's loss is divided by, [N]."""
         return torch.full((len(batch.tokens_N),), float(batch.episodes), dtype=torch.float64)
 
     def loss(self, model: nn.Module, batch: Rollouts) -> torch.Tensor:
-        """Return the summed loss of each run, [N].
-
-        Also note the KL from sampler to learner, and (not in bf16) check that they are one policy:
-        ModelError if in fp32 the learner is not the policy that sampled the first completions.
-        """
+        """Return the summed loss of each run, [N]; see Signal.check_sampler (not in bf16)."""
         first = self._pack[0]
         log_p_NM = token_log_p(model, batch, self._precision)
         arrays = (batch.sampler_NM, batch.advantage_NM, batch.weight_NM)
@@ -173,14 +190,12 @@ class PolicyGradient(Objective):
         """
         kl_N, count_N = (sum(x.double() for x in xs) for xs in zip(*self._gap_NK))
         self._mesh.sum_(kl_N, count_N)
-        kls = (kl_N / count_N.clamp(min=1)).tolist()
-        speed = {"sampled_tokens_per_s": self._sampled_per_s}
         records = []
-        for run, loss, kl in zip(self._pack, losses, kls):
+        for run, loss, kl in zip(self._pack, losses, (kl_N / count_N.clamp(min=1)).tolist()):
             signal = self._signals[run.id]
             signal.beyond_fp32 = self._mesh.any(signal.beyond_fp32)
             signal.check(run)
-            records.append({"surrogate": loss, **signal.last, **speed, "sampler_kl": kl})
+            records.append({"surrogate": loss, **signal.last, "sampler_kl": kl})
         return records
 
     def diverged(self, run_id: str, loss: float) -> bool:
@@ -196,20 +211,18 @@ class PolicyGradient(Objective):
         number of choices is known, the bits learned are added, in all and per completion. The final
         evaluation adds the reward on the rows of earlier evaluations.
         """
-        tests = [self._data[run.id].test for run in runs]
-        firsts = [self.curve_rows(run) for run in runs]
-        rows = tests if final else firsts
+        name, firsts = self.metric.name, [self.curve_rows(run) for run in runs]
+        rows = [self._data[run.id].test for run in runs] if final else firsts
         found = at_first = self._measure(model, runs, rows)
-        if final and any(len(f) < len(t) for f, t in zip(firsts, tests)):
+        if any(len(f) < len(r) for f, r in zip(firsts, rows)):
             at_first = self._measure(model, runs, firsts)
-        name = self.metric.name
         for run, measures, first in zip(runs, found, at_first):
             if final:
                 measures[self.metric.on_part] = first[name]
             signal, data = self._signals[run.id], self._data[run.id]
             signal.best = max(signal.best, measures[name])
             if data.rewards.choices and data.n_train:
-                bits = data.n_train * rollouts.bits_learned(measures[name], data.rewards.choices)
+                bits = data.n_train * bits_learned(measures[name], data.rewards.choices)
                 measures |= {"bits": bits, "bits_per_answer": bits / signal.completions}
         return [(measures, len(items)) for measures, items in zip(found, rows)]
 
@@ -218,23 +231,14 @@ class PolicyGradient(Objective):
     ) -> list[Record]:
         rewards_N, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
         how = (self._precision, self._join_rows, self._mesh, self._forward_parts)
-        records, name = [], self.metric.name
-        found = rollouts.held_out_rewards(model, rows, rewards_N, most, *how)
-        for rewards, (mean, se, unread) in zip(rewards_N, found):
-            sampled = {} if rewards.exact else {f"{name}_unread": unread}
-            records.append({name: mean, f"{name}_se": se, **sampled})
-        return records
+        return held_out_rewards(model, rows, rewards_N, most, *how)
 
     def facts(self, run: RunSpec) -> Record:
         """Return the reward before training, the best reward, and facts about the data set."""
         signal = self._signals[run.id]
-        return {
-            "reward_start": signal.reward_start,
-            "best_reward": signal.state()["best_reward"],
-            "collapsed": signal.collapsed,
-            "answers": signal.completions,
-            **super().facts(run),
-        }
+        found = {"reward_start": signal.reward_start, "collapsed": signal.collapsed}
+        found |= {name: signal.state()[name] for name in ("best_reward", "answers")}
+        return {**found, **super().facts(run)}
 
     def state(self, run_id: str) -> dict[str, Any]:
         return {**self._signals[run_id].state(), **super().state(run_id)}
@@ -246,14 +250,19 @@ class PolicyGradient(Objective):
 
 @dataclass
 class Signal:
-    """The rewards of one run so far. They show whether the run can learn, or has collapsed."""
+    """The rewards of one run so far. They show whether the run can learn, or has collapsed.
+
+    A collapse is judged by the smaller of two estimates of the base's reward. One is the held-out
+    reward. The other is `first_reward`, because training prompts may be harder: the highest of the
+    means over the first 1, 2, ..., FIRST_UPDATES updates. After an early collapse, only the means
+    over few updates are still high.
+    """
 
     reward_start: float = math.nan
     """The base's held-out reward."""
     first_reward: float = -math.inf
-    """The highest mean reward of the first 1, 2, ..., FIRST_UPDATES updates."""
     below: int = 0
-    """Number of updates in a row with a reward below COLLAPSED_SHARE times `base_reward`."""
+    """Number of updates in a row with a reward below COLLAPSED_SHARE times the base's reward."""
     completions: int = 0
     rewarded: float = 0.0
     """Sum of the rewards of all `completions`."""
@@ -263,16 +272,6 @@ class Signal:
     """The record of the present update."""
     beyond_fp32: bool = False
     """Whether the weights are so large that fp32 rounding errors dominate: see check_sampler."""
-
-    @property
-    def base_reward(self) -> float:
-        """The base's reward, by which a collapse is judged: the smaller of two estimates.
-
-        One is the held-out reward. The other is `first_reward`, because training prompts may be
-        harder. It is the highest of the means over the first 1, 2, ... updates. After an early
-        collapse, only the means over few updates are still high.
-        """
-        return min(self.reward_start, self.first_reward)
 
     @property
     def collapsed(self) -> bool:
@@ -286,58 +285,49 @@ class Signal:
         self.rewarded += record["reward"] * completions
         if self.completions <= FIRST_UPDATES * completions:
             self.first_reward = max(self.first_reward, self.rewarded / self.completions)
-        is_below = record["reward"] < COLLAPSED_SHARE * self.base_reward
-        self.below = self.below + 1 if is_below else 0
+        base_reward = min(self.reward_start, self.first_reward)
+        self.below = self.below + 1 if record["reward"] < COLLAPSED_SHARE * base_reward else 0
 
     def check(self, run: RunSpec) -> None:
         """Raise DataError if no completion of the first updates was rewarded, or every one."""
         judged = self.completions == FIRST_UPDATES * run.batch_size
-        if not judged or 0 < self.rewarded < self.completions:
-            return
-        which, remedy = "no", "easier data, or a base that is right at times"
-        if self.rewarded:
-            which, remedy = "every", "harder data"
-        raise DataError(
-            f"run {run.id}: {which} completion of the first {self.completions} was rewarded on "
-            f"dataset {run.dataset.name!r}, so there is nothing to learn from. The base's held-out "
-            f"reward is {self.reward_start:.3g}. Choose {remedy}."
-        )
+        if judged and not 0 < self.rewarded < self.completions:
+            which, remedy = "no", "easier data, or a base that is right at times"
+            if self.rewarded:
+                which, remedy = "every", "harder data"
+            raise DataError(
+                f"run {run.id}: {which} completion of the first {self.completions} was rewarded on "
+                f"dataset {run.dataset.name!r}, so there is nothing to learn from. The base's "
+                f"held-out reward is {self.reward_start:.3g}. Choose {remedy}."
+            )
 
     def check_sampler(self, run: RunSpec, off: float) -> None:
         """Check that learner and sampler are the same policy; ModelError in the first update.
 
-        In a later update, a difference means that the run has broken down: its weights are so large
-        that rounding errors dominate. `off`: largest distance of p_learner / p_sampler from 1; the
-        loop checks for NaN.
+        Later, a difference means that the run has broken down: its weights are so large that
+        rounding errors dominate. `off`: largest distance of p_learner / p_sampler from 1.
         """
         bound = max(RATIO_BOUND, ROUNDING * self.last["largest_logit"])
-        if not off > bound:
-            return
-        self.beyond_fp32 = True
-        if self.completions > run.batch_size:
-            return
-        raise ModelError(
-            f"run {run.id}: for a sampled token, p_learner / p_sampler differs from 1 by "
-            f"{off:.2g} (bound {bound:.2g}), so learner and sampler are not the same policy. "
-            f"{run.model.name!r} computes something else with a cache than without: set "
-            "objective=sft for it, or choose another model."
-        )
+        self.beyond_fp32 = self.beyond_fp32 or off > bound
+        if off > bound and self.completions <= run.batch_size:
+            raise ModelError(
+                f"run {run.id}: for a sampled token, p_learner / p_sampler differs from 1 by "
+                f"{off:.2g} (bound {bound:.2g}), so learner and sampler are not the same policy. "
+                f"{run.model.name!r} computes something else with a cache than without: set "
+                "objective=sft for it, or choose another model."
+            )
 
     def state(self) -> dict[str, Any]:
         """Return counts and rewards as JSON values. A reward is None before its first value."""
         rewards = {"first_reward": self.first_reward, "best_reward": self.best}
-        return {
-            "below": self.below,
-            "answers": self.completions,
-            "rewarded": self.rewarded,
-            **{name: x if math.isfinite(x) else None for name, x in rewards.items()},
-        }
+        found = {name: x if math.isfinite(x) else None for name, x in rewards.items()}
+        counts = {"below": self.below, "answers": self.completions, "rewarded": self.rewarded}
+        return {**counts, **found}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the values of `state`."""
-        self.completions, self.rewarded = state["answers"], state["rewarded"]
-        rewards = (state["best_reward"], state["first_reward"])
-        self.below = state["below"]
+        self.below, self.completions = state["below"], state["answers"]
+        self.rewarded, rewards = state["rewarded"], (state["best_reward"], state["first_reward"])
         self.best, self.first_reward = (-math.inf if x is None else x for x in rewards)
 
 
@@ -371,3 +361,196 @@ def surrogate(
     if clip is not None:
         gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantage_NM)
     return -gain * share_NM
+
+
+# ---------------------------------------------------------------- completions and rewards
+
+
+def reward_groups(
+    rows: Sequence[Example], completions: Completions, rewards: Rewards, scale: str
+) -> tuple[list[Group], Record]:
+    """Return a run's groups, one per row, and the record of its completions.
+
+    `reward_se`: standard error over prompts, because completions of one prompt are similar.
+    `flat_groups`: share of groups with equal rewards. `entropy`: in nats per token. `cut_off`,
+    `unread`: shares of completions that were cut off, and that the verifier could not read.
+    """
+    size = len(completions.tokens) // len(rows)
+    # equal completions of one prompt are rewarded once
+    keys = [(k // size, tokens.tobytes()) for k, tokens in enumerate(completions.tokens)]
+    first = dict(zip(keys, completions.tokens))
+    given = rewards.of([(rows[k], tokens) for (k, _), tokens in first.items()])
+    by_key = dict(zip(first, given, strict=True))
+    found = [by_key[key] for key in keys]
+    reward_PG = np.array([r or 0.0 for r in found]).reshape(-1, size)
+    advantage = advantages(reward_PG, scale).ravel().tolist()
+    drawn = list(map(Completion, completions.tokens, completions.log_p, advantage))
+    groups = [Group(prompt_of(row), drawn[k * size : (k + 1) * size]) for k, row in enumerate(rows)]
+    return groups, {
+        "reward": float(reward_PG.mean(1).mean()),
+        "reward_se": standard_error(reward_PG.mean(1)),
+        "flat_groups": float((reward_PG == reward_PG[:, :1]).all(1).mean()),
+        "entropy": completions.entropy,
+        "answer_tokens": float(np.mean([len(t) for t in completions.tokens])),
+        "cut_off": float(np.mean(~completions.ended)) if rewards.ends else 0.0,
+        "unread": found.count(None) / len(found),
+        "largest_logit": completions.largest_logit,
+    }
+
+
+def advantages(reward_PG: np.ndarray, scale: str) -> np.ndarray:
+    """Return each reward minus the group's mean; with scale 'group' divided by the group's spread.
+
+    The spread is the standard deviation plus DEVIATION_EPS. The variance has the divisor G - 1, as
+    in TRL and in the code of GRPO (arXiv 2402.03300).
+    """
+    centred = reward_PG - reward_PG.mean(1, keepdims=True)
+    centred[(reward_PG == reward_PG[:, :1]).all(1)] = 0.0  # exactly, also where a mean is rounded
+    spread = reward_PG.std(1, ddof=1, keepdims=True) + DEVIATION_EPS if scale != "none" else 1.0
+    return centred / spread
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of a mean; NaN for a single value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@torch.no_grad()
+def held_out_rewards(
+    model: nn.Module,
+    rows_N: Sequence[Sequence[Example]],
+    rewards_N: Sequence[Rewards],
+    max_new_tokens: int,
+    precision: str,
+    join_rows: bool = False,
+    mesh: Mesh = ALONE,
+    forward_parts: int = 1,
+) -> list[Record]:
+    """Return each run's mean reward on its rows, standard error, and share of unread completions.
+
+    If only the gold answer is rewarded, the reward of a row is the probability of that answer,
+    which is the expected reward. Otherwise it is the reward of one sampled completion; every run
+    and every step use the same random numbers. `forward_parts`: see Exec.
+    """
+    name = METRICS["policy_gradient"].name
+    if all(r.exact for r in rewards_N):
+        most = max(1, EVAL_TOKENS // forward_parts)
+        batches_N = [eval_batches(rows, most, join_rows) for rows in rows_N]
+        with in_evaluation(batches_N):
+            values_N = [np.exp(-nll) for nll in row_nlls(model, rows_N, batches_N, precision)]
+        return [{name: float(v.mean()), f"{name}_se": standard_error(v)} for v in values_N]
+    count = max(map(len, rows_N))
+    uniforms = stream("sample", "held out").random((count, max_new_tokens))
+    # a run with fewer rows repeats some; the repetitions do not count
+    prompts_N = [[prompt_of(rows[i % len(rows)]) for i in range(count)] for rows in rows_N]
+    uniforms_NPL, ends = np.repeat(uniforms[None], len(rows_N), 0), rewards_N[0].ends
+    completions_N = sample(model, prompts_N, uniforms_NPL, ends, precision, mesh, forward_parts)
+    found = []
+    for rows, rewards, completions in zip(rows_N, rewards_N, completions_N):
+        own = rewards.of(list(zip(rows, completions.tokens)))
+        values = np.array([v or 0.0 for v in own])
+        found.append({name: float(values.mean()), f"{name}_se": standard_error(values)})
+        if not rewards.exact:
+            found[-1][f"{name}_unread"] = own.count(None) / len(own)
+    return found
+
+
+def bits_learned(reward: float, choices: int) -> float:
+    """Return the fewest bits of information about a label that allow this expected reward.
+
+    The reward is the probability of naming the label, one of `choices` equally likely ones. This is
+    the rate-distortion function of a uniform source under Hamming distortion (Cover & Thomas,
+    Elements of Information Theory, 2nd ed., problem 10.5). 0 at chance and below.
+    """
+    miss = 1 - reward
+    if miss >= 1 - 1 / choices:
+        return 0.0
+    entropy = sum(-p * math.log2(p) for p in (reward, miss) if p > 0)
+    return math.log2(choices) - entropy - miss * math.log2(choices - 1)
+
+
+# ---------------------------------------------------------------- rows for the learner
+
+
+def collate_rollouts(
+    groups_N: Sequence[Sequence[Group]],
+    rows: int,
+    episodes: int,
+    join_rows: bool,
+    processes: int = 1,
+) -> list[Rollouts]:
+    """Return micro-batches of at most `rows` completions (or one group) per run.
+
+    Every process gets equally many. `groups_N`: each run's groups with a gradient; a run that has
+    no more of them takes part with weight 0. `episodes`: completions of a run in the update.
+    """
+
+    def longest(group: Group) -> int:
+        return len(group.prompt) + max(len(c.tokens) for c in group.completions)
+
+    def silent(weight: int) -> Rollouts:
+        """Return a micro-batch of one run with advantages 0, and with weights or without."""
+        found = _collate(some[:1], join_rows)
+        none = np.zeros_like(found.advantage_NM)
+        weight_NM = weight * found.weight_NM
+        return replace(found, advantage_NM=none, weight_NM=weight_NM, tokens_N=(0,))
+
+    parts_N: list[list[list[Group]]] = []
+    for groups in groups_N:  # split into parts of at most `rows` completions, or of one group
+        parts: list[list[Group]] = []
+        count = 0
+        for group in sorted(groups, key=longest):
+            if not parts or count + len(group.completions) > rows:
+                parts.append([])
+                count = 0
+            parts[-1].append(group)
+            count += len(group.completions)
+        parts_N.append(parts)
+    some = next(parts[0] for parts in parts_N if parts)
+    micro_batches = []
+    for k in range(max(map(len, parts_N))):
+        own = [_collate(parts[k], join_rows) if k < len(parts) else silent(0) for parts in parts_N]
+        batch = merge(own)
+        width = batch.weight_NM.shape[1]
+        found: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}
+        for name in ("sampler_NM", "advantage_NM", "completion_NM"):
+            found[name] = np.concatenate([widen(getattr(part, name), width) for part in own])
+        micro_batches.append(Rollouts(**found, episodes=0 if k else episodes))
+    return micro_batches + [silent(1)] * (-len(micro_batches) % processes)  # equally many each
+
+
+def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
+    """Collate one run's completions; in a group, those equal up to the last token share a row."""
+    tokens, completions = list[np.ndarray](), list[Completion]()
+    firsts, lengths, n_tokens = list[int](), list[int](), 0
+    for group in groups:
+        # nothing is predicted from the last token
+        sharing: dict[bytes, list[Completion]] = {}
+        for completion in group.completions:
+            sharing.setdefault(completion.tokens[:-1].tobytes(), []).append(completion)
+        for own in sharing.values():
+            row = np.concatenate([group.prompt, own[0].tokens[:-1]])
+            firsts += [sum(lengths) + len(group.prompt) - 1] * len(own)
+            completions += own
+            lengths.append(up(len(row)))
+            tokens.append(np.pad(row, (0, lengths[-1] - len(row))))
+            n_tokens += len(row)
+    sizes = np.array([len(c.tokens) for c in completions])
+    count = int(sizes.sum())
+    within = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+    def wide(values: np.ndarray) -> np.ndarray:
+        return widen(values[None], up(count))
+
+    return Rollouts(
+        tokens_NX=np.concatenate(tokens).astype(np.int64)[None],
+        lengths=(tuple(lengths),),
+        loss_positions_NM=wide(np.repeat(firsts, sizes) + within),
+        targets_NM=wide(np.concatenate([c.tokens for c in completions]).astype(np.int64)),
+        weight_NM=wide(np.ones(count, dtype=np.float32)),
+        tokens_N=(n_tokens,),
+        join_rows=join_rows,
+        sampler_NM=wide(np.concatenate([c.log_p for c in completions])),
+        advantage_NM=wide(np.repeat([c.advantage for c in completions], sizes)),
+        completion_NM=wide(np.repeat(range(len(completions)), sizes)),
+    )

@@ -14,13 +14,13 @@ from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.load import Base
 from lorasweep.spec.metric import CURVE_START, METRICS
 from lorasweep.spec.run import RunSpec
-from lorasweep.train.events import EVALUATION, Record, phase
+from lorasweep.train.events import Record
 from lorasweep.train.objectives import nll
 from lorasweep.train.objectives.base import Objective
 from lorasweep.train.objectives.nll import evaluate, nll_sums, row_nlls
 
 DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
-"""See Divergence. Assumptions, not tuned."""
+"""See Measured. Assumptions, not tuned."""
 ROWS = "rows"
 """Key of the summed NLLs of rows among the measures of a run. It is removed before recording."""
 EVAL_TOKENS, EVAL_NUMBERS, GPU_EVAL_TOKENS = 1024, 1 << 17, 8192
@@ -30,10 +30,10 @@ EVAL_NUMBERS: SmolLM2 takes 0.85 of the time (docs/log). On a GPU: of all runs t
 
 
 @dataclass
-class Divergence:
-    """Decides from the train NLLs of a run whether the run has diverged.
+class Measured:
+    """What is known of a run beside its weights, and the rule that decides whether it diverged.
 
-    A run has diverged if its NLL is above DIVERGED_NLL_FACTOR times the base's NLL for
+    A run has diverged if its train NLL is above DIVERGED_NLL_FACTOR times the base's NLL for
     DIVERGED_PATIENCE updates in a row. The base's NLL is the larger of two values. One is on the
     rows of the first update, because training rows may be harder. The other is on the held-out
     rows, because a small first batch may be easy. Losses of later updates are no reference: a far
@@ -41,12 +41,23 @@ class Divergence:
     costs the run.
     """
 
-    held_out: float
+    held_out: float = math.nan
     """NLL of the held-out rows before training."""
     first: float | None = None
     """NLL of the first update; None before it."""
     above: int = 0
     """Updates in a row above the bound."""
+    start: Record = field(default_factory=dict)
+    """Measures of the base."""
+    rows: np.ndarray | None = None
+    """Summed NLLs of held-out rows under the base, if they are needed."""
+    retain: float = math.nan
+    """NLL of the rows of the pretraining task under the base."""
+    on_first: float | None = None
+    """Final NLL on the first held-out rows, for a run with the weights of a trial."""
+    code_nats: float = 0.0
+    n_loss: int = 0
+    """Loss tokens of the present update."""
 
     def note(self, nll: float) -> bool:
         """Add the train NLL of an update; return whether the run has diverged."""
@@ -55,24 +66,6 @@ class Divergence:
         bound = DIVERGED_NLL_FACTOR * max(self.held_out, self.first)
         self.above = self.above + 1 if nll > bound else 0
         return self.above >= DIVERGED_PATIENCE
-
-
-@dataclass
-class Measured:
-    """What is known of a run beside its weights."""
-
-    start: Record = field(default_factory=dict)
-    """Measures of the base."""
-    rows: np.ndarray | None = None
-    """Summed NLLs of held-out rows under the base, if they are needed."""
-    retain: float = math.nan
-    """NLL of the rows of the pretraining task under the base."""
-    divergence: Divergence = field(default_factory=lambda: Divergence(math.nan))
-    on_first: float | None = None
-    """Final NLL on the first held-out rows, for a run with the weights of a trial."""
-    code_nats: float = 0.0
-    n_loss: int = 0
-    """Loss tokens of the present update."""
 
 
 class SupervisedFineTuning(Objective):
@@ -95,23 +88,19 @@ class SupervisedFineTuning(Objective):
             most = GPU_EVAL_TOKENS // len(runs)
         self._eval_tokens = max(1, most // self._forward_parts)
         for run in runs:
-            data, known = self._data[run.id], self._runs[run.id]
+            data, known, name = self._data[run.id], self._runs[run.id], self.metric.name
             key = f"{run.dataset.canonical}/{run.draw}/{self._precision}"
-            on_curve, retain = f"{key}/curve", f"{key}/retain"
-            first = self.curve_rows(run)
+            on_curve, retain, first = f"{key}/curve", f"{key}/retain", self.curve_rows(run)
             on_curve = on_curve if len(first) < len(data.test) or data.validation else key
             parts = {key: data.test, on_curve: first, retain: data.retain}
-            for name, examples in parts.items():
-                if examples and name not in base.at_start:
-                    by_row = name == key and bool(data.validation)
-                    base.at_start[name] = self._measure(base.model, [examples], [by_row])[0]
-            at_first = base.at_start[on_curve][self.metric.name]
-            known.start = {**base.at_start[key], self.metric.on_part: at_first}
-            rows = known.start.pop(ROWS, None)
-            known.rows = None if rows is None else np.asarray(rows)
-            known.divergence = Divergence(known.start[self.metric.name])
+            for part, examples in parts.items():
+                if examples and part not in base.at_start:
+                    by_row = part == key and bool(data.validation)
+                    base.at_start[part] = self._measure(base.model, [examples], [by_row])[0]
+            known.start = {**base.at_start[key], self.metric.on_part: base.at_start[on_curve][name]}
+            known.rows, known.held_out = known.start.pop(ROWS, None), known.start[name]
             if data.retain:
-                known.retain = base.at_start[retain][self.metric.name]
+                known.retain = base.at_start[retain][name]
         return [self._runs[run.id].start for run in runs]
 
     def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
@@ -161,10 +150,10 @@ class SupervisedFineTuning(Objective):
         return [{"train_nll": loss} for loss in losses]
 
     def diverged(self, run_id: str, loss: float) -> bool:
-        """Add the loss to the code length; return whether the run diverged (see Divergence)."""
+        """Add the loss to the code length; return whether the run diverged (see Measured)."""
         known = self._runs[run_id]
         known.code_nats += loss * known.n_loss
-        return known.divergence.note(loss)
+        return known.note(loss)
 
     def evaluate(
         self, model: nn.Module, runs: Sequence[RunSpec], final: bool
@@ -190,20 +179,20 @@ class SupervisedFineTuning(Objective):
         ):
             at_first = self._measure(model, firsts, [False] * len(firsts))
         for run, own, measures, first in zip(runs, data, found, at_first):
-            known = self._runs[run.id]
-            n_bytes = [e.n_bytes for e in own.test if e.n_bytes is not None]
-            if len(n_bytes) == len(own.test) and any(n_bytes):  # all rows are text
-                bytes_per_token = sum(n_bytes) / sum(int(e.loss.sum()) for e in own.test)
+            known, tokens = self._runs[run.id], _loss_tokens(own.test)
+            n_bytes = [e.n_bytes for e in own.test]
+            is_text = None not in n_bytes and any(n_bytes)
+            if is_text and (run.test_rows or not final):
+                bytes_per_token = sum(n_bytes) / int(tokens.sum())
                 measures["test_bpb"] = measures[name] / math.log(2) / bytes_per_token
             if final:
                 on_first = first[name] if known.on_first is None else known.on_first
                 measures[self.metric.on_part] = on_first
             if final and not run.test_rows:
-                measures.pop("test_bpb", None)
                 del measures[name]
             after = measures.pop(ROWS, None)
             if after is not None and known.rows is not None:
-                tokens, prompts = _loss_tokens(own.test), _prompts(run, own.test)
+                prompts = _prompts(run, own.test)
                 measures["gain_se"] = nll.gain_se(known.rows, after, tokens, prompts)
             measures["code_nats"] = known.code_nats
         return [(measures, len(items)) for measures, items in zip(found, rows)]
@@ -212,10 +201,16 @@ class SupervisedFineTuning(Objective):
         self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
     ) -> list[Record]:
         """Return each run's NLL on its rows; where `by_row` is True, also those of rows (ROWS)."""
-        batches, name = [self._batched(r) for r in rows], self.metric.name
+        name, batches = self.metric.name, []
+        for examples in rows:  # made once for all evaluations
+            key = tuple(map(id, examples))  # the data sets are held, so ids are not reused
+            if key not in self._eval_batches:
+                made = eval_batches(examples, self._eval_tokens, self._join_rows)
+                self._eval_batches[key] = made
+            batches.append(self._eval_batches[key])
         sums: Sequence[np.ndarray] = ()
         nlls: Sequence[float] = ()
-        with phase(EVALUATION, nll.more_than_a_row(batches)):
+        with nll.in_evaluation(batches):
             if all(b.truth is not None for own in batches for b in own):
                 return nll.evaluate_exact(model, batches, self._precision, name, self._mesh)
             # Sums by row round differently. Each run gets the sum that it would get without others.
@@ -267,25 +262,15 @@ class SupervisedFineTuning(Objective):
     def state(self, run_id: str) -> dict[str, Any]:
         """Return the state of the divergence rule, the code length, and the data's fingerprint."""
         known = self._runs[run_id]
-        judged = {"above": known.divergence.above, "first_nll": known.divergence.first}
-        return {**judged, "code_nats": known.code_nats, **super().state(run_id)}
+        judged = {"above": known.above, "first_nll": known.first, "code_nats": known.code_nats}
+        return {**judged, **super().state(run_id)}
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`, or of the result of the run's trial."""
         super().load_state(run_id, state)
         known = self._runs[run_id]
-        known.divergence.first, known.divergence.above = (
-            state.get("first_nll"),
-            state.get("above", 0),
-        )
+        known.first, known.above = state.get("first_nll"), state.get("above", 0)
         known.code_nats, known.on_first = state["code_nats"], state.get(self.metric.on_part)
-
-    def _batched(self, examples: Sequence[Example]) -> list[Batch]:
-        """Return held-out examples in batches, made once for all evaluations."""
-        key = tuple(map(id, examples))  # the data sets are held, so ids are not reused
-        if key not in self._eval_batches:
-            self._eval_batches[key] = eval_batches(examples, self._eval_tokens, self._join_rows)
-        return self._eval_batches[key]
 
 
 def _loss_tokens(examples: Sequence[Example]) -> np.ndarray:
@@ -301,7 +286,7 @@ def _prompts(run: RunSpec, examples: Sequence[Example]) -> list[int] | None:
 
 
 class FirstLoss(NamedTuple):
-    """The loss of the rows of one update under the base: summed NLL, and number of loss tokens."""
+    """The summed NLL of the rows of one update under the base, and number of loss tokens."""
 
     nats: float
     tokens: int

@@ -22,7 +22,7 @@ from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
 from lorasweep.train import sampling
 from lorasweep.train.events import EVALUATION, LEARNING, SAMPLING, phase
-from lorasweep.train.objectives import rollouts, sft
+from lorasweep.train.objectives import policy_gradient, sft
 from tests.training import rewarded_spec
 from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.world import tiny_spec
@@ -235,8 +235,8 @@ def test_evaluation_that_runs_out_holds_less_at_once(monkeypatch, shortage):
     def rows(model, rows_N, batches_N, precision):
         return max(sum(len(b.lengths[0]) for b in bs) for bs in zip(*batches_N))
 
-    shortage(rollouts, "row_nlls", rows)
-    monkeypatch.setattr(rollouts, "EVAL_TOKENS", 1024)
+    shortage(policy_gradient, "row_nlls", rows)
+    monkeypatch.setattr(policy_gradient, "EVAL_TOKENS", 1024)
     tried, limit, notes = shortage.train(rewarded(2, n_test=512, n_test_curve=512))
     assert tried == [(2, 8, 1), (2, 8, 2), (2, 8, 4)]
     assert limit.rows is None and limit.runs is None and all(EVALUATION in n for n in notes)

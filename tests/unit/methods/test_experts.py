@@ -14,10 +14,10 @@ from lorasweep.config.compose import shipped_model
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.methods.stacked.peft_export import in_peft_layout, save_peft
+from lorasweep.methods.stacked import in_peft_layout
 from lorasweep.models import load as models
 from lorasweep.models.forward import autocast, hold_in_bf16
-from lorasweep.models.targets import find_targets
+from lorasweep.models.load import find_targets
 from lorasweep.plan.load import layer_bytes, load_of
 from lorasweep.train.optim import AdamW
 from tests.training import (
@@ -305,12 +305,3 @@ def test_under_autocast_experts_are_computed_in_bf16_whatever_they_are_held_in()
             found.append(logits_and_gradients(model, trainables, tokens))
     assert all(torch.equal(one, other) for one, other in zip(*found))
     assert all(float(g.abs().max()) > 0 for g in found[0][1:])
-
-
-def test_an_export_that_mixes_experts_up_writes_nothing(tmp_path, monkeypatch):
-    state = state_of(pack_of([LoRA(rank=4, layers="mlp")], moe(), SHAPE, perturb=0.2))
-    fastest = torch.Tensor.permute
-    monkeypatch.setattr(torch.Tensor, "permute", lambda t, *dims: fastest(t, 1, 0, 2))
-    with pytest.raises(ModelError, match=r"experts\.base_layer: in PEFT's layout .* of an expert"):
-        save_peft(tmp_path / "a", state, 4, "nobody/small", None, 8.0, 4, 16.0)
-    assert not (tmp_path / "a").exists()

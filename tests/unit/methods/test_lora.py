@@ -1,29 +1,44 @@
-"""LoRA against PEFT, full fine-tuning against torch, in float64; starts; LoRA's further fields."""
+"""LoRA against PEFT, full fine-tuning against torch, in float64; LoRA's further fields; norms and
+spectra against a decomposition; the adapter's file against PEFT."""
 
 import copy
 import dataclasses
+import itertools
+import json
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
+from lorasweep.cli import finished_runs
+from lorasweep.cli.actions import act
 from lorasweep.data import load as data
 from lorasweep.data.batches import collate, eval_batches
+from lorasweep.errors import TrainingError
+from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from lorasweep.methods.stacked import save_peft, spectral_norm
+from lorasweep.models.load import empty_model
+from lorasweep.store.run_store import RunStore
 from lorasweep.train.objectives.nll import evaluate, nll_sums
 from lorasweep.train.optim import AdamW
 from tests.training import (
     EPS,
     ROUNDING,
+    SMALL,
+    SMALL_MOE,
     apart,
     beside_peft,
     by_torch,
+    moe,
     pack_of,
     results,
     run,
     small_world,
+    state_of,
 )
 from tests.world import tiny_spec
 
@@ -162,3 +177,160 @@ def test_shares_of_the_gradient_by_layer_set(trained, method):
     share = final["curve"][0]["grad_share"]
     assert sum(share.values()) == pytest.approx(1) and ("rest" in share) == (method == FullFT())
     assert set(share) >= {"attention", "mlp", "unembedding"}
+
+
+def perturbed(world, methods):
+    """A pack with random tensors and gradients, on a copy of the base."""
+    model = copy.deepcopy(world[1].model)
+    trainables = pack_of(methods, model, world[0].model, perturb=0.1)
+    for p in trainables.parameters().values():
+        p.grad = torch.randn_like(p)
+    return trainables
+
+
+def decomposed(matrix):
+    return float(torch.linalg.svdvals(matrix.double())[0]), float(matrix.double().norm())
+
+
+@pytest.mark.parametrize("ranks", [(4,), (2, 2, 8)])
+def test_adapters_equal_a_decomposition(world, ranks):
+    methods = [LoRA(rank=r, alpha=8 + k, scaling_by="sqrt_rank") for k, r in enumerate(ranks)]
+    trainables = perturbed(world, methods)
+    pack = [dataclasses.replace(world[0], method=m) for m in methods]
+    norms, spectra = trainables.norms(), trainables.spectra()
+    squares = AdamW(trainables, pack).grad_squares()
+    for name, p in trainables.parameters().items():
+        short, runs = trainables.part_of(name)
+        for k, grad in zip(range(runs.start, runs.stop), p.grad):
+            want = float(grad.double().square().sum())
+            assert squares[k][short] == pytest.approx(want, rel=1e-12)
+    for k, method in enumerate(methods):
+        tensors, total = state_of(trainables, k), 0.0
+        assert len(spectra[k]) == len(tensors) / 2
+        for name, found in spectra[k].items():
+            a, b = tensors[f"{name}.A"].double(), tensors[f"{name}.B"].double()
+            largest, frobenius = decomposed(method.scaling * b @ a)
+            want = {"a": decomposed(a)[0], "b": decomposed(b)[0], "delta": largest}
+            assert found == pytest.approx(want, rel=1e-6), name
+            total += frobenius**2
+        assert norms[k]["norm_delta"] == pytest.approx(total**0.5, rel=1e-6)
+
+
+def test_full_fine_tuning_equals_a_decomposition(world):
+    start = {n: p.detach().clone() for n, p in world[1].model.named_parameters()}
+    trainables = perturbed(world, [FullFT()])
+    (norm,), (spectrum,) = trainables.norms(), trainables.spectra()
+    deltas = {n: p.detach() - start[n] for n, p in trainables.parameters().items()}
+    total = sum(float(d.double().square().sum()) for d in deltas.values())
+    assert norm["norm_delta"] == pytest.approx(total**0.5, rel=1e-6)
+    for name, found in spectrum.items():
+        want = decomposed(deltas[f"{name}.weight"])[0]
+        assert found["delta"] == pytest.approx(want, rel=1e-6), name
+
+
+def test_a_spectral_norm_where_digits_are_hard_to_keep(monkeypatch):
+    """Two nearly equal largest values, a condition of 1e12, more rows than one block."""
+    monkeypatch.setattr("lorasweep.methods.stacked.BLOCK", 16)
+    left, right = (torch.linalg.qr(torch.randn(n, 30).double()).Q for n in (50, 40))
+    values = torch.logspace(0, -12, 30, dtype=torch.float64)
+    values[1] = 1 - 1e-9
+    matrix = left @ values.diag() @ right.mT
+    for m in (matrix, matrix.mT):
+        assert float(spectral_norm(m)) == pytest.approx(1.0, rel=1e-12)
+    assert float(spectral_norm(torch.zeros(3, 2))) == 0
+
+
+def test_a_run_that_broke_down_leaves_the_spectra_of_others(world):
+    trainables = perturbed(world, [LoRA(rank=4)] * 2)
+    alone = trainables.spectra()[1]
+    with torch.no_grad():
+        for p in trainables.parameters().values():
+            p[0] = torch.nan
+    broken, well = trainables.spectra()
+    assert well == alone
+    assert all(value != value for norms in broken.values() for value in norms.values())
+
+
+TIED = dataclasses.replace(SMALL, tied=True)
+CASES = [
+    *itertools.product((SMALL, TIED), ("all", "attention"), ({},)),
+    *itertools.product(
+        (SMALL_MOE,), ("attention+mlp+unembedding+router",), ({}, {"expert_outer": "shared"})
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "layers", "more"), CASES)
+@pytest.mark.parametrize("scaling_by", ["rank", "sqrt_rank", "none"])
+def test_peft_computes_the_logits_that_were_trained(
+    tmp_path, norms_in_float64, shape, layers, more, scaling_by
+):
+    torch.manual_seed(0)
+    base = moe("eager") if shape is SMALL_MOE else empty_model(shape).double()
+    tokens = torch.randint(20, (2, 9))
+    if shape is SMALL_MOE:
+        more = {"expert_alpha": 6.0, **more}
+    for rank in (4,) if shape is SMALL_MOE else (1, 3, 4):
+        method = LoRA(rank=rank, alpha=5.0, layers=layers, scaling_by=scaling_by, **more)
+        model = moe() if shape is SMALL_MOE else copy.deepcopy(base)
+        trainables = pack_of([method], model, shape, perturb=0.3)
+        folder, experts = tmp_path / str(rank), (shape.n_experts, method.scaling_of_experts(shape))
+        assert not shape.n_experts or experts[1] == 6 / {"rank": 2, "sqrt_rank": 2**0.5}.get(
+            scaling_by, 1
+        )
+        save_peft(
+            folder, state_of(trainables), rank, "nobody/small", "abc", method.scaling, *experts
+        )
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).double()
+        with torch.no_grad():
+            got, want, start = (m(input_ids=tokens).logits for m in (loaded, model, base))
+        assert (got - start).abs().max() > 0.1  # it does something
+        assert torch.allclose(got, want, rtol=0, atol=1e-5)  # PEFT holds adapters in fp32
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["lora_alpha"] == method.scaling * rank  # a float is kept exactly
+        assert (config["base_model_name_or_path"], config["revision"]) == ("nobody/small", "abc")
+
+
+class Elsewhere:
+    """The real trainer on a machine that rounds differently: the final loss is off by `shift`."""
+
+    base_sha256 = None
+
+    def __init__(self, shift):
+        self.shift, self.real = shift, TorchTrainer()
+
+    def __call__(self, pack, exec_, resume):
+        for event in self.real(pack, exec_, resume):
+            for _, final in event.ended.values():
+                final["test_nll"] += self.shift
+                final["base_sha256"] = self.base_sha256 or final["base_sha256"]
+            yield event
+
+
+def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys, monkeypatch):
+    small = ("scale=smoke", "method=lora", "method.rank=4", "lr=5e-3", "steps=2")
+    asked = compose(*small, "format=json")
+    act(asked, TorchTrainer())
+    capsys.readouterr()
+    (spec,), store = [p.spec for p in asked.points], RunStore(tmp_path / "runs")
+    folder = tmp_path / "adapter"
+
+    def save(shift, **settings):
+        settings |= {"action": "adapter", "run": spec.id, "out": str(folder)}
+        request = dataclasses.replace(asked, **settings)
+        return finished_runs.adapter(request, store, Elsewhere(shift)).as_text()
+
+    assert "difference +0.0e+00" in save(0.0)
+    assert "difference +1.0e-03" in save(1e-3) and folder.is_dir()
+    env = store.env(spec.id)
+    env["packages"]["torch"] = "1.0"
+    store.write_env(spec.id, 1, env)
+    with pytest.raises(TrainingError, match=r"torch 1\.0 then.*add max_difference=0\.03"):
+        folder = tmp_path / "other"
+        save(0.025)
+    assert not folder.exists()
+    monkeypatch.setattr(Elsewhere, "base_sha256", "other")
+    with pytest.raises(TrainingError, match=r"another base .* than is there now \(other\)"):
+        save(0.0)
+    monkeypatch.undo()
+    assert "torch 1.0 then" in save(0.025, max_difference=0.03) and folder.is_dir()

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.forward import autocast
-from lorasweep.models.load import config_of
+from lorasweep.models.load import config_of, find_targets, use_grouped_experts
 from lorasweep.models.sharding import compute_again
-from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.plan.load import WORD_BYTES, Layout, load_of, memory_parts
 from lorasweep.spec.model import ROUTER, ModelSpec
 from tests.training import saved_for_backward

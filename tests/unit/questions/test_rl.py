@@ -9,7 +9,7 @@ import pytest
 from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.sweep.request import question
-from lorasweep.train.objectives.rollouts import bits_learned
+from lorasweep.train.objectives.policy_gradient import bits_learned
 from tests.planted import Rewards, arms, ask, base, check, is_full, rank_of, rewarded
 from tests.world import compose_request
 

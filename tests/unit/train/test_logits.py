@@ -15,7 +15,7 @@ from lorasweep.errors import ModelError
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.models.forward import check_rows_stay_apart, logits_of
+from lorasweep.models.forward import check_rows_stay_apart, logits_of, set_numerics
 from lorasweep.plan import load as memory
 from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import nll
@@ -137,11 +137,13 @@ def test_a_model_that_does_not_call_its_decoder_is_refused():
 def test_a_model_that_does_not_keep_rows_apart_is_refused(monkeypatch):
     from transformers import masking_utils
 
-    model = model_of("Qwen3")
-    check_rows_stay_apart(model)
+    model, in_bf16 = model_of("Qwen3"), model_of("Qwen3").float()
+    set_numerics(in_bf16, "bf16", False)  # its matrices are in fp32 until autocast rounds them
+    for one, precision in ((model, "fp64"), (in_bf16, "bf16")):
+        check_rows_stay_apart(one, precision)
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(ModelError, match=r"attend to each other.*Set exec\.join_rows=false"):
-        check_rows_stay_apart(model)
+        check_rows_stay_apart(model, "fp64")
 
 
 def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path, norms_in_float64):

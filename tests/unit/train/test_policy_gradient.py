@@ -1,7 +1,9 @@
-"""The policy gradient: the gradient of the expected reward, packs as alone, how runs end."""
+"""The policy gradient: the gradient of the expected reward, packs as alone, how runs end; completions
+sampled with a cache are those that whole forward passes would give, run by run."""
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -9,17 +11,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
-from lorasweep.data import load as data
 from lorasweep.data.rewards import answer_of, prompt_of
 from lorasweep.errors import DataError, ModelError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from lorasweep.models.load import Base, empty_model
+from lorasweep.plan.load import cache_bytes
 from lorasweep.spec.metric import metric_of
-from lorasweep.train.objectives import policy_gradient, rollouts
+from lorasweep.train import sampling
+from lorasweep.train.objectives import policy_gradient
 from lorasweep.train.objectives.policy_gradient import PolicyGradient, surrogate
+from lorasweep.train.sampling import sample
 from tests.training import EPS, Trained, as_alone, pack_of, rewarded_world, run
+from tests.world import tiny_spec
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
@@ -74,10 +81,10 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
     for pair in itertools.product(np.arange(vocab)[:, None], repeat=2):
         rewards = np.array([loaded.rewards.of([(row, t) for t in pair])])
         likely = math.exp(sum(at[t].item() for t in pair))
-        for token, own in zip(pair, rollouts.advantages(rewards, "none")[0]):
-            completions.append(rollouts.Completion(token, at[token], own * likely / 2))
-    groups = [rollouts.Group(prompt_of(row), completions)]
-    (batch,) = rollouts.collate_rollouts([groups], 10**6, 1, False)
+        for token, own in zip(pair, policy_gradient.advantages(rewards, "none")[0]):
+            completions.append(policy_gradient.Completion(token, at[token], own * likely / 2))
+    groups = [policy_gradient.Group(prompt_of(row), completions)]
+    (batch,) = policy_gradient.collate_rollouts([groups], 10**6, 1, False)
     assert batch.tokens_N == (4,)  # all of them share the prompt's row
     objective.loss(model, batch).sum().backward()
     assert float(exact.norm()) > 1e-3
@@ -196,7 +203,7 @@ def test_it_learns_the_labels_and_records_what_it_learned(worlds):
     rewards = [point["test_reward"] for point in result["curve"]]
     assert rewards[0] == result["reward_start"] < 0.1 and rewards[-1] > 0.25
     assert result["best_reward"] == max(rewards[1:]) and result["answers"] == 24 * 512
-    assert result["bits"] == pytest.approx(64 * rollouts.bits_learned(rewards[-1], 16))
+    assert result["bits"] == pytest.approx(64 * policy_gradient.bits_learned(rewards[-1], 16))
     assert result["bits_per_answer"] == pytest.approx(result["bits"] / (24 * 512))
     metric = metric_of(json.loads(json.dumps(result)))  # read back, and better is higher
     assert metric.name == "test_reward" and metric.loss(rewards[-1]) < metric.loss(rewards[0])
@@ -205,41 +212,22 @@ def test_it_learns_the_labels_and_records_what_it_learned(worlds):
 
 def test_the_least_information_of_a_mean_reward():
     p, miss = 0.7, 0.1  # Blahut and Arimoto's fixed point: the test channel of equal errors
-    mutual = 2 + p * math.log2(p) + 3 * miss * math.log2(miss)
-    half = 4 - 1 - 0.5 * math.log2(15)
-    for at, bits in (
-        ((1.0, 16), 4),
-        ((1 / 16, 16), 0),
-        ((0.0, 16), 0),
-        ((0.5, 16), half),
-        ((p, 4), mutual),
-    ):
-        assert rollouts.bits_learned(*at) == pytest.approx(bits)
+    mutual, half = 2 + p * math.log2(p) + 3 * miss * math.log2(miss), 3 - 0.5 * math.log2(15)
+    at = {(1.0, 16): 4, (1 / 16, 16): 0, (0.0, 16): 0, (0.5, 16): half, (p, 4): mutual}
+    assert [policy_gradient.bits_learned(*x) for x in at] == pytest.approx(list(at.values()))
 
 
 def test_the_expected_reward_is_the_mean_of_samples(worlds):
     spec, base, _ = worlds["words"]
     _, _, loaded = rewarded_world("words", dataset=dataclasses.replace(spec.dataset, n_test=512))
     sampled = dataclasses.replace(loaded.rewards, exact=False)
-    (exact, exact_se, _), (mean, se, _) = (
-        rollouts.held_out_rewards(base.model, [loaded.test], [rewards], 6, "fp64")[0]
+    found = (
+        policy_gradient.held_out_rewards(base.model, [loaded.test], [rewards], 6, "fp64")[0]
         for rewards in (loaded.rewards, sampled)
     )
+    (exact, exact_se), (mean, se) = ([f["test_reward"], f["test_reward_se"]] for f in found)
     assert 0.02 < exact < 0.2 and exact_se < se
     assert abs(mean - exact) < 4 * se
-
-
-def test_each_draw_of_the_data_has_its_own_reward_before_training(worlds):
-    spec, base, _ = worlds["bandit"]
-    drawn = dataclasses.replace(spec.dataset, draw_by_seed=True)
-    runs = [dataclasses.replace(spec, dataset=drawn, seed=seed) for seed in (300, 301)]
-    loaded = {one.id: data.load(drawn, [], draw=one.draw) for one in runs}
-    together = PolicyGradient(loaded, spec.precision).start(base, runs)
-    for one, found in zip(runs, together):
-        base.at_start.clear()
-        (alone,) = PolicyGradient({one.id: loaded[one.id]}, spec.precision).start(base, [one])
-        assert found == alone
-    assert together[0] != together[1]
 
 
 def test_a_collapse_is_a_result_and_harder_prompts_than_the_held_out_ones_are_none(worlds):
@@ -299,3 +287,129 @@ def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
     spec, base, loaded = worlds["words"]
     with pytest.raises(DataError, match=r"max_length=24\. Set dataset.max_length=\d+"):
         run([dataclasses.replace(spec, max_new_tokens=20)], base, loaded)
+
+
+ENDS = ((0,), (5,), (3, 7))
+
+
+@torch.no_grad()
+def one_by_one(model, prompt, uniforms):
+    """Draw one completion with a whole forward pass for every token, of a model that holds one run."""
+    tokens, log_ps = list(map(int, prompt)), []
+    for u in uniforms:
+        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
+        log_p = logits.log_softmax(-1).numpy()
+        token = int((np.cumsum(np.exp(log_p)) <= u * np.exp(log_p).sum()).sum())
+        tokens.append(token)
+        log_ps.append(log_p[token])
+        if any(tuple(tokens[-len(end) :]) == end for end in ENDS):
+            break
+    return tokens[len(prompt) :], log_ps
+
+
+def attached(spec, base, count=3):
+    """Runs whose adapters do something."""
+    methods = [LoRA(rank=r) for r in (1, 4, 4)[:count]]
+    return pack_of(methods, base.model, spec.model, perturb=0.05)
+
+
+def qwen3():
+    """A run on a random Qwen3: another family than the shipped bases."""
+    spec = tiny_spec(precision="fp64")
+    shape = dataclasses.replace(spec.model, name="qwen3-tiny", n_layers=2, qk_norm=True)
+    torch.manual_seed(0)
+    base = Base(empty_model(shape).double().eval(), None, "random")
+    return dataclasses.replace(spec, model=shape), base
+
+
+def inputs_of(spec, runs, lengths, group, longest):
+    """Random prompts of these lengths for each run, and the random numbers of their completions."""
+    rng, vocab = np.random.default_rng(0), spec.model.vocab_size
+    prompts = [[rng.integers(1, vocab, size=n) for n in lengths] for _ in range(runs)]
+    return prompts, rng.random((runs, len(lengths) * group, longest))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
+def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equal, monkeypatch):
+    """Runs end their completions at different tokens, and ended rows are dropped on the way."""
+    monkeypatch.setattr(sampling, "ROWS", 8)  # two rounds
+    spec, base = qwen3() if family == "qwen3" else rewarded_world("words")[:2]
+    prompts, uniforms = inputs_of(spec, 3, [5] * 4 if equal else [3, 9, 5, 4], 4, 7)
+    trained = attached(spec, base)
+    together = sample(base.model, prompts, uniforms, ENDS, "fp64")
+    for n in (2, 0):
+        trained.keep([n])
+        for k in (0, 3, 5, 10, 15):
+            tokens, log_p = one_by_one(base.model, prompts[n][k // 4], uniforms[n, k])
+            assert together[n].tokens[k].tolist() == tokens
+            assert np.abs(together[n].log_p[k] - log_p).max() < 1e-10
+            assert together[n].ended[k] == any(tuple(tokens[-len(e) :]) == e for e in ENDS)
+        trained.detach()
+        trained = attached(spec, base)
+    assert len({len(t) for own in together for t in own.tokens}) > 3
+
+
+def test_the_entropy_is_the_policys_and_draws_are_repeatable():
+    _, base, loaded = rewarded_world("bandit")
+    prompt = loaded.test[0].tokens[:-1]
+    uniforms = np.random.default_rng(1).random((1, 256, 1))
+    with torch.no_grad():
+        logits = base.model(input_ids=torch.tensor(prompt[None].astype(int))).logits[0, -1]
+    p = logits.softmax(-1).numpy()
+    one, other = (sample(base.model, [[prompt] * 4], uniforms, (), "fp64")[0] for _ in range(2))
+    assert one.entropy == pytest.approx(-(p * np.log(p)).sum(), rel=1e-9)
+    assert one.largest_logit == pytest.approx(float(logits.abs().max()), rel=1e-9)
+    assert [t.tolist() for t in one.tokens] == [t.tolist() for t in other.tokens]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
+def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypatch):
+    """Autocast leaves rotated keys in fp32, and attention rounds them: so it may be done before."""
+    spec, base, _ = rewarded_world("words", precision="bf16")
+    attached(spec, base, 2)
+    lengths = [6] * 3 if equal else [3, 9, 6]
+    prompts, uniforms = inputs_of(spec, 2, lengths, 2, 5)
+    update, drawn, held = DynamicCache.update, [], {}
+
+    def watched(cache, keys, values, layer, *args, **kwargs):
+        found = update(cache, keys, values, layer, *args, **kwargs)
+        held[len(drawn), layer] = found
+        return found
+
+    monkeypatch.setattr(DynamicCache, "update", watched)
+    base.model.set_attn_implementation(attention)
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setitem(sampling.COMPUTE_DTYPES, "bf16", dtype)
+        drawn.append(sample(base.model, prompts, uniforms, (), "bf16"))
+    kept = [t for pair in held.values() for t in pair if t.dtype == torch.bfloat16]
+    assert len(kept) == len(held)  # half of all keys and values
+    tokens = 2 * 3 * 2 * (max(lengths) + 5 - 1)  # the last one drawn is never read
+    assert sum(t.nbytes for t in kept) == tokens * cache_bytes(spec.model, 2)
+    for one, other in zip(*drawn, strict=True):
+        for ours, theirs in ((one.tokens, other.tokens), (one.log_p, other.log_p)):
+            assert list(map(list, ours)) == list(map(list, theirs))
+        assert one.entropy == other.entropy and one.largest_logit == other.largest_logit
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "another"])
+def test_the_cache_is_passed_under_the_name_that_the_model_takes(name, monkeypatch):
+    """transformers calls it `cache` from 5.24 on. A forward pass ignores unknown arguments."""
+    _, base, loaded = rewarded_world("words")
+    model, forward, given = base.model, base.model.forward, []
+
+    def renamed(input_ids, **kwargs):
+        given.append(kwargs.pop(name, None))
+        return forward(input_ids=input_ids, past_key_values=given[-1], **kwargs)
+
+    keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    renamed.__signature__ = inspect.Signature([keyword])
+    monkeypatch.setitem(model.__dict__, "forward", renamed)
+    asked = (model, [[loaded.test[0].tokens[:5]]], np.full((1, 1, 3), 0.5), (), "fp64")
+    if name == "another":
+        with pytest.raises(ModelError, match="cache of keys and values"):
+            sample(*asked)
+    else:
+        sample(*asked)
+        assert [isinstance(c, DynamicCache) for c in given] == [True] * 3
