@@ -28,22 +28,21 @@ def versions(name):
 
 def test_the_lowest_versions_are_the_lower_bounds():
     bounds = {
-        canonicalize_name(r.name): s.version
+        canonicalize_name(r.name): Version(s.version)
         for r in DIRECT
         for s in r.specifier
         if s.operator == ">="
     }
-    lowest = versions("lowest.txt")
-    assert lowest.keys() == bounds.keys() == {canonicalize_name(r.name) for r in DIRECT}
-    assert {n: Version(v) for n, v in lowest.items()} == {n: Version(v) for n, v in bounds.items()}
+    assert {n: Version(v) for n, v in versions("lowest.txt").items()} == bounds
+    assert bounds.keys() == {canonicalize_name(r.name) for r in DIRECT}
 
 
-def test_the_tested_versions_are_those_of_all_packages_and_within_their_ranges():
+def test_the_tested_versions_are_within_the_ranges_of_all_packages():
     tested = versions("tested.txt")
     for r in [*DIRECT, *EXTRAS]:
         if r.name != "lorasweep":
             assert r.specifier.contains(tested[canonicalize_name(r.name)]), r
-    assert "lorasweep" not in tested and "/" not in (ROOT / "constraints/tested.txt").read_text()
+    assert "lorasweep" not in tested
 
 
 def test_the_workflow_calls_targets_that_exist_on_the_oldest_and_a_new_python():

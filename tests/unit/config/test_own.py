@@ -66,18 +66,17 @@ def test_a_file_may_have_any_name(compose, here):
     path = here / "donn\u00e9es (1).jsonl"
     path.write_bytes((here / "rows.jsonl").read_bytes())
     (point,) = compose("model=./support-model", f"dataset='{path}'", *RUN).points
-    assert point.spec.dataset.name.startswith("donn\u00e9es (1)-")
     grid = ("+sweep=lr_ratio", "scale=smoke", f"sweep.axes.dataset=['{path}']")
-    assert {p.spec.dataset.name for p in compose(*grid).points} == {point.spec.dataset.name}
+    names = {p.spec.dataset.name for p in compose(*grid).points}
+    assert names == {point.spec.dataset.name} and names.pop().startswith("donn\u00e9es (1)-")
 
 
 def test_a_search_takes_what_the_command_line_says(compose, here):
     asked = ("+sweep=tune", "model=./support-model", "dataset=rows.jsonl", "batch_size=2")
     (steps,) = {p.spec.steps for p in compose(*asked).points}
     assert steps == math.ceil(3 * 30 / 2)  # three passes over 60 rows less 30 held out
-    assert {p.spec.steps for p in compose(*asked, "+sweep.axes.steps=50").points} == {50}
-    few = compose(*asked, "dataset.n_train=28").points
-    assert {p.spec.steps for p in few} == {42}
+    for more, steps in (("+sweep.axes.steps=50", 50), ("dataset.n_train=28", 42)):
+        assert {p.spec.steps for p in compose(*asked, more).points} == {steps}
     search = compose(*asked, "+sweep.arms.lora.lr=3e-3")
     store = RunStore(search.exec.runs_dir)
     lora = [p.spec.lr for p in all_points(search, store) if p.arm == "lora"]
@@ -88,17 +87,16 @@ def test_a_search_takes_the_chat_template_of_the_base(compose, here):
     chats = make_base(here / "chat-model")
     (chats / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     asked = ("+sweep=tune", "dataset=rows.jsonl")
-    (chat, plain, named) = (
-        {p.spec.dataset for p in compose(*asked, f"model=./{name}", *more).points}
-        for name, *more in (
-            ("chat-model",),
-            ("support-model",),
-            ("chat-model", "dataset.render=role_eos"),
+    forms = [
+        {(d.render, d.template, d.bos) for d in (p.spec.dataset for p in compose(*given).points)}
+        for given in (
+            (*asked, "model=./chat-model"),
+            (*asked, "model=./support-model"),
+            (*asked, "model=./chat-model", "dataset.render=role_eos"),
         )
-    )
-    assert [(d.render, d.template, d.bos) for d in chat] == [("chat_template", "{prompt}", False)]
-    assert [(d.render, d.template, d.bos) for d in plain] == [("role_eos", "{prompt}\n", True)]
-    assert named == plain
+    ]
+    plain = {("role_eos", "{prompt}\n", True)}
+    assert forms == [{("chat_template", "{prompt}", False)}, plain, plain]
 
 
 def test_the_counts_are_those_of_training(compose, here):

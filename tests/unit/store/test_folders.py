@@ -74,8 +74,8 @@ def test_a_name_in_a_marker_cannot_point_outside(tmp_path):
     out, other = tmp_path / "out", tmp_path / "other.txt"
     write(out, README_md="a")
     other.write_text("a")
-    line = (out / MARK).read_text().replace("README.md", "../other.txt")
-    (out / MARK).write_text((out / MARK).read_text() + line)
+    text = (out / MARK).read_text()
+    (out / MARK).write_text(text + text.replace("README.md", "../other.txt"))
     with pytest.raises(SpecError, match="is not as lorasweep wrote it"):
         write(out, facts_json="1")
     assert other.read_text() == "a"

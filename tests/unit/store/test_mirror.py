@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,10 +13,6 @@ from lorasweep.tracking.wandb import check, mirror
 from tests.world import tiny_spec
 
 POINT = Point("lora", tiny_spec())
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture
@@ -48,10 +45,8 @@ def world(tmp_path, monkeypatch):
 def test_a_kill_leaves_one_whole_copy(world, tmp_path, monkeypatch, place):
     """While the records are copied; before the mark; between the mark and the move."""
 
-    def kill(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        kill = Mock(side_effect=SystemExit)
         patch.setattr(world if place == "records" else Path, place, kill)
         mirror([POINT], world, "g")
     assert [mirror([POINT], world, "g") for _ in range(2)][1] == 0
@@ -65,19 +60,16 @@ def test_what_wandb_lacks_is_said_before_training_and_costs_no_answer(
 ):
     """A folder; a key; at last the network."""
     (tmp_path / "file").touch()
-    with monkeypatch.context() as m:
+    wandb = sys.modules["wandb"]
+    with (
+        monkeypatch.context() as m,
+        pytest.raises(StoreError, match=r"WANDB_DIR=.*it is no folder"),
+    ):
         m.setenv("WANDB_DIR", str(tmp_path / "file"))
-        with pytest.raises(StoreError, match=r"WANDB_DIR=.*it is no folder"):
-            mirror([POINT], world, "g")
+        mirror([POINT], world, "g")
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(SpecError, match="wandb login"):
         check()
-    wandb = sys.modules["wandb"]
     wandb.api.api_key = "key"
-    check()
-
-    def lost(**_):
-        raise ConnectionError("no network")
-
-    wandb.init = lost
+    wandb.init = Mock(side_effect=ConnectionError("no network"))
     assert mirror([POINT], world, "g") == 0 and "no network" in capsys.readouterr().err

@@ -100,13 +100,6 @@ def test_any_file_operation_may_fail_and_the_run_still_ends_exactly_once(tmp_pat
     pytest.fail("the fault was still reached after 200 operations")
 
 
-def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "replace", Mock(side_effect=PermissionError))
-    with pytest.raises(PermissionError):
-        files.write_atomic(tmp_path / "x", b"1")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_damaged_result_is_not_done_and_is_kept(store, change_owner):
     wrong = b'{"sha256": "0", "result": {"state": "done"}}'
     for k, damage in enumerate((b"", b"{", b"null", wrong, b"\xff\xfe")):
@@ -148,14 +141,11 @@ def test_states_of_a_run(store):
     store.write_end(rid, n, "failed", "out of memory")
     assert store.state(rid) == "failed" and store.failure(rid) == "out of memory"
     store.write_end(rid, store.claim(spec), "stopped", "asked")
-    assert store.state(rid) == "interrupted"
-    store.claim(spec)
+    assert store.state(rid) == "interrupted" and store.claim(spec) == 3
     store.finish(rid, "diverged", {**RESULT, "test_nll": float("nan")})
     assert store.state(rid) == "diverged" and store.claim(spec) is None
     assert not store.finish(rid, "done", RESULT)  # a result is written once
     assert store.result(rid)["test_nll"] is None
-    with pytest.raises(ValueError, match="'failed'"):
-        store.finish(rid, "failed", {})
 
 
 def test_many_processes_claim_each_run_once(tmp_path):
@@ -172,11 +162,10 @@ def test_many_processes_claim_each_run_once(tmp_path):
 def test_a_folder_of_another_version_or_that_cannot_be_written_is_refused(store, tmp_path):
     store.prepare()
     (store.root / "store.json").write_text('{"train_version": 99}')
-    with pytest.raises(StoreError, match=r"train_version 99.*exec\.runs_dir"):
-        store.prepare()
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot be written"):
-        RunStore(tmp_path / "file" / "runs").prepare()
+    for root, words in ((store.root, "train_version 99"), (tmp_path / "file/r", "cannot be writ")):
+        with pytest.raises(StoreError, match=words):
+            RunStore(root).prepare()
 
 
 def test_a_pack_resumes_from_the_latest_step_that_all_runs_have_whole(tmp_path):
