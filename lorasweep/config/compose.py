@@ -15,15 +15,16 @@ The block is merged over the keys above it: mappings key by key, other values re
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -35,11 +36,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.config.own import GROUPS, Names
 from lorasweep.data.own import as_served
-from lorasweep.errors import ClusterError, NotAtScale, SpecError, unknown
+from lorasweep.errors import (
+    ClusterError,
+    DataError,
+    ModelError,
+    NotAtScale,
+    SpecError,
+    unknown,
+)
 from lorasweep.launch.slurm.planning import check as check_cluster
 from lorasweep.methods.registry import METHODS, spec_from
+from lorasweep.models.describe import describe_model
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
 from lorasweep.spec.dataset import DatasetSpec
@@ -52,6 +60,9 @@ from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, m
 from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 from lorasweep.sweep.search import check_search
 
+GROUPS = ("model", "dataset")
+FORM = ("format", "prompt_field", "completion_field", "mask", "render")
+"""Fields of a data set that say how a row is read."""
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
 FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes"}
 """Mappings that take new keys, with a + before them."""
@@ -100,6 +111,17 @@ SCHEMA = {
 # ---------------------------------------------------------------- command lines
 
 
+class Own(NamedTuple):
+    """A model or data set of the user's own, which no configuration file describes."""
+
+    given: str
+    spec: ModelSpec | DatasetSpec
+    folder: str
+    """Where it is found (exec.models_dir, exec.data_dir); empty on the hub."""
+    n_train: int
+    """Number of training rows; 0 for a model."""
+
+
 def shipped_model(name: str) -> ModelSpec:
     """Return the spec of a shipped model."""
     return compose_request([f"model={name}"]).points[0].spec.model
@@ -141,7 +163,8 @@ class Composer:
                         f"{path} has the name of a shipped file and would be ignored. Rename it, "
                         f"for example to my_{path.name}."
                     )
-        self.names = Names()
+        self._own: dict[str, Own] = {}
+        """By the option of the group with which it is registered."""
         self._looked_up: dict[tuple[str, ...], Any] = {}
 
     def options(self, group: str) -> list[str]:
@@ -222,7 +245,29 @@ class Composer:
         keys = (f"{group}.", "exec.models_dir=", "+exec.models_dir=")
         parsed = OverridesParser.create().parse_overrides([o for o in typed if o.startswith(keys)])
         settings = {o.key_or_group: o.value() for o in parsed}
-        return self.names.option(group, given, known, settings)
+        named = {f: str(settings[f"{group}.{f}"]) for f in FORM if f"{group}.{f}" in settings}
+        key = json.dumps([group, given, named]).encode()
+        option = f"own-{hashlib.sha256(key).hexdigest()[:16]}"
+        if option not in self._own:
+            own = _described(group, given, known, named, settings.get("exec.models_dir"))
+            name, kind = own.spec.name, type(own.spec)
+            same = [o for o in self._own.values() if (o.spec.name, type(o.spec)) == (name, kind)]
+            other = [o.given for o in same if o.spec != own.spec]
+            if other := other + ["a configuration file"] * (name in known):
+                raise SpecError(
+                    f"{group}={given}: {other[0]} has the name {name!r}, too, and results are kept "
+                    "by name. Rename one."
+                )
+            values = json.loads(json.dumps(dataclasses.asdict(own.spec)))
+            node = {f.key: values[f.name] for f in fields(kind)}
+            ConfigStore.instance().store(group=group, name=option, node=node)
+            self._own[option] = own
+        return option
+
+    def _own_of(self, points: Iterable[Point]) -> list[Own]:
+        """Return the models and data sets of some runs that were described here."""
+        wanted = {(type(x), x.name) for p in points for x in (p.spec.model, p.spec.dataset)}
+        return [o for o in self._own.values() if (type(o.spec), o.spec.name) in wanted]
 
     # ------------------------------------------------------------ the request
 
@@ -233,7 +278,7 @@ class Composer:
             SpecError: the configuration or a run of the sweep is not valid.
         """
         request = self._request(typed)
-        for own in self.names.of(request.points):
+        for own in self._own_of(request.points):
             key = "models_dir" if isinstance(own.spec, ModelSpec) else "data_dir"
             dirs = dict.fromkeys([*getattr(request.exec, key), *filter(None, [own.folder])])
             changes: dict[str, Any] = {key: list(dirs)}
@@ -331,7 +376,7 @@ class Composer:
     def _begin_search(self, request: Request, how: Search) -> None:
         """Set the form of the user's own rows and the updates that the command line leaves open."""
         check_search(request.points)
-        sweep, own = request.sweep, self.names.of(request.points)
+        sweep, own = request.sweep, self._own_of(request.points)
         spec, changes = request.points[0].spec, dict[str, Any]()
         stated = {*request.given}.union(*map(fields_of, [sweep.axes, *sweep.arms.values()]))
         rows = next((o.n_train for o in own if o.n_train), 0)
@@ -361,6 +406,26 @@ class Composer:
             request.exec, short_steps=how.short_steps(steps), keep_weights=keep
         )
         parse_budget(request.budget, steps)
+
+
+def _described(
+    group: str, given: str, options: Sequence[str], named: Mapping[str, str], models_dir: Any
+) -> Own:
+    """Describe a model or data set by a file, a folder or a place on the hub."""
+    dirs: list[str] = []
+    try:
+        if group == "model":
+            dirs = exec_of({} if models_dir is None else {"models_dir": models_dir}).models_dir
+            return Own(given, *describe_model(given, dirs), 0)
+        from lorasweep.fleet.rows import named_rows
+
+        return Own(given, *named_rows(given, named))
+    except (ModelError, DataError, OSError) as error:
+        path = Path(given).expanduser()
+        if any(p.exists() for p in (path, *(Path(d, given) for d in dirs))):
+            raise SpecError(f"{group}={given}: {error}") from None
+        beside = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")])
+        raise SpecError(f"{unknown(group, given, [*options, *beside])} {error}") from None
 
 
 def _value_of(key: str, typed: Sequence[str], default: str = "") -> str:

@@ -6,7 +6,8 @@ from lorasweep.errors import SpecError, unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import Method
-from lorasweep.spec.run import RunSpec, from_plain
+from lorasweep.spec.run import RunSpec
+from lorasweep.spec.values import build
 
 METHODS: dict[str, type[Method]] = {"fullft": FullFT, "lora": LoRA}
 
@@ -19,5 +20,6 @@ def method_class(name: str) -> type[Method]:
 
 
 def spec_from(plain: dict[str, Any]) -> RunSpec:
-    """Rebuild a RunSpec of any method from its canonical dict."""
-    return from_plain(plain, METHODS)
+    """Rebuild a RunSpec from its canonical dict; SpecError: a key, type or method is wrong."""
+    method = method_class(plain.get("method", {}).get("name", "???"))
+    return build(RunSpec, {**plain, "method": build(method, plain["method"])})

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.values import ABOVE_0, BELOW_1, Is, Value, build, encode, fields, later, misfits
+from lorasweep.spec.values import ABOVE_0, BELOW_1, Is, Value, encode, fields, later, misfits
 
 TRAIN_VERSION = 1
 """Increase it when the training maths changes: old results then no longer count as done."""
@@ -153,32 +153,17 @@ def validate(spec: RunSpec) -> None:
     spec.method.check(spec.model)
 
 
-def from_plain(values: dict[str, Any], methods: Mapping[str, type[Method]]) -> RunSpec:
-    """Rebuild a RunSpec from its canonical dict; `methods` maps names to method classes.
-
-    Raises:
-        SpecError: a key or the method is unknown, or a value has the wrong type.
-    """
-    name = values.get("method", {}).get("name", "???")
-    if name not in methods:
-        raise SpecError(unknown("method", str(name), methods))
-    return build(RunSpec, {**values, "method": build(methods[name], values["method"])})
-
-
 def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
     """Return a copy with `values` set; keys are fields of the method, or else of RunSpec."""
-    of_method, of_spec = dict[str, Any](), dict[str, Any]()
-    in_method, in_spec = _axes(type(spec.method)), _axes(RunSpec)
-    for key, value in values.items():
-        if key in in_method:
-            of_method[in_method[key]] = value
-        elif key in in_spec:
-            of_spec[in_spec[key]] = value
-        else:
+    of_method, of_spec = _axes(type(spec.method)), _axes(RunSpec)
+    for key in values:
+        if key not in of_method and key not in of_spec:
             what = f"axis of method {spec.method.name!r}"
-            raise SpecError(unknown(what, key, {**in_method, **in_spec}))
-    method = dataclasses.replace(spec.method, **of_method) if of_method else spec.method
-    return dataclasses.replace(spec, method=method, **of_spec)
+            raise SpecError(unknown(what, key, {**of_method, **of_spec}))
+    changes = {of_spec[k]: v for k, v in values.items() if k not in of_method}
+    if of_values := {of_method[k]: v for k, v in values.items() if k in of_method}:
+        changes["method"] = dataclasses.replace(spec.method, **of_values)
+    return dataclasses.replace(spec, **changes)
 
 
 @cache

@@ -34,12 +34,9 @@ def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.Dat
     import pandas as pd
 
     store = RunStore(runs_dir)
-    rows = []
-    for rid in sorted(store.existing()) if ids is None else ids:
-        result = store.result(rid)
-        if result is not None:
-            rows.append(table_row(store.spec(rid), result))
-    return pd.DataFrame(rows)
+    ids = sorted(store.existing()) if ids is None else ids
+    found = ((rid, result) for rid in ids if (result := store.result(rid)) is not None)
+    return pd.DataFrame([table_row(store.spec(rid), result) for rid, result in found])
 
 
 def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

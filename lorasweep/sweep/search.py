@@ -161,45 +161,32 @@ def next_lrs(centre: float, short: Losses, full: Losses, how: Search) -> tuple[l
     """Return the learning rates to try next, and whether in full; none if the range is known.
 
     Where no learning rate from LOWEST on trains, one full run confirms it. `centre`: where the
-    search starts.
+    search starts. Between the best and its neighbours a gap gets a learning rate if it is wider
+    than `fine`, or while fewer than `n_full` losses are finite. The gap towards which losses fall
+    comes first: that is the side of the vertex of the parabola in ln(lr) through the three losses.
     """
     if not short:
         return around(centre, how.n_short, how.wide), False
     beyond = _beyond(full or short, how.wide)
     if beyond and beyond < LOWEST:
         return [] if full else [min(short)], True
-    if beyond and not full:
-        return [beyond], False
     if not full:
-        return lrs_around_optimum(short, how.n_lrs), True
+        return ([beyond], False) if beyond else (lrs_around_optimum(short, how.n_lrs), True)
     if beyond:
         # a short run of nearly this learning rate is the beginning of the full one
-        near = [
-            lr
-            for lr in short
-            if lr not in full and abs(math.log(lr / beyond)) < math.log(how.fine) / 2
-        ]
+        untried = (lr for lr in short if lr not in full)
+        near = [lr for lr in untried if abs(math.log(lr / beyond)) < math.log(how.fine) / 2]
         return near or [beyond], True
-    return _between(full, how), True
-
-
-def _between(losses: Losses, how: Search) -> list[float]:
-    """Return learning rates between the best and its neighbours; empty if no more is needed.
-
-    A gap gets one if it is wider than `fine`, or while fewer than `n_full` losses are finite. The
-    gap towards which losses fall comes first: that is the side of the vertex of the parabola in
-    ln(lr) through the three losses.
-    """
-    lrs = sorted(losses)
-    at = lrs.index(min(lrs, key=losses.__getitem__))
+    lrs = sorted(full)
+    at = lrs.index(min(lrs, key=full.__getitem__))
     sides = [k for k in (at - 1, at + 1) if 0 <= k < len(lrs)]
-    sides.sort(key=lambda k: abs((losses[lrs[k]] - losses[lrs[at]]) / math.log(lrs[k] / lrs[at])))
+    sides.sort(key=lambda k: abs((full[lrs[k]] - full[lrs[at]]) / math.log(lrs[k] / lrs[at])))
     gaps = [(min(lrs[at], lrs[k]), max(lrs[at], lrs[k])) for k in sides]
-    missing = how.n_full - sum(map(math.isfinite, losses.values()))
+    missing = how.n_full - sum(map(math.isfinite, full.values()))
     wide = [gap for gap in gaps if gap[1] / gap[0] > how.fine * 1.1]
     if not wide and missing > 0:
         wide = [gap for gap in gaps if gap[1] / gap[0] > FINEST**2][:missing]
-    return [snap_lr(math.sqrt(low * high)) for low, high in wide]
+    return [snap_lr(math.sqrt(low * high)) for low, high in wide], True
 
 
 def _beyond(losses: Losses, factor: float) -> float | None:

@@ -77,14 +77,13 @@ LONG = (
 
 def in_halves():
     """Divide the commands: one for each action that takes about a second, and all others."""
-    short, long = {}, []
-    for page, package, *args in commands():
+    short = {}
+    for page, package, *args in reversed(commands()):
         action = next((a for a in args if a.startswith(("action=", "--help"))), package)
-        if action in short or any(a.startswith(LONG) for a in args):
-            long.append((page, package, *args))
-        else:
+        if not any(a.startswith(LONG) for a in args):
             short[action] = (page, package, *args)
-    return list(short.values()), long
+    first = [*short.values()]
+    return first, [one for one in commands() if one not in first]
 
 
 @pytest.mark.slow

@@ -132,12 +132,13 @@ def test_a_read_error_is_raised_and_nothing_follows_from_it(runs, tmp_path, fail
 
 
 def test_a_read_that_fails_for_a_moment_is_tried_again(runs, failing):
-    failing("result.json", errno.ESTALE, 2)
-    assert runs.store.state(runs.id["done"]) == "done"
-    failing("b.safetensors", errno.EIO, 1)
-    assert checkpoint.load_pack({"x": runs.slots})["x"]["meta"]["step"] == 4
-    failing("submission.json", errno.EMFILE, 2)
-    assert queue.read(runs.submission).tasks == [["x"]]
+    for name, number, reader in (
+        ("result.json", errno.ESTALE, lambda r: r.store.state(r.id["done"]) == "done"),
+        ("b.safetensors", errno.EIO, lambda r: checkpoint.load(r.slots, 4)),
+        ("submission.json", errno.EMFILE, lambda r: queue.read(r.submission).tasks == [["x"]]),
+    ):
+        failing(name, number, 2)
+        assert reader(runs)
 
 
 def test_a_checkpoint_that_safetensors_cannot_open_is_not_lost(runs, monkeypatch):

@@ -130,17 +130,13 @@ def test_counts_add_up(name, method):
 
 
 def test_the_command_lists_every_kind_of_run_of_a_sweep(compose, capsys):
-    assert act(compose("+sweep=experts", "scale=paper", "action=layers")) == 0
-    out = capsys.readouterr().out
-    assert "lora on qwen3-30b-a3b-base (alpha=32.0, expert_alpha=32.0, expert_rank=all" in out
-    (router,) = {" ".join(x.split()) for x in out.splitlines() if "router" in x and "frozen" in x}
-    assert router == "router 48 2048x128 - frozen 12,582,912"
-    assert act(compose("+sweep=experts", "scale=paper", "action=layers", "format=json")) == 0
+    asked = ("+sweep=experts", "scale=paper", "action=layers")
+    assert act(compose(*asked)) == 0
+    out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(x.startswith("lora on qwen3-30b-a3b-base (alpha=32.0, expert_alpha=32") for x in out)
+    assert {x for x in out if "router" in x} == {"router 48 2048x128 - frozen 12,582,912"}
+    assert act(compose(*asked, "format=json")) == 0
     kinds = json.loads(capsys.readouterr().out)["kinds"]
     shared = next(k for k in kinds if k["method"].get("expert_outer") == "shared")
     mlp = next(f for f in shared["layer_sets"] if f["layer_set"] == "mlp")
     assert mlp["trained"] == 128 * 14_450_688 and mlp["ranks"] == [128]
-    one = ("model=tiny64", "dataset=dialect", "method=lora", "action=layers", "method.rank=4")
-    assert act(compose(*one, "method.layers=mlp")) == 0
-    lines = [" ".join(x.split()) for x in capsys.readouterr().out.splitlines()]
-    assert "mlp 12 64x224, 224x64 4 13,824 172,032" in lines
