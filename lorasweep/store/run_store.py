@@ -41,8 +41,8 @@ TRIAL = "trial"
 class Entry(NamedTuple):
     """Part of a result that is kept in memory."""
 
-    file: tuple[int, int]
-    """Size and modification time in ns."""
+    size: int
+    mtime_ns: int
     state: str
     metric: str
     higher_is_better: bool
@@ -149,11 +149,11 @@ class RunStore:
             if stat is None:
                 continue
             file = (stat.st_size, stat.st_mtime_ns)
-            if (entry is None or entry.file != file) and (body := self.result(rid)):
+            if (entry is None or entry[:2] != file) and (body := self.result(rid)):
                 metric, spent = metric_of(body), (body.get("wall_s"), body.get("threads"))
                 judged = (metric.name, metric.higher_is_better, metric.value(body))
-                entry = self._known[rid] = Entry(file, body["state"], *judged, *spent)
-            if entry and entry.file == file:  # else damaged: not finished
+                entry = self._known[rid] = Entry(*file, body["state"], *judged, *spent)
+            if entry and entry[:2] == file:  # else damaged: not finished
                 found[rid] = entry
         return found
 
