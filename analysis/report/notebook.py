@@ -11,7 +11,7 @@ from analysis.inference.estimate import rate
 from analysis.measures import next_runs
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse, read_question
-from analysis.report import plots_curves, report
+from analysis.report import plots, report
 from analysis.report.study.answers import claims_table, read_answers
 from analysis.runs.table import read
 
@@ -84,12 +84,12 @@ def suggestions(found: Analysis) -> pd.DataFrame:
 
 def lr_against_nll(found: Analysis) -> Any:
     """Show NLL over learning rate with fits and intervals."""
-    return _shown(plots_curves.lr_against_nll, found.optima)
+    return _shown(plots.lr_against_nll, found.optima)
 
 
 def learning_curves(runs: pd.DataFrame, found: Analysis) -> Any:
     """Show held-out NLL over updates."""
-    return _shown(plots_curves.learning, runs, found.optima)
+    return _shown(plots.learning, runs, found.optima)
 
 
 def study() -> pd.DataFrame:

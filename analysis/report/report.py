@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.inference.decide import Verdict, look_level
+from analysis.inference.decide import Verdict
 from analysis.inference.estimate import number, rate, with_interval
 from analysis.optimum.fit import WITHIN, Optimum
-from analysis.questions.base import Analysis
+from analysis.questions.base import Analysis, level_of
 from analysis.questions.registry import analyse
 from analysis.report import interactive
 from analysis.report.text import aligned, missing, plain, rendered, text_hash
@@ -28,6 +28,8 @@ NOT_JUDGED = (
     *("exploratory", "not_withdrawn"),
 )
 """Fields of a claim that are left out of its hash: wording, planned power, and marks."""
+NEEDED = ("matplotlib", "jinja2", "plotly")
+"""Packages that a report's pages and figures are made with."""
 CONDITIONS = {
     "batch_size": "sequences per update",
     "steps": "updates",
@@ -50,8 +52,8 @@ def judge_and_report(
 ) -> str:
     """Judge the runs, write the report into `folder`, and return the answer for the terminal.
 
-    Writes report.md, report.html, figures, results.json, question.json and table.parquet. What
-    needs a package that is not installed is left out, and the answer says so.
+    Writes report.md, report.html, figures, results.json, question.json and table.parquet. Without
+    a package of NEEDED, the pages and figures are left out, and the answer says so.
 
     Args:
         folder: None: write nothing.
@@ -59,26 +61,20 @@ def judge_and_report(
         kept: folder of kept results, which some questions show together with their own.
     """
     found = analyse(table, question, kept)
-    pages: list[Path] = []
-    left_out: dict[str, str] = {}
-    if folder is None:
-        results = results_of(found, question, table)
-    else:
+    results, left_out = results_of(found, question, table), ""
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
         write(table, folder / "table.parquet")
-        results = write_answer(found, table, question, folder)
-        title = f"{question['name']} at scale {question['scale']}: {question['question']}"
-        shown = (found.optima, found.ratios, found.verdicts, WITHIN)
-        pages, left_out = [folder / "report.html", folder / "report.md"], lacking()
-        if "report.html" in left_out:
-            pages[0].unlink(missing_ok=True)
-        else:
-            interactive.write(pages[0], title, as_losses(table), *shown)
-        pages = [page for page in pages if page.name not in left_out]
+        left_out = write_answer(found, table, question, folder)
+        if not left_out:
+            title = f"{question['name']} at scale {question['scale']}: {question['question']}"
+            shown = (found.optima, found.ratios, found.verdicts, WITHIN)
+            interactive.write(folder / "report.html", title, as_losses(table), *shown)
     if as_json:
-        report = {"report": str(pages[-1]) if pages else None}
-        return json.dumps({**results, **report, "left_out": list(left_out.values())})
+        report = None if folder is None or left_out else str(folder / "report.md")
+        left = [left_out] if left_out else []
+        return json.dumps({**results, "report": report, "left_out": left})
     out = [question["question"], ""]
     if found.optima:
         out += [*aligned(optima_rows(found.optima)), ""]
@@ -92,42 +88,25 @@ def judge_and_report(
             f"{v.expected:g} within {margin}{primary}: {v.why}"
             + (f". Needed: {v.needed}" if v.needed else "")
         )
-    if folder is None:
-        return "\n".join(out)
-    out += ["", *(f"left out: {why}" for why in left_out.values())]
-    names = [f"{page} (interactive)" if page.suffix == ".html" else str(page) for page in pages]
-    out += [f"report: {', '.join(names) or folder / 'results.json'}"]
+    if left_out:
+        out += ["", f"left out: {left_out}", f"report: {folder / 'results.json'}"]
+    elif folder is not None:
+        out += ["", f"report: {folder / 'report.html'} (interactive), {folder / 'report.md'}"]
     return "\n".join(out)
-
-
-def lacking() -> dict[str, str]:
-    """Return the parts of a report that are left out, and which missing packages they need."""
-    needed = {
-        "figures": ("matplotlib",),
-        "report.html": interactive.NEEDED,
-        "report.md": ("jinja2",),
-    }
-    found = {what: missing(what, *packages) for what, packages in needed.items()}
-    return {what: why for what, why in found.items() if why}
 
 
 def write_answer(
     found: Analysis, table: pd.DataFrame, question: dict[str, Any], folder: Path
-) -> dict[str, Any]:
-    """Write results.json, report.md and the figures (see `lacking`); return the results."""
-    results, left_out = results_of(found, question, table), lacking()
-    text = json.dumps(results, indent=1) + "\n"
+) -> str:
+    """Write results.json, report.md and the figures; return why pages are left out, or nothing."""
+    text = json.dumps(results_of(found, question, table), indent=1) + "\n"
     (folder / "results.json").write_text(text)
-    if "report.md" in left_out:
-        (folder / "report.md").unlink(missing_ok=True)  # it may be of earlier runs
-    else:
-        page = render(found, question, table, left_out.get("figures", ""))
-        (folder / "report.md").write_text(page)
-    if "figures" in left_out:
-        for name in ("lr_nll.png", "learning.png", *(s.figure for s in found.sections if s.panels)):
-            (folder / name).unlink(missing_ok=True)
-        return results
-    from analysis.report import plots, plots_curves
+    if why := missing("the report", *NEEDED):
+        for page in ("report.md", "report.html"):  # they may be of earlier runs
+            (folder / page).unlink(missing_ok=True)
+        return why
+    (folder / "report.md").write_text(render(found, question, table))
+    from analysis.report import plots
 
     inputs = inputs_hash(table, text)
     for section in found.sections:
@@ -135,10 +114,10 @@ def write_answer(
             plots.panels(section.panels, folder / section.figure, inputs)
     if found.optima:
         losses = as_losses(table)
-        plots_curves.lr_against_nll(found.optima, folder / "lr_nll.png", inputs)
+        plots.lr_against_nll(found.optima, folder / "lr_nll.png", inputs)
         if by_run(losses):
-            plots_curves.learning(losses, found.optima, folder / "learning.png", inputs)
-    return results
+            plots.learning(losses, found.optima, folder / "learning.png", inputs)
+    return ""
 
 
 def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
@@ -193,10 +172,8 @@ def question_hash(question: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- report.md
 
 
-def render(
-    found: Analysis, question: dict[str, Any], table: pd.DataFrame, without_figures: str = ""
-) -> str:
-    """Return the text of report.md. `without_figures`: why it shows no figures."""
+def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> str:
+    """Return the text of report.md."""
     exploratory: dict[str, dict[str, None]] = {}
     for v in found.verdicts:
         if v.exploratory:
@@ -210,13 +187,12 @@ def render(
         verdicts=verdict_rows(found.verdicts, question),
         has_primary=any(v.primary for v in found.verdicts),
         added=added_after(question),
-        level=f"{100 * look_level(int(question.get('rounds', 1))):.3g}%",
+        level=f"{100 * level_of(question):.3g}%",
         sections=found.sections,
         optima=optima_rows(found.optima) if found.optima else None,
         metrics=" or ".join(dict.fromkeys(o.curve.shown.name for o in found.optima)),
-        noise={} if without_figures else noise,
-        without_figures=without_figures,
-        has_curves=bool(found.optima) and bool(by_run(table)) and not without_figures,
+        noise=noise,
+        has_curves=bool(found.optima) and bool(by_run(table)),
         conditions=_conditions(found.optima, table),
         runs=len(table),
         claims_hash=question_hash(question),
@@ -267,7 +243,7 @@ def command_of(question: dict[str, Any]) -> str:
 
 def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
     """Return one row per verdict, after the head."""
-    level = f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
+    level = f"{100 * level_of(question):.3g}%"
     head = ["claim", "model and data", "verdict", f"measured [{level}]", "expected"]
     return [
         [*head, "margin", "why", "needed"],

@@ -1,22 +1,19 @@
-"""Read the sweeps' answers from their folders as rows, and average them over bases.
+"""Read the sweeps' answers from their folders as rows, and name what is in them.
 
 Nothing is judged again: all rows are made from results.json; see `analysis.measures.rows`.
 """
 
 import functools
 import json
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
-from analysis.inference.decide import FAR, Verdict, scale_of
-from analysis.inference.estimate import AT_LEAST, Estimate, exp_of, with_interval
-from analysis.inference.meta import random_effects
+from analysis.inference.decide import FAR, Verdict
+from analysis.inference.estimate import with_interval
 from analysis.measures.rows import Row, Setting, rows_of
 from analysis.questions.base import NO_CELL
 from analysis.questions.registry import read_question
@@ -195,68 +192,3 @@ def within(margin: tuple[float, float]) -> str:
     if high >= FAR:
         return f"{low:g} and more"
     return f"up to {high:g}" if low <= -FAR else f"{low:g} to {high:g}"
-
-
-# ---------------------------------------------------------------- averages over bases
-
-MIN_BASES = 3
-"""With two bases, the random-effects interval has one degree of freedom and is too wide."""
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """The average of one claim's estimates over bases."""
-
-    bases: tuple[str, ...]
-    estimate: Estimate
-    """No value if fewer than MIN_BASES bases remain."""
-    one: Row
-    """One of the averaged verdicts."""
-    margin: tuple[float, float]
-    left_out: tuple[str, ...] = ()
-    """Bases of which every verdict on the claim has a gate."""
-
-
-def pooled(answers: Sequence[Answer]) -> list[Pooled]:
-    """Average every claim that has intervals on MIN_BASES bases of one scale and one setting.
-
-    The average is a random-effects mean over bases, without gated estimates. Of several answers on
-    one base, the one with the most runs counts. Exploratory and confirmatory verdicts are never
-    mixed. The level is the highest level of the single intervals, because of interim analyses.
-    Standard errors are half-widths over the Normal quantile. With few seeds the half-widths are
-    Student's, so these errors are rather too large.
-    """
-    found: dict[tuple, dict[str, tuple[Row, Verdict]]] = {}
-    for a in sorted(answers, key=lambda a: -int(a.results.get("runs", 0))):
-        claims = [v.claim for _, v in a.judged]
-        for r, v in a.judged:
-            e, to = v.estimate, scale_of(v.log)
-            # A bound, or an exact count, has no error that could be averaged.
-            unknown = e.value is None or not e.has_interval() or AT_LEAST in e.flags
-            if unknown or not -math.inf < to(e.interval[0]) < to(e.interval[1]):
-                continue
-            if claims.count(v.claim) == 1 and len(a.bases) == 1:
-                key = (a.sweep, v.claim, a.scale.partition("_")[0], r.setting, bool(v.exploratory))
-                mine, base = found.setdefault(key, {}), a.bases[0]
-                if base not in mine or (mine[base][1].gates and not v.gates):
-                    mine[base] = (r, v)
-    out = []
-    for by_base in (mine for mine in found.values() if len(mine) >= MIN_BASES):
-        judged = {base: one for base, one in by_base.items() if not one[1].gates}
-        left_out = tuple(sorted(by_base.keys() - judged.keys()))
-        bases, (one, v) = tuple(sorted(judged)), next(iter((judged or by_base).values()))
-        if len(judged) < MIN_BASES:
-            out.append(Pooled(bases, Estimate(None), one, v.margin, left_out))
-            continue
-        to, estimates = scale_of(v.log), [v.estimate for _, v in judged.values()]
-        level = max(e.level for e in estimates)
-        widths = [to(e.interval[1]) - to(e.interval[0]) for e in estimates]
-        errors = [
-            width / 2 / float(stats.norm.ppf(0.5 + e.level / 2))
-            for width, e in zip(widths, estimates)
-        ]
-        over = random_effects([to(float(e.value or 0.0)) for e in estimates], errors, level)
-        estimate = Estimate(over.mean, over.low, over.high, over.k, level=level)
-        estimate = exp_of(estimate) if v.log else estimate
-        out.append(Pooled(bases, estimate, one, v.margin, left_out))
-    return out

@@ -1,22 +1,23 @@
-"""The findings of the study: sentences of findings.yaml with numbers from the kept rows.
+"""Sentences that rest on rows: the findings (findings.yaml), and the ledger (ledger.yaml).
 
-A finding lists the outcomes that its words state, those of its main claim first. If the rows have
-others, the text is stale.
+A finding has numbers from the kept rows, and lists the outcomes that its words state, those of its
+main claim first. If the rows have others, the text is stale. The ledger has every sentence of the
+study and of its popular summaries, with all verdicts on it.
 """
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from analysis.inference.decide import EXPLORATORY
-from analysis.inference.estimate import Estimate, fixed, number
-from analysis.measures.rows import Row, pick
-from analysis.report.study.answers import listed
+from analysis.inference.decide import EXPLORATORY, WITHDRAWN, Verdict
+from analysis.inference.estimate import AT_LEAST, Estimate, fixed, number
+from analysis.measures.rows import Row, Setting, pick
+from analysis.report.study.answers import WORDS, Answer, listed
 from analysis.runs.table import TableError
 
 TEXTS = Path(__file__).with_suffix(".yaml")
@@ -38,8 +39,7 @@ SHOWN: dict[str, Show] = {
 """Way to show a number -> what is shown of the value, its format, its unit."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A conclusion and the numbers that it rests on."""
 
     sweep: str
@@ -125,3 +125,82 @@ def _shown(e: Estimate, show: str, interval: bool) -> str:
         return value
     low, high = sorted(map(to, e.interval))
     return f"{value} [{write(low)}, {write(high)}]"
+
+
+# ---------------------------------------------------------------- the ledger
+
+SENTENCES = TEXTS.with_name("ledger.yaml")
+OUTCOMES = ("SUPPORTED", "REFUTED", BETTER := "REFUTED, being better", "UNDECIDED", WITHDRAWN)
+NOT_TESTED = "not tested"
+OTHERS = "Other questions"
+
+
+def ledger(answers: Sequence[Answer]) -> list[list[str]]:
+    """Return the ledger's rows, one sentence a row after the head.
+
+    Claims that are not in ledger.yaml but have an answer come last.
+    """
+    judged = [(f"{r.sweep}: {v.claim}", r, v) for a in answers for r, v in a.single]
+    blocks = yaml.safe_load(SENTENCES.read_text())
+    claims = {name for block in blocks for s in block["sentences"] for name in claims_of(s)}
+    says = {name: r.says for name, r, _ in judged if name not in claims}
+    others = [{"says": f"{t[0].upper()}{t[1:]}", "claim": name} for name, t in says.items()]
+    blocks += [{"from": OTHERS, "sentences": others}] if others else []
+    episodes = [r for a in answers for r in pick(a.rows, "parameters_an_episode")]
+    rows = [["sentence", *WORDS.values()]]
+    for block in blocks:
+        rows.append([f"**{block['from']}**", *("" for _ in Setting)])
+        for s in block["sentences"]:
+            mine = [(r, v) for name, r, v in judged if name in claims_of(s)]
+            cells = [_counted([j for j in mine if j[0].setting == k], s, episodes) for k in Setting]
+            text = f"{s['says']} ({s['note']})" if "note" in s else s["says"]
+            rows.append([text, *(cells if mine else [NOT_TESTED, *cells[1:]])])
+    return rows
+
+
+def claims_of(sentence: dict[str, Any]) -> Sequence[str]:
+    """Return the claims that judge a sentence, as `sweep: claim`; empty: no sweep tests it."""
+    named = sentence.get("claim", ())
+    return (named,) if isinstance(named, str) else named
+
+
+def _counted(
+    judged: Sequence[tuple[Row, Verdict]], sentence: dict[str, Any], episodes: Sequence[Row]
+) -> str:
+    """Count the outcomes in one setting with their scales, confirmatory ones first.
+
+    Also show the parameters per sampled completion of the lowest rank, if the sentence has
+    `episodes`; with `at_most`, only the upper end of the claim's margin counts.
+    """
+
+    def outcome(v: Verdict) -> str:
+        if v.is_withdrawn:
+            return WITHDRAWN
+        if not sentence.get("at_most"):
+            return BETTER if v.is_better else v.outcome
+        e, most = v.estimate, v.margin[1]
+        if v.gates or e.low is None or e.high is None or AT_LEAST in e.flags:
+            return "UNDECIDED"
+        return "SUPPORTED" if e.high <= most else "REFUTED" if e.low > most else "UNDECIDED"
+
+    by_mark: dict[bool, list[tuple[Row, str]]] = {}
+    for r, v in judged:
+        explores = bool(v.exploratory) and not v.is_withdrawn
+        by_mark.setdefault(explores, []).append((r, outcome(v)))
+    lines = []
+    for explores, mine in sorted(by_mark.items()):
+        counts = Counter(outcome for _, outcome in mine)
+        n = f" {{}} of {len(mine)}" if len(mine) > 1 else ""
+        words = ", ".join(f"**{o}**{n.format(counts[o])}" for o in OUTCOMES if counts[o])
+        scales = [f"`{r.scale.partition('_')[0]}`" for r, _ in mine]
+        mark = f" ({EXPLORATORY})" if explores else ""
+        lines.append(f"{words} at {', '.join(dict.fromkeys(scales))}{mark}")
+    known = []
+    for r in (r for r, _ in judged if sentence.get("episodes")):
+        mine = [e for e in pick(episodes, sweep=r.sweep, scale=r.scale) if e.task == r.task]
+        lowest = min((e.rank for e in mine), default=None)
+        known += [float(e.estimate.value or 0) for e in mine if e.rank == lowest]
+    if known:
+        shown = dict.fromkeys(f"{float(f'{x:.2g}'):,g}" for x in (min(known), max(known)))
+        lines.append(f"at {' to '.join(shown)} parameters an episode")
+    return "<br>".join(lines)

@@ -8,7 +8,8 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,8 @@ from analysis.measures.rows import Row, csv_of, pick
 from analysis.questions.registry import analyse, read_question
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, command_of, write_answer
-from analysis.report.study import figures
-from analysis.report.study.answers import (
-    Answer,
-    Pooled,
-    called,
-    listed,
-    pooled,
-    read_answers,
-    where,
-    within,
-)
-from analysis.report.study.findings import ON_PAGE, Finding, findings
-from analysis.report.study.ledger import ledger
+from analysis.report.study.answers import Answer, called, listed, read_answers, where, within
+from analysis.report.study.findings import ON_PAGE, Finding, findings, ledger
 from analysis.report.text import Rows, rendered, text_hash, with_block
 from analysis.runs.lr_curves import in_words
 from analysis.runs.table import read as read_table
@@ -60,30 +50,21 @@ class Data:
     """What the pages show beside the answers: all rows, also those measured for figures."""
 
     def __init__(self, answers: Sequence[Answer]) -> None:
-        self.rates = figures.rate_curves(answers)
-        shown = figures.speed_answers(answers).values()
-        self.speeds = [r for a in shown for r in figures.speed_rows(a)]
-        self.lines = figures.regret_lines(answers)
-        self.claims = figures.claim_rows(answers)
-        widths = [c.row for c in self.rates if c.row.sweep == figures.WIDTHS]
-        rows = [*(r for a in answers for r in a.rows), *self.speeds, *widths]
+        rates, shown = plots_study.rate_curves(answers), plots_study.speed_answers(answers)
+        speeds = [r for a in shown.values() for r in plots_study.speed_rows(a)]
+        claims = plots_study.claim_rows(answers)
+        self.n_claims = len(claims)
+        drawn: dict[str, tuple[Sequence[Any], Callable[..., None]]] = {
+            MAP: (plots_study.regret_lines(answers), plots_study.regret_map),
+            FOREST: (claims[:MOST], plots_study.forest),
+            RATES: (rates, plots_study.rates),
+            SPEED: (plots_study.speed_panels(speeds), plots.panels),
+        }
+        self.figures = {name: partial(draw, of) for name, (of, draw) in drawn.items() if of}
+        """Name of each figure that there is -> the function that draws it."""
+        widths = [c.row for c in rates if c.row.sweep == plots_study.WIDTHS]
+        rows = [*(r for a in answers for r in a.rows), *speeds, *widths]
         self.rows = sorted(rows, key=lambda r: (r.sweep, r.scale))
-
-    @property
-    def figures(self) -> list[str]:
-        """Names of the figures that there are."""
-        known = {MAP: self.lines, FOREST: self.claims, RATES: self.rates, SPEED: self.speeds}
-        return [name for name, values in known.items() if values]
-
-    def draw(self, folder: Path, inputs: str) -> None:
-        if self.lines:
-            plots_study.regret_map(self.lines, folder / MAP, inputs)
-        if self.claims:
-            plots_study.forest(self.claims[:MOST], folder / FOREST, inputs)
-        if self.rates:
-            plots_study.rates(self.rates, folder / RATES, inputs)
-        if self.speeds:
-            plots.panels(figures.speed_panels(self.speeds), folder / SPEED, inputs)
 
 
 def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
@@ -95,7 +76,8 @@ def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
     texts = pages(answers, path, kept, data)
     (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as drawn:
-        data.draw(Path(drawn), inputs_hash(answers))
+        for name, draw in data.figures.items():
+            draw(Path(drawn) / name, inputs_hash(answers))
         for name in FIGURES:
             (folder / name).unlink(missing_ok=True)
         for figure in Path(drawn).iterdir():
@@ -127,20 +109,19 @@ def pages(
     by_sweep: dict[str, list[Answer]] = {}
     for a in answers:
         by_sweep.setdefault(a.sweep, []).append(a)
-    over_bases, folder = pooled(answers), path.parent
+    folder = path.parent
     found = findings(data.rows) if kept else []
     runs = base_runs(answers)
     sizes = sizes_of(runs) / 1e6
+    law = [a.folder / "law.png" for a in by_sweep.get(LAW, [])]
     common: dict[str, Any] = {
         "kept": kept,
         "page": path.name,
         "n_claims": len({(r.sweep, v.claim) for a in answers for r, v in a.single}),
         "n_runs": len(set().union(*(a.run_ids for a in answers))),
-        "figures": data.figures,
+        "figures": list(data.figures),
     }
-    questions = [
-        question_of(mine, over_bases, folder / QUESTIONS, found) for mine in by_sweep.values()
-    ]
+    questions = [question_of(mine, folder / QUESTIONS, found) for mine in by_sweep.values()]
     texts = {
         path.name: rendered(
             "study/page.md",
@@ -152,8 +133,8 @@ def pages(
             tally=tally(answers),
             spans=[sizes.min(), sizes.max(), runs["steps"].max()] if len(sizes) else [],
             withdrawn=[line for mine in by_sweep.values() for line in withdrawn_lines(mine)],
-            law=law_figure(by_sweep.get(LAW, []), folder),
-            n_forest=(min(len(data.claims), MOST), len(data.claims)),
+            law=next((os.path.relpath(p, folder) for p in law if p.is_file()), ""),
+            n_forest=(min(data.n_claims, MOST), data.n_claims),
             bases=base_rows(runs, " ".join(f.text for f in found[:ON_PAGE])),
             questions=questions,
         ),
@@ -181,9 +162,9 @@ def primary_lines(answers: Sequence[Answer]) -> list[str]:
 
 def first_pass_loads(rows: Sequence[Row]) -> str:
     """Say how often the data fill the adapter of claim `low` by the study's count of bits."""
-    for r in (r for r in pick(rows, sweep=figures.REGIME, claim="low") if r.rank):
+    for r in (r for r in pick(rows, sweep=plots_study.REGIME, claim="low") if r.rank):
         loads = pick(rows, f"load, {FIRST_PASS}", rank=r.rank, base=r.base, setting=r.setting)
-        known = [x.estimate.value or 0.0 for x in loads if x.data != figures.NOTHING]
+        known = [x.estimate.value or 0.0 for x in loads if x.data != plots_study.NOTHING]
         if known:
             ends = dict.fromkeys(number(v, 2) for v in (min(known), max(known)))
             return f"{' to '.join(ends)} times what rank {r.rank} can hold"
@@ -191,10 +172,7 @@ def first_pass_loads(rows: Sequence[Row]) -> str:
 
 
 def question_of(
-    answers: Sequence[Answer],
-    over_bases: Sequence[Pooled],
-    folder: Path,
-    found: Sequence[Finding],
+    answers: Sequence[Answer], folder: Path, found: Sequence[Finding]
 ) -> dict[str, Any]:
     """Return the parts of a question's page, which is in `folder`."""
     asked, shown = answers[0].question, []
@@ -206,15 +184,6 @@ def question_of(
         links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
         runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
         shown.append(f"`{a.scale}`: {runs} ({links})")
-    averages = []
-    for p in (p for p in over_bases if p.one.sweep == answers[0].sweep):
-        gated = f" ({len(p.left_out)} not to be judged: {', '.join(p.left_out)})"
-        value = f"{p.one.says}; {with_interval(p.estimate)}, margin {within(p.margin)}"
-        averages.append(
-            f"No average over bases{gated}: {p.one.says}"
-            if p.estimate.value is None
-            else f"Average over {', '.join(p.bases)}{gated if p.left_out else ''}: {value}"
-        )
     outcomes = Counter(v.shown for a in answers for _, v in a.single)
     head = ["claim", "scale", "measured", "margin", "verdict", "notes"]
     return {
@@ -225,7 +194,6 @@ def question_of(
         "found": [f"{f.text} {f.more}".strip() for f in mine],
         "outcomes": ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())),
         "answers": shown,
-        "averages": averages,
         "verdicts": [head, *(verdict_row(a, r, v) for a in answers for r, v in a.judged)],
         "figures": [
             (caption[0].upper() + caption[1:], os.path.relpath(a.folder / name, folder))
@@ -274,15 +242,6 @@ def tally(answers: Sequence[Answer]) -> str:
     )
 
 
-def law_figure(answers: Sequence[Answer], folder: Path) -> str:
-    """Return the path of the law's figure if it was judged on measured ratios; else nothing."""
-    for a in (a for a in answers if any(v.estimate.value is not None for _, v in a.single)):
-        for name, _ in a.results.get("figures") or []:
-            if (a.folder / name).is_file():
-                return os.path.relpath(a.folder / name, folder)
-    return ""
-
-
 def readme(text: str, kept: Path) -> str:
     """Return the project's README with its findings rendered again from kept results."""
     found = findings(Data(read_answers([kept])).rows)[:ON_PAGE]
@@ -317,23 +276,20 @@ def base_rows(runs: pd.DataFrame, text: str) -> Rows:
     def place(base: str) -> tuple[bool, int, str]:
         return called(base) not in named, int(sizes.get(base, 0)), base
 
+    def span(values: pd.Series) -> str:
+        ends = values.dropna().agg(["min", "max"]).dropna()
+        return " to ".join(dict.fromkeys(f"{v:,g}" for v in ends))
+
     rows = [head]
     for base in sorted(runs["model"].unique(), key=place):
         mine = runs[runs["model"] == base]
         lora = mine[mine["method"] == "lora"]
         alphas = ", ".join(f"{v:g}" for v in sorted(lora["alpha"].dropna().unique()))
-        spans = [_span(lora["rank"]), alphas, _span(mine["steps"])]
+        spans = [span(lora["rank"]), alphas, span(mine["steps"])]
         size = f"{sizes[base] / 1e6:.3g}M" if base in sizes else "-"
         width = f"{mine['hidden_size'].max():g}"
         rows.append([called(base), width, size, what.get(base, "-"), *spans])
     return rows if len(rows) > 1 else []
-
-
-def _span(values: pd.Series) -> str:
-    """Return the lowest and the highest value."""
-    known = values.dropna()
-    ends = (known.min(), known.max()) if len(known) else ()
-    return " to ".join(dict.fromkeys(f"{v:,g}" for v in ends))
 
 
 def verdict_row(a: Answer, r: Row, v: Verdict) -> list[str]:
@@ -362,7 +318,7 @@ def verdict_row(a: Answer, r: Row, v: Verdict) -> list[str]:
 
 
 def render_answers(kept: Path) -> None:
-    """Judge the kept tables again and write their results, reports and figures."""
+    """Judge the kept tables again and write their results, reports and plots_study."""
     for folder in sorted(p.parent for p in kept.glob("*/question.json")):
         table = read_table(folder / "table.parquet")
         question = read_question(folder)

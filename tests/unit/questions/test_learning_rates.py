@@ -1,6 +1,5 @@
 """`lr_ratio`, `lr_scale` and `short_runs`: planted optima come back, and each verdict can be reached."""
 
-import dataclasses
 import json
 import math
 
@@ -10,10 +9,8 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.optimum.valley import linex
-from analysis.questions import laws
 from analysis.questions.registry import analyse, question_named
 from analysis.runs.table import TableError
-from lorasweep.methods.fullft import FullFT
 from tests import planted
 from tests.planted import FULL, LORA, Valley, World, arms, ask, base, check, is_full, kept_question
 
@@ -95,25 +92,6 @@ def test_an_optimum_off_the_grid_is_a_bound_answered_by_lrs_beyond_it(tmp_path, 
     assert "beyond the edge" in wanted[0]["why"]
 
 
-@pytest.mark.parametrize(("behind", "outcome"), [(0.0, "SUPPORTED"), (0.1, "REFUTED")])
-def test_the_regret_of_the_highest_rank(behind, outcome):
-    """Behind by a tenth of the gain, where a twentieth is allowed; rank 4 does not count."""
-    _, found = ask_ratio(Valley(3, behind={4: 0.3 * GAINED, 16: behind * GAINED}))
-    check(found, no_regret=(outcome, pytest.approx((behind - 0.05) * GAINED, abs=2e-3)))
-
-
-def test_noise_of_a_third_of_the_valley_leaves_it_undecided():
-    check(ask_ratio(Valley(10, noise=0.04))[1], ratio="UNDECIDED")
-
-
-def test_each_setting_of_lora_is_a_condition_of_its_own():
-    both = [s for alpha in (32.0, 64.0) for s in arms(base(**SMOKE), (4,), steps=16, alpha=alpha)]
-    out, _ = ask("lr_ratio", World(), {s.id: s for s in both}.values())
-    groups = {v["group"] for v in out["verdicts"]}
-    assert {g.rpartition("; ")[2] for g in groups} == {"alpha 32", "alpha 64"}
-    assert out["pooled"] is None  # both have one curve of full fine-tuning
-
-
 SPEED = {"measure": "speed", "of": {"rank": "top"}, "over": "full"}
 
 
@@ -164,16 +142,6 @@ def test_the_law_of_the_ratio(power, outcome, tmp_path):
     world = World(best=best, more=lambda s: {"retain_start": 2.0, "retain_nll": 2.1})
     _, found = ask("lr_scale", world, specs.values(), tmp_path if power else None)
     check(found, hidden=(outcome, pytest.approx(power, abs=0.15)), alpha="SUPPORTED")
-
-
-def test_a_control_is_not_what_a_bases_ratio_is_measured_against():
-    """A control of fewer matrices, whose optimum is LoRA's."""
-    world = World(best=lambda s, step: FULL if s.method == FullFT() else LORA)
-    specs = arms(base(**SMOKE), (4,), steps=16)
-    control = FullFT(scope="matrices", layers="attention+mlp")
-    specs += [dataclasses.replace(s, method=control) for s in specs if is_full(s)]
-    (found,) = laws.scale_conditions(planted.planted_table(world, specs))
-    assert [b.ratio.value for b in found.bases] == [pytest.approx(LORA / FULL, rel=0.1)]
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])

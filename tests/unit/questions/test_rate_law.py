@@ -88,15 +88,6 @@ def test_what_the_rule_decides(truth, outcome, share):
     assert found[outcome] / 20 >= share if share > 0 else found[outcome] / 20 <= -share
 
 
-def test_an_open_verdict_asks_for_bases_and_fewer_conditions_give_none():
-    rng = np.random.default_rng(3)
-    open_ones = (v for v in iter(lambda: verdict(planted_cells(rng, cell_sd=0.12)), None))
-    needed = next(v.needed for v in open_ones if v.outcome == "UNDECIDED")
-    assert needed.endswith(("bases (now 4)", "bases"))
-    cells = planted_cells(np.random.default_rng(1), noise=0.02)
-    assert verdict(cells).outcome == "SUPPORTED" and verdict(cells[:-1]).outcome == "UNDECIDED"
-
-
 def test_the_error_is_the_rms_without_the_variance_of_the_measurement():
     cells = []
     for name, off in (("a", 0.3), ("a", -0.1), ("b", 0.2)):
@@ -109,19 +100,6 @@ def test_the_error_is_the_rms_without_the_variance_of_the_measurement():
     # four equally likely resamples of two bases: a a, a b, b a, b b
     wanted = np.sqrt([0.04, 0.11 / 3, 0.11 / 3, 0.03])
     assert sorted(laws.resampled(cells, squares)) == pytest.approx(sorted(wanted))
-
-
-@pytest.mark.parametrize(
-    ("own", "rival", "sign"),
-    [(0.05, 0.2, -1), (0.05, 0.03, 1), (0.2, 0.5, 1), ([0.1, 0.2], 0.5, 0), (0.1, [0, 0.2], 0)],
-)
-def test_the_worst_criterion_is_all_criteria_or_one_of_them(own, rival, sign):
-    errors = {k: np.resize(np.array(v, float), 256) for k, v in ((RATE_LAW, own), ("r", rival))}
-    worst = laws.worst_of(errors)
-    criteria = [errors[RATE_LAW] - laws.WITHIN, errors[RATE_LAW] - errors["r"]]
-    assert worst.low == pytest.approx(max(np.quantile(c, 0.025) for c in criteria), abs=0.01)
-    assert worst.high == pytest.approx(max(np.quantile(c, 0.975) for c in criteria), abs=0.01)
-    assert (worst.high < 0, worst.low > 0) == (sign < 0, sign > 0)
 
 
 def planted_scale(scale, truth):

@@ -63,24 +63,6 @@ def change(spec, **method):
     return dataclasses.replace(spec, method=dataclasses.replace(spec.method, **method))
 
 
-def test_of_the_base_that_solves_the_task_only_progress_is_asked():
-    """Rank 1 is 12 points behind on one base, and makes half of the progress on the other."""
-    first, second = "tiny64-skilled", "tiny64-skills"
-
-    def top(spec, step):
-        if spec.model.name == second:
-            return climbs(spec, step, 0.5, 0.13)  # .88 at 64
-        return climbs(spec, step) - 0.12 * (rank_of(spec) == 1) * step / spec.steps
-
-    out, _ = ask(*rewarded(top, models=(first, second)))
-    judged = {(v["claim"], v["group"].split(" on ")[0]): v for v in out["verdicts"]}
-    of_rewards = ("rank_1", "top_rank", "ratio", "wider")
-    assert set(judged) == {*((c, first) for c in (*of_rewards, "progress")), ("progress", second)}
-    for (claim, model), value in {("rank_1", first): -12, ("progress", second): 0.5}.items():
-        verdict = {claim: judged[claim, model]}
-        check(verdict, **{claim: ("REFUTED", pytest.approx(value, rel=0.1))})
-
-
 @pytest.mark.parametrize("fewer", [0.0, 0.12])
 def test_a_control_separates_the_rank_from_the_choice_of_matrices(fewer, tmp_path):
     """Training fewer matrices costs `fewer` of reward, and rank 1 costs .1 more; rank 8 nothing."""

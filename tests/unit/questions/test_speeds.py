@@ -1,14 +1,10 @@
 """`rank` and `batch_size` on planted runs: which ranks keep up, and what LoRA loses per doubling of the batch."""
 
-import dataclasses
 import math
 
 import pytest
 
 from analysis.measures import speed
-from analysis.measures.at_best import AtBest
-from analysis.measures.batch_effect import prefixes_of
-from lorasweep.methods.fullft import FullFT
 from tests import planted
 from tests.planted import FULL, GAIN, LORA, World, ask, batches, check, is_full, rank_of, rank_runs
 
@@ -72,30 +68,6 @@ def test_parity_and_the_steps_from_which_ranks_are_behind(top, outcome, tmp_path
     assert all(v is None for v in left["8"]) == (top == 1.0)
 
 
-def test_a_draw_or_seed_that_is_missing_leaves_what_the_others_say_without_an_interval():
-    table = planted.planted_table(World(lambda s: 0.3), rank_runs(steps=32))
-    start = speed.start_of(table, 8)
-    table.loc[table["init_seed"] == 1, "status"] = "diverged"
-    fewer = speed.start_of(table, 8)
-    assert fewer.steps == start.steps and fewer.first.value is None
-    table.loc[table["init_seed"] > 0, "status"] = "diverged"
-    assert speed.start_of(table, 8) is None
-    straight = [(float(2**k), 3.0 - 0.1 * k) for k in range(9)]
-    sure = AtBest({s: [(t, v + 1e-3 * s * (t == 1)) for t, v in straight] for s in range(3)})
-    assert speed.straightness(sure).has_interval()
-    assert not speed.least_straight(sure, AtBest({0: straight})).has_interval()
-
-
-def test_a_control_is_not_what_batches_are_compared_with():
-    """Full fine-tuning of the adapted matrices only, at half the speed."""
-    specs = batches((4,), {4: 32, 16: 16})
-    specs += [dataclasses.replace(s, method=FullFT(scope="matrices")) for s in specs if is_full(s)]
-    world = World(lambda s: 0.5 if is_full(s) else 0.8)
-    found = prefixes_of(planted.planted_table(world, specs))
-    assert {p.full.curve.key["scope"] for p in found} == {"all"}
-    assert [p.rho.value for p in found] == pytest.approx([0.8] * len(found), abs=0.05)
-
-
 @pytest.mark.parametrize(("b", "outcome"), [(-0.1, "SUPPORTED"), (0.0, "REFUTED")])
 def test_batch_penalty(b, outcome, tmp_path):
     """rho of 0.9 at batch 4, changing by exp(b) per doubling; half of it is lost in 64 updates."""
@@ -150,13 +122,3 @@ def test_whether_the_gap_at_batch_32_shrinks(doubling, outcome):
     assert out["read"]["gap_change_at_32"] == "rank 4, update 32 to 128"
     _, found = ask("large_batches", world, [s for s in runs if s.batch_size == 512])
     check(found, shrinks="no curve of batch 32")
-
-
-def test_runs_of_two_lengths_of_one_batch_are_judged_together():
-    """Optima fall with updates: at 16 only the short runs reach them."""
-    world = World(best=lambda s, step: 6e-3 if step <= 16 else 8e-4)
-    long = batches(lengths={4: 64, 16: 64}, full=8e-4, lora=8e-4)
-    short = batches(lengths={4: 16, 16: 16}, full=6.4e-3, lora=6.4e-3)
-    out, found = ask("batch_size", world, [*long, *short])
-    check(found, penalty=near(0, 0.03))
-    assert "batches of 4 to 16 after 8 to 64 updates" in out["read"]["batch_effect"]

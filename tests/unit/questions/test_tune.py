@@ -68,21 +68,6 @@ def test_validation_rows_choose_the_rate_and_test_rows_measure_the_loss_there():
         assert arm["good"][0] < best / SHIFT < arm["good"][1] and arm["seconds"] == 3.0
 
 
-def test_harder_validation_rows_do_not_make_good_runs_count_as_untrained():
-    easy, harder = (by_rank(results(Shifted(harder=h), specs())) for h in (0, 5))
-    for rank, arm in harder.items():
-        best = easy[rank]["best_lr"]["value"]
-        assert arm["best_lr"]["value"] == pytest.approx(best) and arm["best_tried"]
-
-
-def test_without_validation_rows_test_rows_do_both():
-    data = dataclasses.replace(specs()[0].dataset, n_validation=0)
-    runs = [dataclasses.replace(s, dataset=data) for s in specs()]
-    found = results(Shifted(), runs)
-    assert found["chosen_on"] == "test"
-    assert by_rank(found)[None]["best_lr"]["value"] == pytest.approx(FULL, rel=0.03)
-
-
 def test_what_lora_gives_up_is_a_share_of_the_gain_on_test_rows():
     lost = {2: 0.1, 8: 0.002}
     found = results(Shifted(lambda s: lost[s.method.rank]), specs())

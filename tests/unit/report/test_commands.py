@@ -137,13 +137,6 @@ def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
     assert found["pooled"] is None  # one full fine-tuning curve is not two witnesses
 
 
-def test_tables_without_a_surviving_run_have_no_numbers(tmp_path, capsys, asked):
-    for row in asked("fit", planted().assign(status="diverged", test_nll="")):
-        assert row["best_lr"] is None and "no_usable_points" in row["flags"]
-    for command in ("fit", "ratio", "drift", "html"):
-        assert run(capsys, *words_of(command, tmp_path / "runs.csv"))[0] == 0
-
-
 def test_names_are_data_on_the_page_and_never_markup(tmp_path, capsys):
     table = planted(seeds=(0,)).assign(model="</script><img src=x>")
     page = tmp_path / "<b>.html"
@@ -175,19 +168,3 @@ def test_a_kept_answer_is_printed_and_not_written(tmp_path, capsys):
     assert code == 0 and "REFUTED: ratio" in text and "none of your own" in err
     assert "lr_ratio-tiny" in err  # the default scale, whichever file is newer
     assert {p: p.stat().st_mtime_ns for p in (KEPT / "lr_ratio-tiny").iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
-    [
-        ((), 0, "suggest SWEEP"),
-        *(
-            (("fit", "x", "--map", "lr"), 2, "--map"),
-            (("fit", "x", "--within", "0"), 2, "--within"),
-        ),
-    ],
-)
-def test_without_arguments_the_commands_are_listed_and_bad_ones_named(capsys, words, code, said):
-    with pytest.raises(SystemExit) as end:
-        run(capsys, *words)
-    assert end.value.code == code and said in "".join(capsys.readouterr())

@@ -10,7 +10,7 @@ from matplotlib.text import Annotation
 from analysis.inference.estimate import AT_LEAST, Estimate
 from analysis.optimum.fit import fit_all
 from analysis.questions.base import Panel, Series, panel_of
-from analysis.report import plots, plots_curves
+from analysis.report import plots
 from analysis.runs.learning_curves import at_step
 from analysis.runs.lr_curves import lr_curves, title
 
@@ -91,15 +91,6 @@ def test_zero_is_drawn_at_zero(drawn):
     assert list(ax.lines[0].get_ydata()) == [0, 0] and -1e-14 < low < 0 and high > 1e-3
 
 
-def test_an_axis_that_is_linear_around_zero_has_plain_ticks(drawn):
-    series = [Series("a", [1, 2], [-0.006, 0.2])]
-    look = {"log_y": True, "linear_below": 0.01, "y_range": (-0.007, 0.3)}
-    (ax,) = drawn(plots.panels, [Panel("t", "x", "y", series, **look)]).axes
-    assert ax.get_yscale() == "symlog" and ax.get_ylim() == (-0.007, 0.3)
-    shown = [ax.yaxis.get_major_formatter()(v) for v in ax.get_yticks()]
-    assert shown == ["-0.005", "0", "0.005", "0.01", "0.02", "0.04", "0.1", "0.2"]
-
-
 def runs():
     """Five rates and a curve of evaluations each."""
     common = {"model": "m", "dataset": "dialect(rule_shift=0)", "batch_size": 4, "steps": 16}
@@ -117,7 +108,7 @@ def runs():
 def test_a_figure_of_cut_runs_shows_them_and_says_of_what_they_are_the_beginning(drawn):
     table = runs()
     optima = fit_all(lr_curves(at_step(at_step(table, 8), 4)))
-    (ax,) = drawn(plots_curves.learning, table, optima).axes
+    (ax,) = drawn(plots.learning, table, optima).axes
     curves = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) > 2]
     assert len(curves) == 10 and all(max(x) == 4 for x in curves)
     words = "m on dialect (no new rules), batch 4, first 4 of 16 updates"
@@ -139,7 +130,7 @@ def test_rewards_are_drawn_as_rewards_upwards_and_on_one_scale(drawn):
         found.append(table)
     table = pd.concat(found, ignore_index=True)
     optima = fit_all(lr_curves(table))
-    heights, curves = (plots_curves.lr_against_nll, optima), (plots_curves.learning, table, optima)
+    heights, curves = (plots.lr_against_nll, optima), (plots.learning, table, optima)
     for draw, *given in (heights, curves):
         axes = drawn(draw, *given).axes
         of = {ax.get_title().split()[2].strip(","): ax for ax in axes if ax.get_title()}
@@ -155,7 +146,7 @@ def test_an_optimum_at_an_edge_is_an_arrow_and_its_legend_a_bound(drawn):
     table = runs()
     table["test_nll"] = 3 - 0.1 * np.log(table["lr"] / 1e-4)  # falls up to the highest rate
     optima = fit_all(lr_curves(table))
-    (ax,) = drawn(plots_curves.lr_against_nll, optima).axes
+    (ax,) = drawn(plots.lr_against_nll, optima).axes
     found = [a for a in ax.get_children() if isinstance(a, Annotation)]
     assert len(found) == 2 and all(a.xyann == (plots.ARROW, 0) for a in found)
     assert all("best > " in t.get_text() for t in ax.get_legend().get_texts())
@@ -171,7 +162,7 @@ def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(draw
     table.loc[10, ["status", "test_nll"]] = ["diverged", None]
     optima = fit_all(lr_curves(table))
     assert np.exp(optima[0].curve.unbroken) == pytest.approx(rates[:3])
-    (ax,) = drawn(plots_curves.lr_against_nll, optima).axes
+    (ax,) = drawn(plots.lr_against_nll, optima).axes
     (fitted,) = [line for line in ax.lines if len(line.get_xdata()) == 200]
     assert max(fitted.get_xdata()) == pytest.approx(rates[2])
     lines = [line for line in ax.lines if line.get_markerfacecolor() == "none"]

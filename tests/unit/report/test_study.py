@@ -1,4 +1,4 @@
-"""The pages of all answers, on planted ones: averages, figures, findings, ledger, and golden pages."""
+"""The pages of all answers, on planted ones: figures, findings, ledger, and golden pages."""
 
 import dataclasses
 import json
@@ -11,18 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from scipy import stats
 
-from analysis.inference.decide import Gate, GateCode, Verdict, look_level
-from analysis.inference.estimate import AT_LEAST, Estimate, fixed, number
+from analysis.inference.decide import Gate, GateCode, Verdict
+from analysis.inference.estimate import Estimate
 from analysis.measures import next_runs
 from analysis.measures.regret import COUNTS
 from analysis.measures.rows import Setting, pick
 from analysis.questions.registry import analyse
 from analysis.report import plots_study, report
 from analysis.report.report import question_hash
-from analysis.report.study import answers, figures, findings, ledger, page
-from analysis.report.study.answers import NO_CELL, claims_table, pooled, read_answers
+from analysis.report.study import answers, findings, page
+from analysis.report.study.answers import NO_CELL, claims_table, read_answers
 from analysis.runs.table import TableError
 from lorasweep.cli.answer import KEPT
 from lorasweep.config.compose import composer
@@ -139,31 +138,24 @@ def test_pages_replace_earlier_ones_once_all_of_them_can_be_written(reports, tmp
 def test_speed_is_measured_along_the_run_at_each_lengths_best_rate(reports):
     """All ranks of the planted runs need 1 / 0.7 as many updates, whatever the length."""
     (kept,) = read_answers([reports])
-    rows = figures.speed_rows(kept)
+    rows = plots_study.speed_rows(kept)
     found = pick(rows, "speed")
     assert {r.updates for r in found} >= {16, 32, 64} and len({r.rank for r in found}) > 1
     assert [r.estimate.value for r in found] == pytest.approx([0.7] * len(found), abs=0.05)
     assert all(abs(r.estimate.value) < 8 for r in pick(rows, "speed_rise"))
-    assert set(figures.speed_answers([kept])) == {Setting.BEYOND}
+    assert set(plots_study.speed_answers([kept])) == {Setting.BEYOND}
 
 
-def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some():
-    words = {"text": "other words", "measure": "metres", "note": "the point"}
-    known = {"planning": {"smoke": {"sd": 0.5, "units": 7}}, "underpowered": True}
+def test_words_are_no_part_of_what_is_hashed():
+    known = {"text": "other words", "measure": "metres", "note": "the point", "underpowered": True}
+    known |= {"planning": {"smoke": {"sd": 0.5, "units": 7}}}
     with composer() as compose:
-        questions = [
-            question(compose([f"+sweep={n}", "scale=smoke"]))
-            for n in answers.ORDER
-            if n != "rl_bits"
-        ]
-    for asked in questions:
-        claims = asked["claims"]
-        assert asked["how"] and all(c["text"] and c["measure"] for c in claims.values())
-        first = next(iter(claims))
-        other = {**asked, "claims": {**claims, first: {**claims[first], **words, **known}}}
-        assert question_hash(other) == question_hash(asked)
-        other["claims"][first]["margin"] = [0.0, 1e9]
-        assert question_hash(other) != question_hash(asked)
+        asked = question(compose(["+sweep=rank", "scale=smoke"]))
+    first, claims = next(iter(asked["claims"])), asked["claims"]
+    other = {**asked, "claims": {**claims, first: {**claims[first], **known}}}
+    assert question_hash(other) == question_hash(asked)
+    other["claims"][first]["margin"] = [0.0, 1e9]
+    assert question_hash(other) != question_hash(asked)
 
 
 @pytest.mark.parametrize(
@@ -190,56 +182,6 @@ def bases(folder, verdicts, **changes):
     ]
 
 
-def test_three_bases_are_averaged_at_the_level_of_their_looks(tmp_path):
-    level = look_level(3)
-    values = (0.5, 0.6, 0.7)
-    (pool,) = pooled(bases(tmp_path, [verdict(v, 0.01, level=level) for v in values]))
-    half = stats.t.ppf(0.5 + level / 2, 2) * np.std(values, ddof=1) / math.sqrt(3)
-    assert pool.bases == ("b0", "b1", "b2") and pool.estimate.level == level
-    assert pool.estimate.value == pytest.approx(0.6, abs=1e-3)
-    assert pool.estimate.low == pytest.approx(0.6 - half, rel=0.02)
-    # Ratios are averaged as logarithms.
-    ends = [Estimate(*np.exp([v, v - 0.01, v + 0.01])) for v in values]
-    (pool,) = pooled(bases(tmp_path, [verdict(1, log=True, estimate=e) for e in ends]))
-    assert math.log(pool.estimate.value) == pytest.approx(0.6, abs=1e-3)
-
-
-def test_what_is_no_replicate_is_not_averaged(tmp_path):
-    three = [verdict(v) for v in (0.5, 0.6, 0.7)]
-    assert len(pooled(bases(tmp_path, three))) == 1
-    assert not pooled(bases(tmp_path, three[:2]))
-    others = (
-        {"estimate": Estimate(0.7, 0.7, 0.7)},  # a count
-        {"estimate": Estimate(0.7, 0.6, 0.8, flags=(AT_LEAST,))},
-        {"estimate": Estimate(0.7)},
-        {"exploratory": "early seeds"},
-    )
-    for change in others:
-        assert not pooled(bases(tmp_path, [*three[:2], dataclasses.replace(three[2], **change)]))
-    pair = bases(tmp_path, three[:2])
-    assert not pooled([*pair, bases(tmp_path / "low", three[2:], data=RULES)[0]])
-    small = answer(tmp_path / "x", dataclasses.replace(three[2], group="c on dialect"), base="c")
-    small.results["scale"] = "small"
-    assert not pooled([*pair, small])
-
-
-def test_answers_that_must_not_be_judged_are_left_out_of_the_average(tmp_path):
-    gate = Gate(GateCode.FLAGGED, place="lora r8: ", flags=("at_edge",))
-    made = [verdict(v, 0.01) for v in (0.5, 0.6, 0.7)] + [verdict(9, gates=(gate,))]
-    four = bases(tmp_path, made)
-    (pool,) = pooled(four)
-    assert pool.estimate == pooled(four[:3])[0].estimate and pool.left_out == ("b3",)
-    # Too few are left: no average.
-    (none,) = pooled(four[1:])
-    assert none.estimate.value is None and none.left_out == ("b3",)
-    text = pages(four[1:], tmp_path)["questions/rank.md"]
-    assert "No average over bases (1 not to be judged: b3): c holds" in text
-    # Another answer of that base, with fewer runs and no gate, stands for it.
-    v = verdict(0.8, 0.01, group="b3 on dialect")
-    again = answer(tmp_path / "again", v, scale="tiny_3", base="b3", seeds=(100,))
-    assert pooled([*four, again])[0].bases == ("b0", "b1", "b2", "b3")
-
-
 # ---------------------------------------------------------------- figures
 
 
@@ -258,7 +200,7 @@ def test_answers_that_must_not_be_judged_are_left_out_of_the_average(tmp_path):
     ],
 )
 def test_values_are_placed_in_units_of_the_margin(expected, margin, log, value, place, band):
-    scale = figures.scale_for(verdict(value, expected=float(expected), margin=margin, log=log))
+    scale = plots_study.scale_for(verdict(value, expected=float(expected), margin=margin, log=log))
     assert scale.at(value) == pytest.approx(place)
     assert scale.band == pytest.approx(band)
 
@@ -271,10 +213,12 @@ def test_the_figure_of_claims_has_the_primary_verdicts_that_count(tmp_path):
     made.append(answer(tmp_path, nothing, *left, sweep="other"))
     ours = answer(tmp_path, verdict(0.9, claim="ours"), sweep="another")
     ours.question["claims"]["ours"]["source"] = "ours"
-    rows = figures.claim_rows([*made, ours])
+    rows = plots_study.claim_rows([*made, ours])
     assert [r.value for r in rows] == pytest.approx([-5, -4, -3])
     assert (rows[0].margin, rows[0].outcome) == ("0.9 to 1.1", "REFUTED")
-    open_end = figures.claim_rows([answer(tmp_path, verdict(-1.0, margin=(-10, 0), expected=0.0))])
+    open_end = plots_study.claim_rows(
+        [answer(tmp_path, verdict(-1.0, margin=(-10, 0), expected=0.0))]
+    )
     assert open_end[0].margin == "up to 0"  # the open end is no number
     plots_study.forest(rows, tmp_path / "forest.png")
     many = answer(tmp_path, *(verdict(0.5, claim=f"c{k}") for k in range(14)))
@@ -310,7 +254,7 @@ def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_pat
     ]
     v = verdict(0.01, claim="at_32", group="c on dialect")
     control = answer(tmp_path, v, sweep="large_batches", base="c", data=RULES, regrets=regrets)
-    lines = figures.regret_lines([regime, control])
+    lines = plots_study.regret_lines([regime, control])
     values = {line.name: {r: e.value for r, e in line.regrets.items()} for line in lines}
     assert values == {
         "b, 256 updates of 16:\n8 symbols, drawn anew": {1: 20.0, 8: 0.05},
@@ -338,7 +282,7 @@ def rates(folder, **more):
 
 def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path):
     made = rates(tmp_path)
-    (found,) = figures.rate_curves([made])
+    (found,) = plots_study.rate_curves([made])
     assert found.label == "b (hidden size 64), rank 8, alpha 32, 100 updates"
     assert found.row.estimate.value == pytest.approx(5, rel=0.1)
     assert found.row.estimate.has_interval() and found.row.setting is Setting.BEYOND
@@ -348,17 +292,6 @@ def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path)
     assert found.times[4] == pytest.approx(10, rel=0.03)
     assert found.percent[4] == pytest.approx(5, abs=0.5)
     plots_study.rates([found], tmp_path / "rates.png")
-
-
-def test_the_laws_figure_takes_the_place_of_the_learning_rates_once_it_has_runs(tmp_path):
-    law = {"figures": [["law.png", "measured over predicted"]], "sweep": "rate_law"}
-    shown = []
-    for e in (Estimate(None), Estimate(-0.05, -0.08, -0.02)):
-        made = answer(tmp_path, verdict(0.0, claim="law", estimate=e), **law)
-        (made.folder / "law.png").write_bytes(b"drawn")
-        shown.append(page.law_figure([made], tmp_path))
-    assert shown == ["", "rate_law-tiny/law.png"]
-    assert page.law_figure([], tmp_path) == ""
 
 
 def test_the_table_of_bases_has_the_ranges_of_all_their_runs(tmp_path):
@@ -383,7 +316,7 @@ def test_the_table_of_bases_has_the_ranges_of_all_their_runs(tmp_path):
 
 
 def outcomes_of(made, sentence):
-    (row,) = [r for r in ledger.ledger(made) if sentence in r[0]]
+    (row,) = [r for r in findings.ledger(made) if sentence in r[0]]
     return row[1:]
 
 
@@ -396,10 +329,11 @@ def test_every_claim_that_the_ledger_names_is_asked_by_a_sweep_or_was():
     for path in KEPT.glob("*/question.json"):
         kept = json.loads(path.read_text())
         asked |= {(kept["name"], claim) for claim in kept["claims"]}
-    lines = [s for block in ledger.sentences().values() for s in block]
-    named = [c for s in lines for c in s.claims]
+    blocks = yaml.safe_load(findings.SENTENCES.read_text())
+    lines = [s for block in blocks for s in block["sentences"]]
+    named = [c for s in lines for c in findings.claims_of(s)]
     assert {tuple(c.split(": ")) for c in named} <= asked and len(named) == len(set(named))
-    assert len(lines) == len({s.says for s in lines}) > 60
+    assert len(lines) == len({s["says"] for s in lines}) > 60
 
 
 def test_the_ledger_counts_outcomes_by_setting_and_names_the_scale(tmp_path):
@@ -408,9 +342,9 @@ def test_the_ledger_counts_outcomes_by_setting_and_names_the_scale(tmp_path):
     made.append(answer(tmp_path, verdict(1.0)))
     counted = "**REFUTED** 2 of 3, **UNDECIDED** 1 of 3 at `tiny`"
     assert outcomes_of(made, "High ranks learn as fast") == ["", counted, ""]
-    assert outcomes_of(made, "Start with rank 256")[0] == ledger.NOT_TESTED
+    assert outcomes_of(made, "Start with rank 256")[0] == findings.NOT_TESTED
     # A claim that no sentence names has a line of its own.
-    assert ledger.ledger(made)[-1] == ["C holds", "", "**REFUTED** at `tiny`", ""]
+    assert findings.ledger(made)[-1] == ["C holds", "", "**REFUTED** at `tiny`", ""]
 
 
 @pytest.mark.parametrize(
@@ -488,36 +422,26 @@ def test_a_finding_is_marked_filled_and_stale_once_an_outcome_or_a_number_change
 @pytest.mark.parametrize(
     ("show", "value", "low", "high", "shown"),
     [
-        ("percent", 1.54, 0.55, 2.46, "1.5% [0.6, 2.5]"),
-        ("points", -9.44, -14.7, -4.16, "-9.4 points [-14.7, -4.2]"),
         ("fall", -0.0436, -0.0628, -0.0255, "4.3% [2.5, 6.1]"),
-        ("rise", 0.241, 0.217, 0.269, "27% [24, 31]"),
         ("fold", 0.15, 0.03, 0.21, "1.16-fold [1.03, 1.23]"),
         ("points", -0.04, -0.2, 0.1, "+0.0 points [-0.2, +0.1]"),  # never minus zero
     ],
 )
 def test_numbers_are_shown_with_their_unit_and_interval(show, value, low, high, shown):
     assert findings._shown(Estimate(value, low, high), show, True) == shown
-    assert number(-0.0) == "0" and fixed(-0.00001, 4, "+") == "+0.0000"
 
 
 def test_every_number_that_a_finding_writes_out_is_one_of_its_rows(kept):
     """Numbers of places stand in the text: ranks, updates, batches, alphas, widths and counts."""
     found, rows = kept
     texts = yaml.safe_load(findings.TEXTS.read_text())
-    constants = {
-        "0": "ahead",
-        "2": "bits a parameter",
-        "5": "% of the gain allowed",
-        "15": "the post's, short runs",
-    }
-    constants |= {"64": "updates of the first evaluation", "100": "points", "1.16": "exp(0.15)"}
-    constants |= {"3": "% relevant: the margin", "0.9": "the margin"}
+    # ahead; bits a parameter, margins, the post's ratio, the first evaluation, points, exp(0.15)
+    constants = {"0", "2", "3", "5", "0.9", "15", "64", "100", "1.16"}
     for text, made in zip(texts, findings.findings(rows), strict=True):
         mine = {(r.sweep, r.scale) for r in made.used}
         near = [r for r in rows if (r.sweep, r.scale) in mine]
         known = {getattr(r, k) for r in near for k in ("rank", "updates", "batch_size", "alpha")}
-        known |= {f"{v:g}" for v in known if v is not None} | constants.keys()
+        known |= {f"{v:g}" for v in known if v is not None} | constants
         widths = pd.concat([a.runs["hidden_size"] for a in found if (a.sweep, a.scale) in mine])
         known |= set(widths.astype(str))
         counts = Counter((r.sweep, r.quantity) for r in near if not r.verdict)
@@ -532,22 +456,11 @@ def test_every_number_that_a_finding_writes_out_is_one_of_its_rows(kept):
         assert written <= {str(v) for v in known}, (text["lead"], written - known)
 
 
-@pytest.mark.parametrize("name", ["README.md", "analysis/results/README.md"])
-def test_a_finding_of_the_pages_is_a_few_short_sentences(name):
-    block = (ROOT / name).read_text().partition("\n## Findings\n")[2].partition("\n## ")[0]
-    lines = re.findall(r"^\d\. (.*?)(?: \[Details\].*)?$", block, re.MULTILINE)
-    assert len(lines) == 5
-    for line in lines:
-        numbers_as_one = re.sub(r"\[[^]]*\]", "", line)  # an interval is read with its number
-        assert len(numbers_as_one.split()) <= 60 and len(re.findall(r"\.(?:\s|$)", line)) <= 2, line
-        assert re.search(r"\[[-\d.]+, [-\d.]+\]", line) and re.search(r"\bupdates?\b", line)
-
-
 # ---------------------------------------------------------------- golden pages
 
 
 def test_pages_of_planted_answers_are_the_golden_ones(tmp_path):
-    """Averages, exploratory and withdrawn verdicts, a mixed claim, runs added after a look.
+    """Exploratory and withdrawn verdicts, a mixed claim, runs added after a look.
 
     To write them again: delete tests/golden/study, and run this test twice.
     """
@@ -584,29 +497,6 @@ def test_pages_of_planted_answers_are_the_golden_ones(tmp_path):
     assert {str(p.relative_to(GOLDEN)): p.read_text() for p in files} == texts
 
 
-def test_two_sweeps_with_one_analysis_have_a_page_and_a_line_each(tmp_path):
-    """`rl_matrices` is judged by the analysis of `rl`; its answer here is that of `rl`, renamed."""
-    for name in ("rl_matrices", "rl"):
-        shutil.copytree(KEPT / "rl-small", at := tmp_path / "kept" / f"{name}-small")
-        asked = json.loads((at / "question.json").read_text())
-        changed = {"name": name, "question": f"Of {name}?", "withdrawn": ""}
-        (at / "question.json").write_text(json.dumps({**asked, **changed}))
-    (old := tmp_path / "kept/rl-small/old.png").write_bytes(b"")
-    page.render_answers(tmp_path / "kept")
-    assert not old.exists()  # of a figure that the report no longer has
-    found = read_answers([tmp_path / "kept"])
-    assert [a.sweep for a in found] == ["rl", "rl_matrices"]
-    texts = pages(found, tmp_path)
-    lines = texts["questions/README.md"].splitlines()
-    for name, other in (("rl", "rl_matrices"), ("rl_matrices", "rl")):
-        text = texts[f"questions/{name}.md"]
-        assert text.startswith(f"# Of {name}?") and f"(`{name}: rank_1`" in text
-        assert f"`{other}: " not in text and f"../kept/{name}-small/" in text
-        assert sum(line.startswith(f"| [{name}]({name}.md): Of {name}?") for line in lines) == 1
-    (claimed,) = outcomes_of(found, "full fine-tuning of LoRA's matrices alone reaches")[:1]
-    assert claimed in ("", ledger.NOT_TESTED)  # no claim of one is counted as the other's
-
-
 def test_claims_are_tallied_once_with_the_exploratory_ones_among_them(tmp_path):
     own = [verdict(1, outcome="SUPPORTED", claim="held", group=g) for g in "xy"]
     own += [verdict(1, claim="held_later", outcome="SUPPORTED", exploratory="stated later")]
@@ -615,12 +505,6 @@ def test_claims_are_tallied_once_with_the_exploratory_ones_among_them(tmp_path):
     own += [verdict(1, claim="half"), verdict(1, claim="not_run", group=NO_CELL)]
     shown = "2 supported (1 exploratory), 1 refuted, 1 mixed, 1 withdrawn"
     assert page.tally([answer(tmp_path, *own)]) == shown
-
-
-def test_a_margin_of_rounding_is_shown_in_words():
-    assert answers.within((-1e-9, 1e-9)) == "0, to rounding"
-    assert answers.within((-0.002, 0.002)) == "-0.002 to 0.002"
-    assert answers.within((0.0, 1e-9)) == "0 to 1e-09"
 
 
 def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
