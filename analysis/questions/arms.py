@@ -20,29 +20,38 @@ fewest` or `most`; `objective: sft`: the supervised runs beside rewarded ones. O
     log: false, laws: true margin on a linear scale; published laws of the ratio beside the verdict
 """
 
+import functools
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from analysis.inference.decide import Gate, GateCode
-from analysis.inference.estimate import Estimate, exp_of
+from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
+from analysis.inference.estimate import (
+    Estimate,
+    exp_of,
+    from_sample,
+    number,
+    rate,
+    signed,
+    with_interval,
+)
 from analysis.inference.meta import within_groups
 from analysis.measures import at_best, rewards
 from analysis.measures.qualify import stalled
-from analysis.measures.ratio import lr_drift, ratio_of, rivals
-from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
+from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of, rivals
+from analysis.measures.regret import ALLOWED, BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves
-from analysis.runs.lr_curves import runs_of
-from analysis.runs.table import CURVE_KEYS, TableError
+from analysis.runs.lr_curves import full_names, runs_of, title
+from analysis.runs.table import COLLAPSED_SHARE, CURVE_KEYS, TableError
 
 SIZES_AGREE = 0.1
 """Two arms are of equal size if their trained parameters differ by at most this share."""
@@ -85,12 +94,12 @@ class Task(base.Condition):
     losses: Callable[[], dict[int, at_best.AtBest[float]]]
     """Read the last losses, in nats, likewise."""
 
-    @cached_property
+    @functools.cached_property
     def main(self) -> list[Optimum]:
         """All curves, without those of supervised runs beside rewarded ones."""
         return [o for o in self.optima if is_rewarded(o) or not is_rewarded(self.optima[0])]
 
-    @cached_property
+    @functools.cached_property
     def whole(self) -> Optimum | None:
         """Full fine-tuning of all weights."""
         return next(iter(self.find("full")), None)
@@ -144,7 +153,7 @@ class Task(base.Condition):
             return "fullft"
         return shown(said["of" if over else "over"])
 
-    @cached_property
+    @functools.cached_property
     def pairs(self) -> dict[str, Pair]:
         """Estimand -> its arms, if none is missing."""
         found = {}
@@ -169,7 +178,7 @@ class Task(base.Condition):
         """Return the number of trained parameters; 0 if the table does not have it."""
         return int(runs_of(self.runs, o.curve).get("n_trainable", pd.Series(0)).iloc[0])
 
-    @cached_property
+    @functools.cached_property
     def label_bits(self) -> float | None:
         """Bits of a bandit's labels; None for other data."""
         if "spec" not in self.runs:
@@ -178,7 +187,7 @@ class Task(base.Condition):
         is_bandit = data.get("location") == "bandit"
         return LABEL_BITS * float(data["knobs"]["contexts"]) if is_bandit else None
 
-    @cached_property
+    @functools.cached_property
     def load(self) -> float | None:
         """Bits of the labels over the capacity of rank 1; None if unknown."""
         if self.label_bits is None or not (one := self.find({"rank": 1, "layers": "fewest"})):
@@ -207,7 +216,7 @@ class Task(base.Condition):
             pooled = at_best.pooled_over(losses[id(o)].minus(losses[id(full)]) for o in peers)
         return Gap(base.rank_of(p.one), p.one, full, nats, gain, None, pooled)
 
-    @cached_property
+    @functools.cached_property
     def at_stable(self) -> dict[int, at_best.AtBest[Points]]:
         """id of an optimum -> learning curves (losses) at its best stable learning rate."""
         return rewards.learning_at_stable(self.runs, {id(o): o for o in self.main})
@@ -269,11 +278,6 @@ def _speed_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
     gates += stalled(own, [t.points()[id(o)].best for o in own])
     bounds = not gates and not is_whole and not at_best.is_finite(t.log_rho(p))
     return [*gates, Gate(GateCode.ONLY_BOUNDS)] if bounds else gates
-
-
-def _gap_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
-    more = [] if p.over is t.whole else base.gates_on([p.over])
-    return [*base.gates_on_gap(t.gap(p)), *more]
 
 
 def _cost(t: Task, p: Pair, said: Said) -> at_best.Cost:
@@ -350,7 +354,12 @@ def bits_per_episode(t: Task, p: Pair, said: Said) -> Estimate:
 QUANTITIES = {
     "speed": Quantity(speed, _speed_gates, True, True),
     "over_allowed": Quantity(
-        lambda t, p, said: t.gap(p).over_allowed(), _gap_gates, needs_full=True
+        lambda t, p, said: t.gap(p).over_allowed(),
+        lambda t, p, said: [
+            *base.gates_on_gap(t.gap(p)),
+            *([] if p.over is t.whole else base.gates_on([p.over])),
+        ],
+        needs_full=True,
     ),
     "best_lr": Quantity(
         lambda t, p, said: ratio_of(p.of, p.over), lambda t, p, said: base.gates_on(p.all), True
@@ -409,21 +418,13 @@ class AllTasks(base.Condition):
 
     def gates(self, *estimands: base.Estimand) -> list[Gate]:
         """List the gates of estimands on each task, with the task's name."""
-        found = [g.at(f"{t.name}: ") for t in self.tasks for e in estimands for g in _gates(e, t)]
-        return list(dict.fromkeys(found))
-
-    def pairs(self, names: Iterable[str]) -> list[tuple[Task, list[Optimum]]]:
-        """Return for each task the curves that all of these estimands compare, if it has all."""
-        each = [(t, [t.pairs[n] for n in names if n in t.pairs]) for t in self.tasks]
-        return [
-            (t, base.distinct(o for p in pairs for o in (*p.of, p.over)))
-            for t, pairs in each
-            if len(pairs) == len(list(names))
+        found = [
+            g.at(f"{t.name}: ")
+            for t in self.tasks
+            for e in estimands
+            for g in (e.gates(t) if e.name in t.pairs else base.missing(t.absent(e.name)))
         ]
-
-
-def _gates(e: base.Estimand, t: Task) -> Sequence[Gate]:
-    return e.gates(t) if e.name in t.pairs else base.missing(t.absent(e.name))
+        return list(dict.fromkeys(found))
 
 
 def _everywhere(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand:
@@ -463,7 +464,8 @@ def _trace(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand:
 
     def measure(c: AllTasks) -> Estimate:
         groups = []
-        for t, arms in c.pairs(of_all):
+        for t in (t for t in c.tasks if t.pairs.keys() >= set(of_all)):
+            arms = base.distinct(o for n in of_all for o in (*t.pairs[n].of, t.pairs[n].over))
             logs = [(gradient_share(t, o), t.log_rho(Pair([o], t.whole))) for o in arms]
             known = [(share, v) for share, v in logs if share and at_best.is_finite(v)]
             groups.append([(math.log(share), at_best.mean_of(v)) for share, v in known])
@@ -571,11 +573,11 @@ def conditions(
     first = [o for g, mine in groups.items() for o in (base.full_of(mine), *named[g].values()) if o]
     order = base.distinct([*(first if variants else ()), *optima])  # seeds the draws of losses
 
-    @cache
+    @functools.cache
     def points() -> dict[int, at_best.AtBest[Points]]:
         return dict(zip(map(id, optima), curves_at_best(table, optima)))
 
-    @cache
+    @functools.cache
     def losses() -> dict[int, at_best.AtBest[float]]:
         return dict(zip(map(id, order), at_best.losses_at_best(order)))
 
@@ -611,3 +613,224 @@ def _named(group: str, lora: list[Optimum], variants: Mapping[str, Said]) -> dic
             found[name] = mine[0]
             lora = [o for o in lora if o is not mine[0]]
     return found
+
+
+# ---------------------------------------------------------------- report
+
+ONE, TEN = "FullFT's best LR", "10 x FullFT's best LR"
+RULES = {ONE: 1.0, TEN: 10.0}
+"""Rules of thumb: factors on full fine-tuning's optimal learning rate."""
+REWARD = "held-out reward"
+HOW = (
+    "Rewards are at the best stable LR, by a parabola through it and the stable LRs around it. An "
+    f"LR is stable if at most {100 * rewards.MAX_COLLAPSED:.0f}% of its runs collapse: they were "
+    f"stopped in training, or ended below {100 * COLLAPSED_SHARE:.0f}% of their own best reward. "
+    "Means are over the other runs. The choice of the LR is part of the interval: it is repeated "
+    "on resampled seeds. Good LRs: those whose fitted reward is within 2 points of the best one. "
+    "Range over FullFT's: the width of a curve's range of good LRs, in doublings, divided by the "
+    f"width of full fine-tuning's. It needs {MIN_SEEDS} seeds that ran at all LRs of both curves. "
+    "In the figure, bars are intervals over seeds; an episode is a sampled completion."
+)
+SHORT = (
+    *(("fullft, scope matrices", "full"), ("lora ", ""), ("attention", "attn")),
+    *(("unembedding", "head"), ("+", "\n+"), (", ", ",\n"), ("divided ", "divided\n")),
+)
+"""Replacements in names of arms, for the axis of a figure."""
+Regrets = dict[str, float | None]
+"""Regret of each rule of thumb, in nats; None if its learning rate is outside the LRs tried."""
+
+
+def names_of(t: Task) -> dict[int, str]:
+    """Name a task's curves, by id: as the sweep's file does, else by their settings."""
+    found = dict(zip(map(id, t.main), full_names([o.curve for o in t.main])))
+    found |= {id(o): name.replace("_", " ") for name, o in t.variants.items()}
+    return found | ({id(t.whole): "full fine-tuning"} if t.whole else {})
+
+
+def against_full(t: Task) -> list[tuple[Optimum, str, Estimate, Regrets]]:
+    """Return every arm but full fine-tuning: curve, name, ratio of optimal LRs, regrets of RULES.
+
+    Empty without full fine-tuning.
+    """
+    best, names = t.whole and t.whole.best_lr.value, names_of(t)
+    return [
+        (
+            o,
+            names[id(o)],
+            ratio_of([o], t.whole),
+            {rule: o.regret(k * best) if best else None for rule, k in RULES.items()},
+        )
+        for o in t.main
+        if t.whole and o is not t.whole
+    ]
+
+
+def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.Section]]:
+    """Return the arms' comparisons, and tables and figures of every task.
+
+    `compared`: the curves that each estimand compares; `ratios`: every arm's ratio of learning
+    rates. A curve is an index of the analysis' optima; a ratio over several ranks has none.
+    """
+    place = {id(o): k for k, o in enumerate(base.distinct(o for t in tasks for o in t.optima))}
+    ratios, independent, out, panels = [], [], [], []
+    of_rates = any("laws" in s for s in tasks[0].estimands.values())
+    for k, t in enumerate(tasks, 1):
+        rows = [(place[id(o)], o, name, r, lost) for o, name, r, lost in against_full(t)]
+        for name, p in t.pairs.items():
+            said = t.estimands[name]
+            if said["measure"] == "best_lr" and "min_rank" in said["of"]:
+                rows.append((None, p.one, name, ratio_of(p.of, p.over), {}))
+            if said.get("laws") and ";" not in t.name:  # variants share a FullFT curve
+                independent.append(ratio_of(p.of, p.over))
+        for at, o, name, ratio, lost in rows if of_rates else ():
+            rank = None if at is None else base.rank_of(o)
+            row = {"group": t.name, "name": name, "rank": rank, "alpha": o.curve.key.get("alpha")}
+            ratios.append({**row, "ratio": ratio, "regrets": lost, "at": at})
+        if is_rewarded(t.optima[0]):
+            out.append(_rewarded(t, "rewards.png" if k == 1 else f"rewards_{k}.png"))
+        else:
+            section, mine = _compared(t)
+            out.append(section)
+            panels += mine
+    if panels:
+        caption = "arms against full fine-tuning, each at its best LR"
+        out.append(base.Section("Arms", [], [], "arms.png", panels, caption))
+    if (pooled := pool_ratios(independent)) is not None:
+        logs = [getattr(pooled, k) for k in ("mean", "low", "high", "tau", "low_next", "high_next")]
+        mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
+        text = (
+            f"Ratio pooled over {pooled.k} groups (random effects): {mean} [{low}, {high}]. "
+            f"Between groups it varies by a factor {between}; the next group would lie in "
+            f"[{low_next}, {high_next}]."
+        )
+        out.append(base.Section("Ratio over all groups", text=[text]))
+    compared = {
+        t.name: {e: [place[id(o)] for o in (*p.of, p.over)] for e, p in t.pairs.items()}
+        for t in tasks
+    }
+    return {"ratios": ratios, "compared": compared, "pooled": pooled}, out
+
+
+def _compared(t: Task) -> tuple[base.Section, list[base.Panel]]:
+    head = (
+        "arm | trained parameters | best LR [95%] | over FullFT's [95%] | rho [95%] | best NLL | "
+        "gap (nats) [95%] | regret, % of the gain [95%] | regret of FullFT's LR | of 10x FullFT's "
+        "| share of the squared gradient"
+    )
+    rows: list[list[Any]] = []
+    speeds, regrets = {}, {}
+    if o := t.whole:
+        rows.append(["full fine-tuning", f"{t.size(o):,}", base.best_lr(o), None, None])
+        rows[0] += [number(o.best_nll, 5), None, None, None, None, gradient_share(t, o)]
+    for o, name, ratio, lost in against_full(t):
+        gap = t.gap(pair := Pair([o], t.whole))
+        rho, regret = speed(t, pair, {}), gap.percent()
+        tick = functools.reduce(lambda text, pair: text.replace(*pair), SHORT, name)
+        speeds[tick], regrets[tick] = rho, regret
+        row = [name, f"{t.size(o):,}", base.best_lr(o), ratio, rho, number(o.best_nll, 5)]
+        row += [with_interval(gap.mean(), signed), regret, *map(signed, lost.values())]
+        rows.append([*row, gradient_share(t, o)])
+    task, same = textwrap.fill(title(t.optima[0].curve), 45), {"full fine-tuning": 1.0}
+    allowed = (-100 * ALLOWED, 100 * ALLOWED)
+    panels = [
+        base.panel_of(task, "rho: FullFT's updates / the arm's", speeds, lines=same),
+        base.panel_of(task, "regret, % of FullFT's gain", regrets, band=allowed),
+    ]
+    asked = any(s.get("laws") for s in t.estimands.values())
+    laws = "; ".join(f"{law}: {number(v)}" for law, v in laws_of(t).items()) if asked else ""
+    text = [f"The ratio of optimal LRs by published laws: {laws}."] if laws else []
+    return base.Section.of(t.name, head, rows, text), panels if t.whole else []
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def _rewarded(t: Task, figure: str) -> base.Section:
+    head = (
+        "curve | best LR [95%] | reward, points [95%] | collapsed there | behind FullFT, points "
+        "[95%] | behind FullFT of LoRA's matrices | ratio of best LRs [95%] | good LRs | range "
+        "over FullFT's [95%]"
+    )
+    rows, control, names = [], next(iter(t.find("control")), None), names_of(t)
+    for o in t.main:
+        band = o.band(rewards.GOOD)
+        full = Pair([o], t.whole) if t.whole and o is not t.whole else None
+        other = Pair([o], control) if control and o is not control else None
+        row = [names[id(o)], base.best_lr(o), at_best.over_seeds(rewards.reward_of(o))]
+        row += ["{} of {}".format(*rewards.collapsed_at_best(o.curve))]
+        row += [points(t, p, {}) if p else None for p in (full, other)]
+        row += [ratio_of([o], t.whole) if full else None]
+        row += ["-" if band is None else " to ".join(map(rate, band))]
+        ranged = full and base.rank_of(o)
+        rows.append([*row, rewards.range_ratio(o, t.whole)[0] if ranged else None])
+    text = [f"Bits of the labels over the capacity of rank 1: {t.load:.2g}." if t.load else "", HOW]
+    caption = "reward over episodes by arm"
+    panels = [_progress(t), *_over_rates(t)]
+    return base.Section.of(f"Rewards, {t.name}", head, rows, text, figure, panels, caption)
+
+
+def _look(t: Task, o: Optimum) -> dict[str, Any]:
+    k = [id(v) for v in t.main].index(id(o))
+    return {"size": 4, "colour": k, "style": f"{'osD^v'[k % 5]}-"}
+
+
+def _start(t: Task) -> dict[str, float]:
+    start = -t.main[0].curve.nll_start
+    return {"before training": start} if math.isfinite(start) else {}
+
+
+def _progress(t: Task) -> base.Panel:
+    """Return mean rewards over episodes; the legend counts collapsed runs."""
+    key = t.main[0].curve.key
+    series, completions, names = [], int(key["batch_size"]), names_of(t)
+    for o in t.main:
+        of_seeds = [dict(points) for points in t.at_stable[id(o)].best.values()]
+        steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
+        means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
+        lost, n = rewards.collapsed_at_best(o.curve)
+        name = names[id(o)] + (f" (without {lost} of {n} runs: collapsed)" if lost else "")
+        series.append(base.Series.of(name, [s * completions for s in steps], means, **_look(t, o)))
+    name = f"{key['model']} on {key['dataset']}, each at its best stable LR"
+    return base.Panel(name, "episodes", REWARD, series, log_x=True, lines=_start(t))
+
+
+def _over_rates(t: Task) -> list[base.Panel]:
+    """Return rewards over the learning rate, and the share of runs that do not collapse there."""
+    if all(len(np.unique(o.curve.x)) < 2 for o in t.main):
+        return []
+    rewarded, survived, names = [], [], names_of(t)
+    for o in t.main:
+        at, look = rewards.at_each_lr(o.curve), _look(t, o)
+        known = {lr: e for lr, (e, _) in at.items() if e.value is not None}
+        of_known = list(known), list(known.values())
+        rewarded.append(base.Series.of(names[id(o)], *of_known, **look))
+        share = [100 * left for _, left in at.values()]
+        survived.append(base.Series(names[id(o)], list(at), share, **look))
+    least = 100 * (1 - rewards.MAX_COLLAPSED)
+    what, lr = "at the end, without the runs that collapsed", "learning rate"
+    more: dict[str, Any] = {"log_x": True, "y_range": (0, 105)}
+    more["lines"] = {f"stable: {least:.0f}% or more": least}
+    return [
+        base.Panel(what, lr, REWARD, rewarded, log_x=True, lines=_start(t)),
+        base.Panel("runs that do not collapse", lr, "% of runs", survived, **more),
+    ]
+
+
+def question_of(said: Mapping[str, Said], variants: Mapping[str, Said]) -> base.Question:
+    """Return the question that a sweep's `estimands` and `variants` declare.
+
+    It is about learning rates themselves if published laws of their ratio are among its estimands.
+    """
+    found = {name: on_task(name, s) for name, s in said.items() if "of" in s}
+    for name, s in said.items():
+        for key in s.keys() & OVER_TASKS.keys():
+            found[name] = OVER_TASKS[key](name, s, found)
+    of_rates = any(s.get("laws") for s in said.values())
+    return base.Question(
+        list(found.values()),
+        lambda table: conditions(table, said, variants, of_rates),
+        report,
+        ratios=lambda t: [(name, r) for _, name, r, _ in against_full(t)],
+        by_base=True,
+        of_rates=of_rates,
+    )

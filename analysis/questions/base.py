@@ -47,10 +47,8 @@ class Series:
     style: str = "o-"
     colour: int | str | None = None
     """Index into the palette, or a colour; None: the palette's next colour."""
-    width: float = 1.6
     size: float = 5.5
     """Size of the markers, in points."""
-    alpha: float = 1.0
     bounds: Sequence[int] = ()
     """For each x: 1 if y is only a lower bound, -1 if an upper bound, 0 if a value; or empty."""
 

@@ -271,21 +271,6 @@ class Horizon(NamedTuple):
         return [*([self.full] if self.full else []), *self.lora]
 
 
-class Spectra(NamedTuple):
-    """Spectral norms of one curve by seed, and medians over matrices of ratios of norms."""
-
-    by_seed: dict[int, Norms]
-    growth: Estimate
-    """Norm of B over norm of A."""
-    movement: Estimate
-    """Norm of the change of the weights over its norm in full fine-tuning."""
-
-    def median(self, part: str) -> float:
-        """Return the median of a, b or delta over seeds and matrices; NaN if there is none."""
-        values = [v for m in self.by_seed.values() for (_, p), v in m.items() if p == part]
-        return float(np.median(values)) if values else math.nan
-
-
 @dataclass(frozen=True)
 class Lengths(base.TwoArms):
     """The runs of one model and data set, cut at several horizons."""
@@ -329,8 +314,12 @@ class Lengths(base.TwoArms):
         return base.fit(self.whole) if self.note else self.optima
 
     @cached_property
-    def spectra(self) -> list[Spectra]:
-        """Spectral norms at the optima of whole runs; growth and movement are for LoRA only."""
+    def of_top(self) -> dict[str, Estimate]:
+        """Medians over matrices of ratios of spectral norms, of the highest rank that has norms.
+
+        growth: norm of B over norm of A; movement: norm of the change of the weights over its norm
+        in full fine-tuning. Both at the optima of whole runs.
+        """
 
         def logs(row: pd.Series) -> Norms:
             """Return logarithms, which interpolate well between LRs."""
@@ -340,28 +329,18 @@ class Lengths(base.TwoArms):
         def ratio(a: Norms, of: str, b: Norms, over: str) -> float:
             """Return the median ln(part `of` of a / part `over` of b) over matrices of both."""
             both = [(v, b[n, over]) for (n, part), v in a.items() if part == of and (n, over) in b]
-            return float(np.median([math.log(x / y) for x, y in both]))
+            return float(np.median([x - y for x, y in both]))
 
-        found = [
-            runs.map(lambda logs: {k: math.exp(v) for k, v in logs.items()})
-            for runs in values_at_best(self.whole, self.ends, logs)
-        ]
-        none: AtBest[Norms] = AtBest({})
-        is_lora = [o.curve.key["method"] == "lora" for o in self.ends]
-        full = next((v for v, lora in zip(found, is_lora) if not lora), none)
-        lora = [v if lora else none for v, lora in zip(found, is_lora)]
+        found = values_at_best(self.whole, self.ends, logs)
+        lora = [v for o, v in zip(self.ends, found) if base.rank_of(o)]
+        full = next((v for o, v in zip(self.ends, found) if not base.rank_of(o)), AtBest({}))
         grown = [v.map(lambda m: ratio(m, "b", m, "a")) for v in lora]
         moved = [v.paired(full, lambda m, f: ratio(m, "delta", f, "delta")) for v in lora]
-        pooled = [pooled_over(grown), pooled_over(moved)]
-        return [
-            Spectra(v.best, *(exp_of(over_seeds(x, p)) for x, p in zip(ratios, pooled)))
-            for v, *ratios in zip(found, grown, moved)
-        ]
-
-    def of_top(self, value: str) -> Estimate:
-        """Return a value of `spectra` of the highest rank with recorded norms."""
-        known = [s for o, s in zip(self.ends, self.spectra) if base.rank_of(o) and s.by_seed]
-        return getattr(known[-1], value) if known else base.UNKNOWN
+        known = [k for k, v in enumerate(lora) if v.best]
+        return {
+            name: exp_of(over_seeds(of[known[-1]], pooled_over(of))) if known else base.UNKNOWN
+            for name, of in (("growth", grown), ("movement", moved))
+        }
 
     @property
     def end(self) -> str:
@@ -381,7 +360,7 @@ def short_conditions(table: pd.DataFrame) -> list[Lengths]:
 
 
 def short_report(asked: base.Asked, c: Lengths) -> tuple[dict[str, Any], list[base.Section]]:
-    """Return the ratio by horizon, and the spectral norms."""
+    """Return the ratio by horizon."""
     rows: list[list[Any]] = []
     for h in c.horizons:
         of_full = base.best_lr(h.full) if h.full else "-"
@@ -405,17 +384,8 @@ def short_report(asked: base.Asked, c: Lengths) -> tuple[dict[str, Any], list[ba
     )
     caption, name = "ratio of the optimal LRs over the length of the run", "The ratio by horizon"
     by_horizon = base.Section.of(name, head, rows, text, "horizons.png", [panel], caption)
-    rows = []
-    for o, s in zip(c.ends, c.spectra):
-        if s.by_seed:
-            norms = [s.median(part) for part in ("a", "b", "delta")]
-            rows.append([o.curve.name, *norms, s.growth, s.movement])
-    head = (
-        "curve | spectral norm of A | of B | of the change | B / A [95%] | change / FullFT's [95%]"
-    )
-    spectra = base.Section.of("Spectral norms at the optimal LRs", head, rows)
     horizons = [{"step": h.step, **h.ratio.plain()} for h in c.horizons]
-    return {"horizons": horizons}, [by_horizon, spectra]
+    return {"horizons": horizons}, [by_horizon]
 
 
 SHORT_RUNS = base.Question(
@@ -429,14 +399,14 @@ SHORT_RUNS = base.Question(
         ),
         base.Estimand(
             "sigma_b_over_a",
-            lambda c: c.of_top("growth"),
+            lambda c: c.of_top["growth"],
             lambda c: base.gates_on(base.lora_of(c.ends, MIN_RANK)),
             log=True,
             read=lambda c: c.end,
         ),
         base.Estimand(
             "movement_ratio",
-            lambda c: c.of_top("movement"),
+            lambda c: c.of_top["movement"],
             lambda c: base.gates_on(
                 [o for o in c.ends if base.rank_of(o) not in range(1, MIN_RANK)]
             ),

@@ -60,14 +60,10 @@ class Data(base.Condition):
         return self.runs[column].iloc[0]
 
     @property
-    def wanted(self) -> float:
-        """An eighth of the hidden size."""
-        return int(self.of("hidden_size")) / EIGHTH
-
-    @property
     def eighth(self) -> int:
-        """The smallest rank tried that is at least `wanted`; if there is none, the highest rank."""
-        return min((r for r in self.last if r >= self.wanted), default=max(self.last, default=0))
+        """The smallest rank tried of an eighth of the hidden size or more, else the highest one."""
+        large = (r for r in self.last if r * EIGHTH >= self.of("hidden_size"))
+        return min(large, default=max(self.last, default=0))
 
     @property
     def gap(self) -> regret.Gap:
@@ -164,7 +160,7 @@ class Data(base.Condition):
 
     def gates_at_eighth(self) -> list[Gate]:
         gates = base.gates_on_gap(self.gap)
-        if max(self.last) < self.wanted:
+        if self.eighth * EIGHTH < self.of("hidden_size"):
             gates += base.missing(f"a rank of 1/{EIGHTH} of the width or more")
         return gates
 

@@ -1,6 +1,7 @@
 """Find a question by name, and analyse a table with it."""
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,25 +11,13 @@ import pandas as pd
 import yaml
 
 from analysis.inference.decide import Gate, GateCode, remedy
-from analysis.questions import (
-    arms,
-    arms_report,
-    batch_size,
-    capacity,
-    invariance,
-    laws,
-    lengths,
-    rank,
-    recipes,
-    regime,
-    tune,
-)
+from analysis.questions import arms, laws, lengths
 from analysis.questions.base import Analysis, Question
 from analysis.runs.table import TableError, as_losses
 
-QUESTIONS = {
-    **{m.__name__.rpartition(".")[2]: m.QUESTION for m in (batch_size, capacity, invariance)},
-    **{m.__name__.rpartition(".")[2]: m.QUESTION for m in (rank, recipes, regime, tune)},
+NAMES = ("batch_size", "capacity", "invariance", "rank", "recipes", "regime", "tune")
+QUESTIONS: dict[str, Question] = {
+    **{n: importlib.import_module(f"analysis.questions.{n}").QUESTION for n in NAMES},
     **{"compute": lengths.COMPUTE, "short_runs": lengths.SHORT_RUNS},
     **{"lr_scale": laws.LR_SCALE, "rate_law": laws.LAW},
 }
@@ -63,7 +52,7 @@ def question_named(
         estimands, variants = content["estimands"], content.get("variants")
     if problem := next(arms.problems(estimands, variants or {}), None):
         raise TableError(problem)
-    return arms_report.question_of(estimands, variants or {})
+    return arms.question_of(estimands, variants or {})
 
 
 def read_question(folder: Path) -> dict[str, Any]:

@@ -59,25 +59,19 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def drawn(
-    path: Path,
-    inputs: str,
-    rows: int,
-    columns: int,
-    size: tuple[float, float],
-    used: int | None = None,
-    **options: Any,
+    path: Path, inputs: str, n: int, size: tuple[float, float], **options: Any
 ) -> Iterator[tuple[Any, list[Axes]]]:
-    """Yield a figure and its axes to draw on, then save it with the hash of its inputs.
+    """Yield a figure and n axes to draw on, then save it with the hash of its inputs.
 
     Args:
-        size: width and height, inches.
-        used: number of axes that are used; the others are left blank.
-        options: `sharey` for the axes, `bbox_inches` for the file.
+        size: width and height of one of the axes, inches; there are at most two in a row.
+        options: `bbox_inches` for the file.
     """
-    sharey = bool(options.pop("sharey", False))
+    columns, rows = min(2, n), -(-n // 2)
     with plt.rc_context(cast(Any, _STYLE)):
-        fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
-        for ax in axes.flat[used:] if used is not None else ():
+        whole = (size[0] * columns, size[1] * rows)
+        fig, axes = plt.subplots(rows, columns, figsize=whole, squeeze=False)
+        for ax in axes.flat[n:]:
             ax.axis("off")
         yield fig, list(axes.flat)
         drawing = io.BytesIO()
@@ -90,19 +84,12 @@ def drawn(
     few_colours.save(path, format="PNG", optimize=True, pnginfo=text)
 
 
-def grid_of(n: int) -> tuple[int, int]:
-    """Return the rows and columns of a grid for n axes, with at most two columns."""
-    columns = min(2, n)
-    return -(-n // columns), columns
-
-
 def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
     """Draw panels side by side; equal y labels share y limits, equal legends are drawn once."""
-    rows, columns = grid_of(len(parts))
     most = max((len(p.ticks or ()) for p in parts if _is_named(p)), default=0)
     height = 1.2 + 0.33 * most if most >= ROWS else 4.1
-    size = (4.8 * columns if columns > 1 else 7.2, height * rows)
-    with drawn(path, inputs, rows, columns, size, len(parts), bbox_inches="tight") as (fig, axes):
+    size = (4.8 if len(parts) > 1 else 7.2, height)
+    with drawn(path, inputs, len(parts), size, bbox_inches="tight") as (fig, axes):
         used = list(zip(axes, parts))
         flat = {id(ax): most >= ROWS and _is_named(panel) for ax, panel in used}
         for ax, panel in used:
@@ -208,7 +195,7 @@ def _series(ax: Axes, s: Series, k: int, flat: bool) -> None:
     x, y = np.asarray(s.x, float), np.array(s.y, float)  # None becomes NaN
     bounds = np.asarray(s.bounds, int) if len(s.bounds) else np.zeros(len(x), int)
     style = s.style.replace("o", MARKERS[k % len(MARKERS)])
-    look: dict[str, Any] = {"color": colour, "lw": s.width, "ms": s.size, "alpha": s.alpha}
+    look: dict[str, Any] = {"color": colour, "lw": 1.6, "ms": s.size}
 
     def turned(along: Any, value: Any) -> Any:
         return (value, along) if flat else (along, value)
@@ -258,7 +245,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
     From there on, the other runs are hollow symbols.
     """
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
-    with _panels(optima, path, inputs) as (fig, panels, _):
+    with _panels(optima, path, inputs) as (fig, panels):
         for ax, members in panels:
             alike = [without_shifts(o.curve)[1] for o in optima if _scale(o) == _scale(members[0])]
             y, shown = np.concatenate(alike), members[0].curve.shown
@@ -323,7 +310,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
     """Draw the held-out metric over updates, one panel per group; runs at the best LR are thick."""
     learned = by_run(table)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
-    with _panels(optima, path, inputs) as (fig, panels, height):
+    with _panels(optima, path, inputs) as (fig, panels):
         for ax, members in panels:
             for k, o in enumerate(members):
                 colour, again = _look(k)
@@ -352,6 +339,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.legend(**BELOW, bbox_to_anchor=(0.5, -0.16))
         _same_axes(panels)
+        height = fig.get_figheight()
         fig.suptitle(
             "thin: every run; thick: best tried rate (the last evaluation uses more held-out rows)",
             fontsize=9,
@@ -362,15 +350,12 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
 
 
 @contextmanager
-def _panels(
-    optima: Sequence[Optimum], path: Path, inputs: str
-) -> Iterator[tuple[Any, Panels, float]]:
-    """Yield a figure, the axes of each group of curves, and the height in inches, with legends."""
+def _panels(optima: Sequence[Optimum], path: Path, inputs: str) -> Iterator[tuple[Any, Panels]]:
+    """Yield a figure and the axes of each group of curves, with room for legends."""
     groups = by_group(optima)
-    rows, columns = grid_of(len(groups))
-    size = (7.4 * columns, (4.2 + 0.19 * max(map(len, groups.values()))) * rows)
-    with drawn(path, inputs, rows, columns, size, len(groups)) as (fig, axes):
-        yield fig, list(zip(axes, groups.values())), size[1]
+    size = (7.4, 4.2 + 0.19 * max(map(len, groups.values())))
+    with drawn(path, inputs, len(groups), size) as (fig, axes):
+        yield fig, list(zip(axes, groups.values()))
 
 
 def _look(k: int) -> tuple[int, int]:

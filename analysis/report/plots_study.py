@@ -79,7 +79,7 @@ def regret_lines(answers: Sequence[Answer]) -> list[Line]:
 def regret_map(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
     """Draw a line per condition with its label; a regret below the axis is a triangle."""
     ranks = sorted({rank for line in lines for rank in line.regrets})
-    with drawn(path, inputs, 1, 1, (9.0, 4.8)) as (fig, (ax,)):
+    with drawn(path, inputs, 1, (9.0, 4.8)) as (fig, (ax,)):
         limit = 100 * ALLOWED
         ax.axhspan(LOWEST, limit, color=MARGIN, alpha=0.13, lw=0)
         ax.text(ranks[0], 0.93 * limit, f"up to {limit:g}%: no regret", va="top", fontsize=9)
@@ -216,7 +216,7 @@ MEASURED, MARGINS, OUTCOME = 1.04, 2.17, 2.8
 def forest(rows: Sequence[Placed], path: Path, inputs: str = "") -> None:
     """Draw a row per verdict in units of the claim's margin, with its numbers beside it."""
     height = 0.56 * len(rows)
-    with drawn(path, inputs, 1, 1, (9.5, height + 1.1)) as (fig, (ax,)):
+    with drawn(path, inputs, 1, (9.5, height + 1.1)) as (fig, (ax,)):
         for k, row in enumerate(rows):
             low, high = (min(max(end, -6), 6) for end in row.band)
             ax.fill_between([low, high], k - 0.5, k + 0.5, color=MARGIN, alpha=0.15, lw=0)
@@ -324,7 +324,7 @@ HIGHEST = 40.0
 
 def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
     """Draw LoRA's regret over its LR, in multiples of full fine-tuning's best LR."""
-    with drawn(path, inputs, 1, 1, (9.0, 4.2 + 0.2 * len(curves))) as (fig, (ax,)):
+    with drawn(path, inputs, 1, (9.0, 4.2 + 0.2 * len(curves))) as (fig, (ax,)):
         ax.axvline(10, color="0.3", lw=1.4, ls="--")
         ax.text(10.3, 0.97 * HIGHEST, "10 times", va="top", fontsize=9)
         for k, c in enumerate(curves, 1):

@@ -135,17 +135,6 @@ def test_tables_sort_and_each_point_leads_to_its_run(browser, tmp_path):
     quiet(browser)
 
 
-@pytest.mark.full
-def test_it_is_usable_with_5000_runs(browser, tmp_path):
-    table = runs([f"m{k}" for k in range(10)], [None, 1, 2, 4, 8, 16, 32, 64], seeds=9)
-    assert len(table) >= 5000
-    opened(browser, tmp_path, table)
-    assert how_many(browser, "#run-table tbody tr") == 100
-    choose(browser, "model", "m3", 2)
-    assert text_of(browser, "count") == "8 curves, 504 runs"
-    quiet(browser)
-
-
 def test_names_are_text_and_nothing_else(browser, tmp_path):
     table = runs([HOSTILE], [None, 4])
     table["run_id"] = [f"{HOSTILE}{k}" for k in range(len(table))]

@@ -4,7 +4,6 @@ import ast
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from analysis.report import notebook
 from tests.world import ROOT
@@ -55,13 +54,3 @@ def test_a_folder_may_be_a_text_and_a_wrong_section_is_named():
     found = notebook.answer(str(notebook.kept("lr_ratio-tiny")))
     with pytest.raises(KeyError, match="tiny128 on dialect_shift"):
         notebook.section(found, "ratios")
-
-
-@pytest.mark.full
-def test_one_runs_in_a_kernel_of_its_own(tmp_path):
-    book = nbformat.read(ROOT / "analysis/notebooks/batch_size.ipynb", 4)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(book, timeout=300, kernel_name="python3", resources=resources).execute()
-    codes = [c for c in book.cells if c.cell_type == "code"]
-    assert any(c.outputs for c in codes)
-    assert not [o for c in codes for o in c.outputs if o.output_type == "stream"]

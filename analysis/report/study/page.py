@@ -317,8 +317,8 @@ def verdict_row(a: Answer, r: Row, v: Verdict) -> list[str]:
 # ---------------------------------------------------------------- render all kept answers
 
 
-def render_answers(kept: Path) -> None:
-    """Judge the kept tables again and write their results, reports and plots_study."""
+def render_all(kept: Path, front_page: Path) -> None:
+    """Judge the kept tables again; write their answers, the pages, and the project's findings."""
     for folder in sorted(p.parent for p in kept.glob("*/question.json")):
         table = read_table(folder / "table.parquet")
         question = read_question(folder)
@@ -326,10 +326,5 @@ def render_answers(kept: Path) -> None:
         shown = re.findall(r"\]\((\w+\.png)\)", (folder / "report.md").read_text())
         for figure in (f for f in folder.glob("*.png") if f.name not in shown):
             figure.unlink()
-
-
-def render_all(kept: Path, front_page: Path) -> None:
-    """Render the kept answers, the page over them, and the findings in the project's README."""
-    render_answers(kept)
     write(read_answers([kept]), kept / "README.md", True)
     front_page.write_text(readme(front_page.read_text(), kept))

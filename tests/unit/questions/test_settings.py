@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from analysis.inference.decide import judge
 from analysis.questions import capacity, invariance, lengths
 from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
@@ -47,15 +45,6 @@ def test_layer_sets(attention, outcome, tmp_path):
     lost = math.log2((1 + 64 * 0.8) / (1 + 64 * attention))  # in doublings of the updates
     gap = (lost - 0.05 * math.log2(1 + 64)) * GAIN
     check(found, attention_loses=(outcome, pytest.approx(gap, abs=0.03 * GAIN)))
-
-
-def test_a_claim_about_all_tasks_is_supported_only_if_it_holds_on_each():
-    of_base = {"tiny64": speeds(0.4), "tiny64-s1": speeds(0.9)}
-    out, found = ask(*layers(lambda s: of_base[s.model.name], of_base))
-    worse = [v for v in out["verdicts"] if v["claim"] == "attention_worse"]
-    outcomes = {v["group"].split()[0]: v["outcome"] for v in worse}
-    assert outcomes == {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
-    check(found, attention_everywhere=("REFUTED", "by task: REFUTED on 1, SUPPORTED on 1"))
 
 
 LENGTH, RANK = 96, 8
@@ -154,10 +143,6 @@ def test_twins_are_compared_up_to_where_one_of_them_diverged_and_none_without_a_
     fewer = invariance.Twins(cut(8))
     assert len(fewer.held) == len(whole.held) and fewer.broken == whole.broken
     assert len(invariance.Twins(cut(0)).held) < len(whole.held)
-    (twins,) = [e for e in invariance.ESTIMANDS if e.name == "twin_difference"]
-    found = twins.measure(SimpleNamespace(twins=SimpleNamespace(held=[1e-16, math.nan])))
-    judged = judge("twins", {"margin": [-1e-6, 1e-6], "expected": 0}, "g", found, [], 0, False)
-    assert judged.outcome == "UNDECIDED"
 
 
 @pytest.mark.parametrize(("broken", "outcome"), [(1e-3, "SUPPORTED"), (1e-9, "REFUTED")])
@@ -185,8 +170,7 @@ class Readings(World):
             twice = 1 + (spec.method == READINGS["divided_alpha"])
             return FULL if is_full(spec) else LORA * twice
 
-        tokens = {"expert_tokens": [[10, 20, 30, 40], [25, 25, 25, 25]], "n_trainable": 1000}
-        super().__init__(lambda spec: 1.0, optimum, lambda spec: tokens)
+        super().__init__(lambda spec: 1.0, optimum)
 
     def loss(self, spec, step):
         behind = 0.1 * GAIN * math.log2(1 + spec.steps) * (spec.method == READINGS["all"])
@@ -204,7 +188,6 @@ def test_variants_of_lora_are_compared_by_name(tmp_path):
     check(found, same_scale=("REFUTED", two), ratio=("REFUTED", two), whole="no curve of whole")
     text = (tmp_path / "report.md").read_text()
     assert "| divided alpha |" in text
-    assert "| full fine-tuning | 0 | 10.0% | 40.0% | 25.0% |" in text
     twice = runs(spec, dataclasses.replace(READINGS["all"], rank=16), [LORA], **one)
     with pytest.raises(TableError, match="2 curves are 'all'"):
         ask("experts", Readings(), [*specs, *twice])
@@ -240,8 +223,6 @@ def test_parameters_and_operations_are_those_of_the_methods():
     [
         (1.0, 1.0, 1.0, 96, {"flops_to_loss": "SUPPORTED"}),
         (0.5, 1.0, 2.0, 192, {"flops_to_loss": "REFUTED"}),  # reached just after update 128
-        (0.6, 1.0, 1 / 0.6, 128, {}),
-        (0.28, 1.0, 1 / 0.28, 256, {}),
         (0.2, 1.0, 256 / 51, 384, {}),  # the last evaluation before the end: 256
         # At the optimum of whole runs, LoRA would need three quarters more updates.
         (1.0, 4.0, 1.0, 96, {}),

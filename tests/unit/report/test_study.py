@@ -294,24 +294,6 @@ def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path)
     plots_study.rates([found], tmp_path / "rates.png")
 
 
-def test_the_table_of_bases_has_the_ranges_of_all_their_runs(tmp_path):
-    def runs(**columns):
-        return pd.DataFrame({"model": "tiny64", "hidden_size": 64, **columns})
-
-    lora = {"method": "lora", "rank": [1.0, 4.0, 8.0, 16.0], "alpha": 32.0, "n_trainable": 9}
-    full = {"method": ["fullft"], "rank": math.nan, "alpha": math.nan, "n_trainable": 217_664}
-    table = pd.concat([runs(**lora, steps=16), runs(**full, steps=2000)])
-    head, row = page.base_rows(table, "")
-    shown = dict(zip(head, row))
-    assert shown["base"] == "tiny64" and shown["parameters"] == "0.218M"
-    assert shown["what it is"].startswith("small Llama")
-    assert (shown["ranks"], shown[page.ALPHA], shown["updates"]) == ("1 to 16", "32", "16 to 2,000")
-    # A base that a finding of the page names comes first, however large it is.
-    large = runs(**{**full, "n_trainable": 10**8}, steps=16).assign(model="smollm2-135m-instruct")
-    for text, order in (("", ["tiny64", "SmolLM2"]), ("on SmolLM2", ["SmolLM2", "tiny64"])):
-        assert [r[0] for r in page.base_rows(pd.concat([table, large]), text)[1:]] == order
-
-
 # ---------------------------------------------------------------- the ledger
 
 
@@ -361,21 +343,6 @@ def test_a_bound_is_judged_by_its_upper_end_alone(tmp_path, value, outcome, gate
     v = verdict(value, value / 2, outcome=outcome, gates=gates, **claim)
     made = [answer(tmp_path, v, sweep="rl_bits")]
     assert f"**{shown}** at `tiny`" in "".join(outcomes_of(made, "at most about one bit"))
-
-
-def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
-    """100 updates of 256 completions, 5,120 parameters of rank 1: 0.2 parameters an episode."""
-    common = {"objective": "policy_gradient", "batch_size": 256, "steps": 100}
-    curves = [curve("b", "words", rank=r, **common) for r in (1.0, 16.0)]
-    words = {"name": "words", "location": "skills", "source": "synthetic", "knobs": {}}
-    group = "b on words, policy gradient, batch 256, steps 100"
-    v = verdict(-8.6, 3.0, claim="rank_1", group=group)
-    known = {"seed": 100, "hidden_size": 64, "spec": json.dumps({"dataset": words})}
-    rows = [{**c, **known, "n_trainable": 5120 * int(c["rank"])} for c in curves]
-    table = pd.DataFrame(rows).drop(columns=["flags", "band"])
-    made = answer(tmp_path, v, sweep="rl", data=(words,), curves=curves, table=table)
-    (shown,) = filter(None, outcomes_of([made], "rank 1 reaches full"))
-    assert shown == "**REFUTED** at `tiny`<br>at 0.2 parameters an episode"
 
 
 # ---------------------------------------------------------------- the findings
