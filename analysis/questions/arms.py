@@ -32,15 +32,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
-from analysis.inference.estimate import (
-    Estimate,
-    exp_of,
-    from_sample,
-    number,
-    rate,
-    signed,
-    with_interval,
-)
+from analysis.inference.estimate import Estimate, exp_of, from_sample, number, rate, signed
 from analysis.inference.meta import within_groups
 from analysis.measures import at_best, rewards
 from analysis.measures.qualify import stalled
@@ -728,7 +720,7 @@ def _compared(t: Task) -> tuple[base.Section, list[base.Panel]]:
         tick = functools.reduce(lambda text, pair: text.replace(*pair), SHORT, name)
         speeds[tick], regrets[tick] = rho, regret
         row = [name, f"{t.size(o):,}", base.best_lr(o), ratio, rho, number(o.best_nll, 5)]
-        row += [with_interval(gap.mean(), signed), regret, *map(signed, lost.values())]
+        row += [base.with_interval(gap.mean(), signed), regret, *map(signed, lost.values())]
         rows.append([*row, gradient_share(t, o)])
     task, same = textwrap.fill(title(t.optima[0].curve), 45), {"full fine-tuning": 1.0}
     allowed = (-100 * ALLOWED, 100 * ALLOWED)
@@ -746,74 +738,55 @@ def _compared(t: Task) -> tuple[base.Section, list[base.Panel]]:
 
 
 def _rewarded(t: Task, figure: str) -> base.Section:
+    """Return a table of the arms' rewards, and their figure: over episodes and over the LR.
+
+    The legend counts collapsed runs.
+    """
+    rows, control, names = [], next(iter(t.find("control")), None), names_of(t)
+    key, start = t.main[0].curve.key, -t.main[0].curve.nll_start
+    progress, rewarded, survived = [], [], []
+    for k, o in enumerate(t.main):
+        name, (lost, n) = names[id(o)], rewards.collapsed_at_best(o.curve)
+        full = Pair([o], t.whole) if t.whole and o is not t.whole else None
+        other = Pair([o], control) if control and o is not control else None
+        row = [name, base.best_lr(o), at_best.over_seeds(rewards.reward_of(o)), f"{lost} of {n}"]
+        row += [points(t, p, {}) if p else None for p in (full, other)]
+        row += [ratio_of([o], t.whole) if full else None]
+        row += [" to ".join(map(rate, o.band(rewards.GOOD) or ())) or "-"]
+        ranged = full and base.rank_of(o)
+        rows.append([*row, rewards.range_ratio(o, t.whole)[0] if ranged else None])
+        look: dict[str, Any] = {"size": 4, "colour": k, "style": f"{'osD^v'[k % 5]}-"}
+        of_seeds = [dict(points) for points in t.at_stable[id(o)].best.values()]
+        steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
+        means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
+        without = f"{name} (without {lost} of {n} runs: collapsed)" if lost else name
+        episodes = [s * int(key["batch_size"]) for s in steps]
+        progress.append(base.Series.of(without, episodes, means, **look))
+        at = rewards.at_each_lr(o.curve)
+        known = {lr: e for lr, (e, _) in at.items() if e.value is not None}
+        rewarded.append(base.Series.of(name, list(known), list(known.values()), **look))
+        shares = [100 * left for _, left in at.values()]
+        survived.append(base.Series(name, list(at), shares, **look))
     head = (
         "curve | best LR [95%] | reward, points [95%] | collapsed there | behind FullFT, points "
         "[95%] | behind FullFT of LoRA's matrices | ratio of best LRs [95%] | good LRs | range "
         "over FullFT's [95%]"
     )
-    rows, control, names = [], next(iter(t.find("control")), None), names_of(t)
-    for o in t.main:
-        band = o.band(rewards.GOOD)
-        full = Pair([o], t.whole) if t.whole and o is not t.whole else None
-        other = Pair([o], control) if control and o is not control else None
-        row = [names[id(o)], base.best_lr(o), at_best.over_seeds(rewards.reward_of(o))]
-        row += ["{} of {}".format(*rewards.collapsed_at_best(o.curve))]
-        row += [points(t, p, {}) if p else None for p in (full, other)]
-        row += [ratio_of([o], t.whole) if full else None]
-        row += ["-" if band is None else " to ".join(map(rate, band))]
-        ranged = full and base.rank_of(o)
-        rows.append([*row, rewards.range_ratio(o, t.whole)[0] if ranged else None])
     text = [f"Bits of the labels over the capacity of rank 1: {t.load:.2g}." if t.load else "", HOW]
+    place, lr = f"{key['model']} on {key['dataset']}, each at its best stable LR", "learning rate"
+    lines = {"lines": {"before training": start} if math.isfinite(start) else {}}
+    panels = [base.Panel(place, "episodes", REWARD, progress, log_x=True, **lines)]
+    if any(len(np.unique(o.curve.x)) > 1 for o in t.main):
+        what, least = (
+            "at the end, without the runs that collapsed",
+            100 * (1 - rewards.MAX_COLLAPSED),
+        )
+        panels.append(base.Panel(what, lr, REWARD, rewarded, log_x=True, **lines))
+        more: dict[str, Any] = {"log_x": True, "y_range": (0, 105)}
+        more["lines"] = {f"stable: {least:.0f}% or more": least}
+        panels.append(base.Panel("runs that do not collapse", lr, "% of runs", survived, **more))
     caption = "reward over episodes by arm"
-    panels = [_progress(t), *_over_rates(t)]
     return base.Section.of(f"Rewards, {t.name}", head, rows, text, figure, panels, caption)
-
-
-def _look(t: Task, o: Optimum) -> dict[str, Any]:
-    k = [id(v) for v in t.main].index(id(o))
-    return {"size": 4, "colour": k, "style": f"{'osD^v'[k % 5]}-"}
-
-
-def _start(t: Task) -> dict[str, float]:
-    start = -t.main[0].curve.nll_start
-    return {"before training": start} if math.isfinite(start) else {}
-
-
-def _progress(t: Task) -> base.Panel:
-    """Return mean rewards over episodes; the legend counts collapsed runs."""
-    key = t.main[0].curve.key
-    series, completions, names = [], int(key["batch_size"]), names_of(t)
-    for o in t.main:
-        of_seeds = [dict(points) for points in t.at_stable[id(o)].best.values()]
-        steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
-        means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
-        lost, n = rewards.collapsed_at_best(o.curve)
-        name = names[id(o)] + (f" (without {lost} of {n} runs: collapsed)" if lost else "")
-        series.append(base.Series.of(name, [s * completions for s in steps], means, **_look(t, o)))
-    name = f"{key['model']} on {key['dataset']}, each at its best stable LR"
-    return base.Panel(name, "episodes", REWARD, series, log_x=True, lines=_start(t))
-
-
-def _over_rates(t: Task) -> list[base.Panel]:
-    """Return rewards over the learning rate, and the share of runs that do not collapse there."""
-    if all(len(np.unique(o.curve.x)) < 2 for o in t.main):
-        return []
-    rewarded, survived, names = [], [], names_of(t)
-    for o in t.main:
-        at, look = rewards.at_each_lr(o.curve), _look(t, o)
-        known = {lr: e for lr, (e, _) in at.items() if e.value is not None}
-        of_known = list(known), list(known.values())
-        rewarded.append(base.Series.of(names[id(o)], *of_known, **look))
-        share = [100 * left for _, left in at.values()]
-        survived.append(base.Series(names[id(o)], list(at), share, **look))
-    least = 100 * (1 - rewards.MAX_COLLAPSED)
-    what, lr = "at the end, without the runs that collapsed", "learning rate"
-    more: dict[str, Any] = {"log_x": True, "y_range": (0, 105)}
-    more["lines"] = {f"stable: {least:.0f}% or more": least}
-    return [
-        base.Panel(what, lr, REWARD, rewarded, log_x=True, lines=_start(t)),
-        base.Panel("runs that do not collapse", lr, "% of runs", survived, **more),
-    ]
 
 
 def question_of(said: Mapping[str, Said], variants: Mapping[str, Said]) -> base.Question:
