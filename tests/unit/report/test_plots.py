@@ -83,14 +83,6 @@ def test_from_eight_names_on_each_has_a_row(drawn, tmp_path):
         assert ax.yaxis_inverted() == (n == 8)
 
 
-def test_zero_is_drawn_at_zero(drawn):
-    series = [Series("equal", [1, 2], [0.0, 0.0]), Series("eps", [1, 2], [1e-5, 1e-3])]
-    one = Panel("t", "x", "y", series, log_x=True, log_y=True, linear_below=1e-15)
-    (ax,) = drawn(plots.panels, [one]).axes
-    low, high = ax.get_ylim()
-    assert list(ax.lines[0].get_ydata()) == [0, 0] and -1e-14 < low < 0 and high > 1e-3
-
-
 def runs():
     """Five rates and a curve of evaluations each."""
     common = {"model": "m", "dataset": "dialect(rule_shift=0)", "batch_size": 4, "steps": 16}
