@@ -19,7 +19,7 @@ from analysis.inference.decide import MIN_SEEDS, Gate, GateCode, Verdict, holm, 
 from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, with_interval
 from analysis.measures.at_best import AtBest
 from analysis.measures.next_runs import lines, suggest
-from analysis.measures.ratio import MIN_RANK, lr_drift
+from analysis.measures.ratio import MIN_RANK
 from analysis.measures.regret import Gap
 from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
 from analysis.runs.learning_curves import task_problems
@@ -422,14 +422,6 @@ class Estimand:
     """A claim is SUPPORTED only if this one is SUPPORTED in each part, by the same margin."""
     read: Callable[[Any], str] = lambda c: ""
     """The rank and the number of updates at which it is measured, in words."""
-
-
-LR_DRIFT = Estimand(
-    "lr_drift_per_doubling",
-    lambda c: lr_drift(c.high).slope,
-    lambda c: gates_on(c.high) + ([Gate(GateCode.ONE_RANK)] if len(c.high) < 2 else []),
-)
-"""The slope of ln(optimal LoRA LR) per doubling of the rank, over the ranks from MIN_RANK up."""
 
 
 def over_allowed(name: str, gap: Callable[[Any], Gap | None], **more: Any) -> Estimand:

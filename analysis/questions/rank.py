@@ -20,7 +20,7 @@ from analysis.inference.estimate import Estimate, number, rate, signed
 from analysis.measures import speed
 from analysis.measures.at_best import AtBest, pooled_over
 from analysis.measures.qualify import stalled
-from analysis.measures.ratio import MIN_RANK, ratio_of
+from analysis.measures.ratio import MIN_RANK, lr_drift, ratio_of
 from analysis.measures.regret import novelty_of
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves, starts_on_curve, while_unsolved
@@ -161,7 +161,11 @@ ESTIMANDS = [
     ),
     # Judged on a linear scale, although it is a number of updates.
     _at_start("identical_steps", "first"),
-    base.LR_DRIFT,
+    base.Estimand(
+        "lr_drift_per_doubling",
+        lambda c: lr_drift(c.high).slope,
+        lambda c: base.gates_on(c.high) + [Gate(GateCode.ONE_RANK)] * (len(c.high) < 2),
+    ),
     _at_start("difference_growth", "growth"),
     base.Estimand(
         "rate_over_rank_1",

@@ -1,7 +1,5 @@
-"""`rate_law`: the law, the rule, what the rule can decide, and both scales judged together."""
+"""`rate_law`: the law, the rule, and what the rule can decide."""
 
-import dataclasses
-import json
 import math
 from collections import Counter
 
@@ -13,10 +11,6 @@ from analysis.inference.decide import judge, look_level
 from analysis.inference.estimate import N_DRAWS
 from analysis.questions import laws
 from analysis.questions.laws import RATE_LAW, Cell
-from analysis.report import report
-from lorasweep.sweep.request import question
-from tests.planted import World, planted_table
-from tests.world import compose_request
 
 FULL = {64: 6.5e-4, 128: 5e-4, 256: 4e-4}
 """Full fine-tuning's optima after 512 updates, as the sweep's grids assume."""
@@ -100,41 +94,3 @@ def test_the_error_is_the_rms_without_the_variance_of_the_measurement():
     # four equally likely resamples of two bases: a a, a b, b a, b b
     wanted = np.sqrt([0.04, 0.11 / 3, 0.11 / 3, 0.03])
     assert sorted(laws.resampled(cells, squares)) == pytest.approx(sorted(wanted))
-
-
-def planted_scale(scale, truth):
-    """A request of one scale, and its table where a prediction holds."""
-
-    def best(spec, step):
-        at = (spec.model.hidden_size, spec.steps)
-        full = FULL.get(at[0]) or {30: 9.9e-5, 120: 7e-5}[at[1]]
-        alpha = getattr(spec.method, "alpha", None)
-        return full * (law(at[0], alpha, at[1], full, truth) if alpha else 1)
-
-    request = compose_request(["+sweep=rate_law", f"scale={scale}"])
-    fresh = request.sweep.replicate.seeds
-    specs = {p.id: p.spec for p in request.points}
-    for spec in [s for s in specs.values() if s.seed == 120]:
-        more = [dataclasses.replace(spec, seed=seed) for seed in fresh]
-        specs |= {s.id: s for s in more}
-    return request, planted_table(World(best=best), specs.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("truth", "expected"),
-    [
-        (RATE_LAW, "SUPPORTED"),
-        pytest.param("sqrt(hidden / alpha)", "REFUTED", marks=pytest.mark.full),
-    ],
-)
-def test_both_scales_are_judged_together(truth, expected, tmp_path):
-    small, table = planted_scale("small", truth)
-    folder = tmp_path / "rate_law-small"
-    report.judge_and_report(table, question(small), folder, kept=tmp_path / "nothing")
-    (alone,) = json.loads((folder / "results.json").read_text())["verdicts"]
-    assert alone["outcome"] == "UNDECIDED" and "only 3 of 24" in alone["why"]
-    tiny, table = planted_scale("tiny", truth)
-    out = json.loads(report.judge_and_report(table, question(tiny), None, True, tmp_path))
-    assert out["verdicts"][0]["outcome"] == expected and len(out["cells"]) == 24
-    assert min(out["errors"], key=lambda name: out["errors"][name]["value"]) == truth
