@@ -29,10 +29,6 @@ OF_FLEET = ("plan", "status", "cancel", "measure_packs", "fetch")
 """Actions that with customers=FILE are about the runs of a fleet."""
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions that are called once for a sweep of sweeps; all others are called once per part."""
-OF_PLANNED_RUNS = (
-    *("status", "cancel", "verify", "extend", "measure_packs", "layers", "run", "fleet", "qualify"),
-)
-"""Actions that leave out the runs that need more than exec.max_gpus GPUs."""
 SEARCHES = "a search of learning rates (+sweep=tune)"
 ALSO_READ = {
     "out": [SEARCHES],
@@ -224,7 +220,7 @@ def act(
     whole = name in WHOLE_STUDY or (on_gpus and name == "plan")
     studied = request.parts if not whole else []
     parts = studied or [request]
-    if on_gpus and name in OF_PLANNED_RUNS:
+    if on_gpus and (name == "fleet" or not (whole or ACTIONS[name].about or name == "import")):
         parts = [train.within_limit(part) for part in parts]
     for part in parts if studied and name == "run" else ():  # before the first part starts
         train.check(part)

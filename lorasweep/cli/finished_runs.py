@@ -250,8 +250,8 @@ def verify(request: Request, store: RunStore) -> Answer:
     noise = "no condition has two seeds"
     if floor is not None:
         noise = f"standard deviation between seeds {floor:.1e} nats"
-    form = "{:32} {}  pack of {}  {}".format
-    rows = [form(names[c["run"]], c["run"], c["pack_size"], _outcome(c)) for c in compared]
+    keys = ("name", "run", "pack_size", "recorded", "alone", "difference")
+    rows = table([{**c, "name": names[c["run"]]} for c in compared], *keys)
     value = {"runs": compared, "noise_floor": floor, "differing": differing}
     return Answer(value, [*rows, noise], status=int(bool(differing)))
 
@@ -360,26 +360,22 @@ def _served(request: Request) -> tuple[Any, dict[str, Any]]:
     return served, form
 
 
-def finish(request: Request, store: RunStore, points: Sequence[Point], results: str) -> str:
-    """Return the answer in lines, or as JSON, and write the best run into request.out.
-
-    `results`: the results of the analysis as JSON.
-    """
-    found = json.loads(results)
+def finish(
+    request: Request, store: RunStore, points: Sequence[Point], results: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the answer as JSON values and in lines, and write the best run into request.out."""
     prune(request, store, points)
     rates: dict[int | None, list[float]] = {}
     for p in judged(request, points):
         rates.setdefault(_rank(p), []).append(p.spec.lr)
-    conclusion = conclude(request, found, max(map(min, rates.values()), default=math.inf))
+    conclusion = conclude(request, results, max(map(min, rates.values()), default=math.inf))
     if used := _used(request, points, store):
         conclusion["budget"] = used
     if request.out and conclusion["method"] is None:
         conclusion["out"] = f"nothing is written to {request.out}"
     elif request.out:
-        conclusion["out"] = _export(request, store, points, found, conclusion)
-    if request.format == "json":
-        return json.dumps({**found, "answer": conclusion})
-    return "\n".join(_lines(request, found, conclusion))
+        conclusion["out"] = _export(request, store, points, results, conclusion)
+    return {**results, "answer": conclusion}, _lines(request, results, conclusion)
 
 
 def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) -> dict[str, Any]:

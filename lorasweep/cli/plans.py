@@ -4,7 +4,6 @@ The actions plan, layers, measure_packs, fetch and status: none starts a run.
 """
 
 import dataclasses
-import math
 import sys
 import time
 from collections import Counter
@@ -97,7 +96,7 @@ def show(request: Request, store: RunStore) -> Answer:
     if request.members:
         found["fleet"] = fleet_costs(request, store, plan)
     lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
-    lines += search_outlook_here(request, store) if is_search(request) else []
+    lines += search_lines(request)
     lines += fleet_lines(found["fleet"], f"on {plan.workers} worker(s)") if request.members else []
     return Answer(found, [*lines, *(o.line() for o in outlooks)])
 
@@ -202,41 +201,17 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
     return [*lines, *(f"  {text.format(queue[k])}" for k, text in said.items() if queue.get(k))]
 
 
-def search_outlook(request: Request, busy_s: float | None, workers: int) -> list[str]:
-    """Say what a search takes, and what its budget buys; SpecError: it is below one run.
-
-    Args:
-        busy_s: seconds of one worker (one GPU) for a run of full length; None: not known.
-        workers: workers that train at the same time.
-    """
+def search_lines(request: Request) -> list[str]:
+    """Say what a search takes, if the sweep is one."""
+    if request.sweep is None or request.sweep.search is None:
+        return []
     how, n, steps = request.sweep.search, len(request.points), request.points[0].spec.steps
-    first, each = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix), n * how.n_lrs
-    budget, wall_s = parse_budget(request.budget, steps), busy_s and busy_s / workers
-    lines = [
+    first = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)  # n_lrs short runs go on
+    return [
         f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
-        f"runs of {steps} updates judge: about {first:.0f} of full length, and {each} with each of "
-        f"up to {how.seeds} fresh seeds" + (f"; each about {duration(wall_s)}" if wall_s else "")
+        f"runs of {steps} updates judge: about {first:.0f} of full length, and {n * how.n_lrs} "
+        f"with each of up to {how.seeds} fresh seeds, of which an answer needs {MIN_SEEDS - 1}"
     ]
-    if budget and (size := {"runs": 1.0, "gpuh": busy_s}.get(budget.unit, wall_s)):
-        runs = budget.amount / size
-        if runs < 1:
-            raise SpecError(
-                f"budget={budget.text} is below one run of {steps} updates. Give a larger budget, "
-                "or fewer updates: steps=N."
-            )
-        seeds = max(0, min(how.seeds, math.floor((runs - first) / each)))
-        buys = f"the learning rates and {seeds} fresh seed(s); an answer needs {MIN_SEEDS - 1}"
-        lines.append(f"budget={budget.text} buys about {runs:.0f} runs: {buys}")
-    return lines
-
-
-def search_outlook_here(request: Request, store: RunStore) -> list[str]:
-    """Return `search_outlook` for this machine; a cluster's speed is not known."""
-    plan = make_plan(request.points, store, request.exec, detect.this_machine())
-    runs = sum(p.spec.steps for p in plan.todo) / request.points[0].spec.steps
-    known = runs and request.cluster.kind == "local"
-    busy_s = 3600 * plan.hours * plan.workers / runs if known else None
-    return search_outlook(request, busy_s, plan.workers)
 
 
 def fleet_costs(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
@@ -353,10 +328,7 @@ def _on_gpus(
     )
     lines = [*about.get("understood", ()), text.rstrip(), *queue_lines(queue)]
     lines += _budget_lines(found["budget"]) if "budget" in found else []
-    if is_search(request):
-        busy_s = 3600 * found["total"]["gpu_hours"] / len(total) if total else None
-        lines += ["", "one run of each arm, above; the search goes on from there:"]
-        lines += search_outlook(request, busy_s, max(1, hardware.gpus))
+    lines += search_lines(request)
     lines += fleet_lines(found["fleet"], "in time of one GPU") if "fleet" in found else []
     return Answer(found | queue, lines)
 
@@ -598,17 +570,12 @@ def status_text(request: Request, status: dict[str, Any]) -> list[str]:
         if len(rows) > SHOWN + 1:
             lines.append(f"    ... and {len(rows) - SHOWN - 1} more (format=json lists all)")
     if status["follows"]:
-        lines.append(
-            f"  follow-up job {', '.join(status['follows'])}: it submits missing runs when the "
-            "other jobs end, and finally writes the answer"
-        )
+        lines.append(f"  follow-up job, which answers: {', '.join(status['follows'])}")
     if status["slurm"]:
         lines.append(f"  queued runs are not shown: {status['slurm']}")
     if status["unrecorded"]:
-        lines.append(
-            f"  {status['unrecorded']} job(s) are from a command that died while submitting: run "
-            "the command again to cancel them"
-        )
+        died = "job(s) of a command that died while submitting; run it again to cancel them"
+        lines.append(f"  {status['unrecorded']} {died}")
     return [*lines, "  try failed runs again: exec.retry=true"] if runs.get("failed") else lines
 
 

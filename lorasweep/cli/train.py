@@ -8,7 +8,7 @@ from typing import Any
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points, is_search, judged, qualifying
 from lorasweep.cli.finished_runs import check_search, finish, prune
-from lorasweep.cli.plans import plan_lines, search_outlook_here, understood
+from lorasweep.cli.plans import plan_lines, search_lines, understood
 from lorasweep.cli.printed import Answer, Display, notifier
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import GaveUp, SpecError, check_installed
@@ -84,8 +84,9 @@ def run(
             claim["exploratory"] = {request.scale: CHANGED_CLAIMS, **earlier}
     as_json = request.format == "json"
     text = answer.judge(load_runs(store.root, finished), asked, folder, as_json or searched)
-    text = finish(request, store, points, text) if searched else text
     looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
+    if searched:
+        return Answer(*finish(request, store, points, json.loads(text)), status)
     return Answer(json.loads(text) if as_json else None, text, status)
 
 
@@ -124,8 +125,6 @@ def within_limit(request: Request) -> Request:
             f"{len(request.points) - len(kept)} runs need more than "
             f"exec.max_gpus={request.exec.max_gpus} GPUs and are left out"
         )
-    if request.points and not kept:
-        raise SpecError(f"no run is left within exec.max_gpus={request.exec.max_gpus}.")
     return dataclasses.replace(request, points=kept)
 
 
@@ -165,7 +164,7 @@ def train(
     lines = understood(request)  # also refuses rows
     if searched:
         check_search(request)
-        lines += search_outlook_here(request, store)
+        lines += search_lines(request)
     for line in lines:
         notify(line)
     points, sent = runs_of(request, store), None
