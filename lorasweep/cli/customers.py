@@ -96,19 +96,15 @@ def advise(request: Request, store: RunStore) -> Answer:
         reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
         return Answer(reasons, pages.render("reasons.txt", a=mine).rstrip())
     title = Path(request.customers).stem if request.customers else "customer"
-    out = request.out
-    if not out and request.format != "json":
-        out = str(Path(request.exec.reports_dir) / f"advice-{title}.html")
-    if out:
-        path = Path(out)
-        if path.suffix != ".html":
-            raise SpecError(f"out={out}: expected a file that ends in .html.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(pages.html(found, title))
+    path = Path(request.out or Path(request.exec.reports_dir) / f"advice-{title}.html")
+    if path.suffix != ".html":
+        raise SpecError(f"out={path}: expected a file that ends in .html.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(pages.html(found, title))
     errors = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
     lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
     lines += ["", *errors, *pages.summary_lines(found), pages.BASIS]
-    lines += [f"page: {out}. Reasons, and the command that tests the advice: why=NAME"]
+    lines += [f"page: {path}. Reasons, and the command that tests the advice: why=NAME"]
     return Answer([plain_of(a) for a in found], lines, int(bool(errors)))
 
 
@@ -154,36 +150,35 @@ def fleet(
     trainer: Trainer | str | None = None,
     follow: dict[str, Any] | None = None,
 ) -> Answer:
-    """Train and export an adapter for each customer.
+    """Train and export an adapter for each customer of a request that `plan_fleet` made.
 
     The status is 1 if a customer could not be planned or got no adapter, unless its runs are in
     jobs.
     """
     from lorasweep.models import load
 
-    plan = plan_fleet(request)  # the table, the advice, and the runs of each customer
-    points, status, sent = plan.points, 0, None
+    points, status, sent = request.points, 0, None
     if points:
-        points, status, sent = train(plan, store, trainer, follow)
+        points, status, sent = train(request, store, trainer, follow)
     if status == STOPPED:
         return Answer(status=STOPPED)
-    outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, points)]
+    outcomes = [outcome_of(m, store) for m in runs.planned(request.members, points)]
     waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
-    if plan.cluster.kind == "slurm":
+    if request.cluster.kind == "slurm":
         queue = slurm.look(store.root)
         there = queue.covered().keys() | queue.elsewhere
         over = (*FINAL, "running")
         unfinished = [[i for i, s in o.states.items() if s not in over] for o in outcomes if o.open]
         waiting = sum(there.issuperset(ids) for ids in unfinished)
-    folder, title = Path(plan.out), Path(plan.customers).stem
-    tokenizer_of = cache(lambda model: load.tokenizer_of(model, plan.exec.models_dir))
-    profile = catalogue.profiles([Path(f) for f in plan.folders])[plan.serve]()
+    folder, title = Path(request.out), Path(request.customers).stem
+    tokenizer_of = cache(lambda model: load.tokenizer_of(model, request.exec.models_dir))
+    profile = catalogue.profiles([Path(f) for f in request.folders])[request.serve]()
     outcomes = adapters.export(outcomes, store, folder, title, write_adapter, tokenizer_of, profile)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
-    if plan.mirror == "wandb":
+    if request.mirror == "wandb":
         from lorasweep.tracking.wandb import mirror
 
-        mirror(chosen, store, plan.sweep_name or "")
+        mirror(chosen, store, request.sweep_name or "")
     facts = [o.facts() for o in outcomes]
     rows = [adapters.cells(p) for p in facts]
     for row, o in zip(rows, outcomes, strict=True):
