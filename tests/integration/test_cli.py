@@ -1,4 +1,4 @@
-"""The command line end to end at scale=smoke: an answer, a wheel, and a mirror read back."""
+"""The command line end to end at scale=smoke: an answer, without some packages, a wheel, a mirror."""
 
 import json
 import os
@@ -112,3 +112,23 @@ def test_finished_runs_are_mirrored_once_and_read_back(tmp_path):
         assert [row["_step"] for row in rows] == [r["step"] for r in own]
     cli(*arguments, cwd=tmp_path, env=env)
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2  # not replayed twice
+
+
+BLOCKED = ("wandb", "plotly", "matplotlib", "datasets", "gguf", "submitit", "jinja2")
+
+
+def test_a_sweep_trains_and_answers_without_packages_that_a_node_may_lack(tmp_path):
+    """Python runs sitecustomize at each start, also of the workers."""
+    (tmp_path / "site").mkdir()
+    code = f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
+    (tmp_path / "site/sitecustomize.py").write_text(code)
+    done = cli(*SMOKE, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"})
+    assert "UNDECIDED" in done.stdout and "6 runs" in done.stderr
+    for what in ("figures", "report.html", "report.md"):
+        assert f"left out: {what} needs" in done.stdout
+    folder = tmp_path / "reports/lr_ratio-smoke"
+    assert {p.name for p in folder.iterdir()} == {"question.json", "results.json", "table.parquet"}
+    assert str(folder / "results.json") in done.stdout
+    assert json.loads((folder / "results.json").read_text())["runs"] == 6
+    log = next((tmp_path / "runs").glob("*/attempts/*/log.txt"))
+    assert "Error" not in log.read_text()

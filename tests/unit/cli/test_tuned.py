@@ -124,19 +124,6 @@ def test_a_rewarded_search_is_answered_in_rewards(tune):
     assert "held-out reward" in tune(world, *asked, trainer=trainer)[0].splitlines()[0]
 
 
-@pytest.mark.parametrize("outcome", ["SUPPORTED", "UNDECIDED"])
-def test_the_gap_is_printed_with_the_interval_that_decides(outcome):
-    low, high = {"SUPPORTED": (-0.04, -0.01), "UNDECIDED": (-0.01, 0.01)}[outcome]
-    narrow = {"value": 6.7, "low": 5.9, "high": 7.6}  # of another level and another mean
-    estimate = {"value": (low + high) / 2, "low": low, "high": high}
-    verdict = {"outcome": outcome, "why": "the 98.4% interval ...", "estimate": estimate}
-    arms = [{"rank": None, "gain": 0.5, "gap_percent": None}, {"rank": 8, "gap_percent": narrow}]
-    results = {"arms": arms, "verdicts": [verdict], "allowed": 0.05, "n_test": 9}
-    text = finished_runs.gap_line(results)
-    assert f"[{5 + 200 * low:.1f}%, {5 + 200 * high:.1f}%]" in text
-    assert ("98.4%" in text) == (outcome == "UNDECIDED")
-
-
 PLAN = ("action=plan", "+sweep=lr_ratio")
 
 
