@@ -156,10 +156,10 @@ def qualifying(points: list[Point]) -> list[Point]:
 # ---------------------------------------------------------------- what the analysis says
 
 
-def check_claims(sweep: Sweep | None) -> None:
-    """Raise SpecError if the analysis of a sweep cannot judge one of the claims."""
+def check_claims(sweep: Sweep | None) -> Any:
+    """Return the analysis of a sweep; SpecError: it cannot judge one of the claims."""
     if sweep is None:
-        return
+        return None
     from analysis.questions.registry import question_named
 
     try:
@@ -179,6 +179,7 @@ def check_claims(sweep: Sweep | None) -> None:
                 f"claim {name!r}: except_models={claim.except_models}, but analysis "
                 f"{sweep.analysis!r} cannot leave out bases. Remove it."
             )
+    return asked
 
 
 def outlooks(
@@ -191,11 +192,9 @@ def outlooks(
     """
     if sweep is None or sweep.search is not None:  # a search ends when its claim is decided
         return []
-    check_claims(sweep)
     from analysis.inference.decide import outlook
-    from analysis.questions.registry import question_named
 
-    ratios = question_named(sweep.analysis, sweep.estimands, sweep.variants).logs
+    ratios = check_claims(sweep).logs
     seeds, found = planned_seeds(points, sweep.replicate), []
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])

@@ -627,13 +627,13 @@ def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> It
     of_files = load.sources_of(whole, exec_.data_dir)
     given = chain(*(s.rows() for s in of_files[: 1 + (spec.test_split != spec.train_split)]))
     kinds = sources.each(given, lambda row, where: messages.read(spec, row, where).kinds)
-    understood = messages.rows_line(Counter(chain.from_iterable(kinds)))
+    counted = messages.rows_line(Counter(chain.from_iterable(kinds)))
     about = (
         f"data {spec.name}: {spec.source}, {spec.format}, columns {' -> '.join(used)}"
         f"{f' (not read: {others})' if others else ''}"
     )
     if tokenizer is None:
-        yield f"{about}; {understood}; tokens are not counted: no tokenizer of {base} is here"
+        yield f"{about}; {counted}; tokens are not counted: no tokenizer of {base} is here"
         return
     kept = Path(exec_.runs_dir, TOKENS)
     data = load.load(spec, exec_.data_dir, tokenizer, str(kept) if kept.is_dir() else "")
@@ -641,7 +641,7 @@ def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> It
     tokens = sum(len(e.tokens) for e in data.train(0, 0, n_train)) / n_train
     yield (
         f"{about}, {n_train:,} training, {len(data.validation):,} validation and "
-        f"{len(data.test):,} test rows, {tokens:.0f} tokens a row; {understood}"
+        f"{len(data.test):,} test rows, {tokens:.0f} tokens a row; {counted}"
     )
     if warning := text.check_fit(spec, data.fits, "dataset.max_length="):
         yield f"warning ({base}): {warning}"
