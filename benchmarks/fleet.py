@@ -28,7 +28,7 @@ from benchmarks.trl_baseline import symbol_tokenizer
 from lorasweep.cli.customers import plan_fleet
 from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
-from lorasweep.data.synthetic import dialect, skills
+from lorasweep.data.synthetic import dialect, generators
 from lorasweep.fleet.runs import Member, planned
 from lorasweep.launch.process import WAIT_POLICY
 from lorasweep.models.load import load as load_model
@@ -233,7 +233,7 @@ def write_table(
             if rows is None:
                 mine = _dialect(rng, n, k)
             elif k % 2:
-                pairs = (skills.instance(rng, 1 + k % 3) for _ in range(n))
+                pairs = (generators.instance(rng, 1 + k % 3) for _ in range(n))
                 mine = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
             else:
                 mine = [rows[int(i)] for i in rng.choice(len(rows), n, replace=False)]

@@ -5,6 +5,7 @@ All errors of a row are reported at once; a wrong row does not affect other cust
 
 import csv
 import io
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 
-from lorasweep.data.sources import parsed
 from lorasweep.errors import ModelError, SpecError, unknown
 from lorasweep.models import describe, find
 from lorasweep.spec.method import parse_layers
@@ -370,7 +370,7 @@ def _described(given: str) -> ModelSpec | str:
 def _of_config(path: Path) -> ModelSpec:
     try:
         text = path.read_text()
-        config = parsed(text)
+        config = json.loads(text)
     except FileNotFoundError:
         raise ModelError(f"no file {path}.") from None
     except (OSError, ValueError) as error:

@@ -33,15 +33,17 @@ from lorasweep.plan import detect
 from lorasweep.plan.budget import choose, parse_budget
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import TRAINING_SHARE, run_flops, updates_with_evaluations
-from lorasweep.plan.plan import Plan, make_plan, summary
 from lorasweep.plan.planner import (
     MEMORY_ERROR,
     SPEED_ERROR,
     Kind,
+    Plan,
     Planner,
     best_size,
     costs,
+    make_plan,
     shape_of,
+    summary,
 )
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec

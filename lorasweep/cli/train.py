@@ -19,8 +19,7 @@ from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.slurm.submit import Outcome, cancel, submit, updates_of
 from lorasweep.launch.trainer import Trainer
 from lorasweep.plan import detect
-from lorasweep.plan.plan import make_plan
-from lorasweep.plan.planner import Planner
+from lorasweep.plan.planner import Planner, make_plan
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import files, looks
 from lorasweep.store.run_store import RunStore

@@ -54,7 +54,7 @@ def fetch(specs: Iterable[RunSpec], tell: Callable[[str], None]) -> None:
     Raises:
         ModelError, DataError: a download fails.
     """
-    from lorasweep.data import hub as data
+    from lorasweep.data import sources as data
     from lorasweep.models import find as models
 
     specs = list(specs)

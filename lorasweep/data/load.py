@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
-from lorasweep.data import hub, rewards, sources, text
+from lorasweep.data import rewards, sources, text
 from lorasweep.data.examples import Data, fingerprint, prompts_of, shuffled
 from lorasweep.data.messages import Conversation, read
 from lorasweep.data.sources import Row, Source
@@ -74,7 +74,7 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
 
     def found(spec: DatasetSpec, held_out: bool) -> Source:
         if spec.source == "hub":
-            return hub.source_of(spec, held_out)
+            return sources.of_hub(spec, held_out)
         return sources.of_files(spec, held_out, data_dirs)
 
     def without(train: Source, held_out: Source, part: Part, name: str) -> Source:
@@ -94,17 +94,16 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
         whole = found(dataclasses.replace(spec, holdout=0), False)
         pool = whole if spec.holdout else found(spec, True)
         # what is held out as a whole: rows with one prompt, or rows with the same content
-        by_prompt = spec.held_out_by == "prompt"
+        by_prompt, unit = spec.held_out_by == "prompt", spec.held_out_by or "row"
         unit_of: Part = (lambda row: row.prompt) if by_prompt else whole_of
 
         def drawn() -> Iterator[Row]:
             given = list(pool.rows())
-            read_rows = (read(spec, row, where) for where, row in given)
-            units, contents = zip(*((unit_of(row), row.whole) for row in read_rows))
-            order = [k for rows in divided(units, contents) for k in rows]
+            known = [read(spec, row, where) for where, row in given]
+            groups = divided([unit_of(row) for row in known], [row.whole for row in known])
+            order = [k for rows in groups for k in rows]
             yield from (given[k] for k in order[: spec.holdout or None])
 
-        unit = spec.held_out_by or "row"
         identity = f"{spec.holdout or 'all'} of {pool.identity} by {unit}"
         held_out = dataclasses.replace(pool, identity=identity, rows=drawn)
         # all rows of a test split are held out, also those beyond OF_A_PROMPT
@@ -115,12 +114,10 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
         if spec.unseen_rows:
 
             def distinct() -> Iterator[Row]:
-                seen = set()
+                first: dict[Hashable, Row] = {}
                 for where, row in every.rows():
-                    content = read(spec, row, where).whole
-                    if content not in seen:
-                        seen.add(content)
-                        yield where, row
+                    first.setdefault(read(spec, row, where).whole, (where, row))
+                yield from first.values()
 
             identity = f"{every.identity} without repetitions"
             held_out = dataclasses.replace(every, identity=identity, rows=distinct)
@@ -135,13 +132,13 @@ def divided(units: Sequence[Hashable], contents: Sequence[Hashable]) -> list[lis
 
     Duplicates are left out, and a unit has at most OF_A_PROMPT rows.
     """
+    first: dict[Hashable, int] = {}
     rows: dict[Hashable, list[int]] = {}
-    first = {content: k for k, content in reversed(list(enumerate(contents)))}
     for k, (unit, content) in enumerate(zip(units, contents, strict=True)):
-        if first[content] == k:
+        if first.setdefault(content, k) == k:
             rows.setdefault(unit, []).append(k)
     found = list(rows.values())
-    return [found[k][:OF_A_PROMPT] for k in sources.holdout_order(len(found))]
+    return [found[k][:OF_A_PROMPT] for k in sources.shuffled(len(found))]
 
 
 def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:

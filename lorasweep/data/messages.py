@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from lorasweep.data.sources import parsed
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
@@ -83,8 +82,7 @@ class Conversation:
 
     def _before(self, marks: list[bool]) -> tuple[Message, ...]:
         whole = self.whole
-        after = len(marks) - marks.index(True) if True in marks else 0
-        return whole[: len(whole) - after]
+        return whole[: len(whole) - (len(marks) - marks.index(True) if True in marks else 0)]
 
 
 def columns(spec: DatasetSpec) -> tuple[str, ...]:
@@ -100,18 +98,24 @@ def read(spec: DatasetSpec, row: Any, where: str) -> Conversation:
     mask=last_assistant skips answers of weight 0.
     """
     form = spec.format
-    known = {*columns(spec), *([TOOLS] if form == "messages" else ())}
-    for name in OF_ROWS - known if isinstance(row, dict) else ():
+    if not isinstance(row, dict):
+        _refuse(f"{where}: the row", row, f"an object with {' and '.join(columns(spec))}")
+    for name in OF_ROWS - {*columns(spec), *([TOOLS] if form == "messages" else ())}:
         given = row.get(name)
         if given not in (None, "", "[]", [], {}) and (name != "label" or isinstance(given, bool)):
             _refuse(f"{where}: column {name!r}", given, "no value, as it is not read")
     tools: list[dict[str, Any]] = []
     kinds, weights = dict[str, Any](), [None, None]
     if form not in LISTS:
-        turns = _pair(spec, row, where)
+        name = spec.prompt_field
+        names = [name] if name in row else name.split(JOINED)
+        *texts, answer = (_column(row, one, where) for one in (*names, spec.completion_field))
+        said = "\n\n".join(filter(None, texts)) if len(texts) > 1 else texts[0]
+        both = (("user", spec.template.replace("{prompt}", said)), ("assistant", answer))
+        turns = [{"role": role, "content": content} for role, content in both]
     else:
         speaker, content = LISTS[form]
-        given = row.get(form) if isinstance(row, dict) else None
+        given = row.get(form)
         if not isinstance(given, list) or not all(isinstance(m, dict) for m in given):
             _refuse(f"{where}: {form}", given, f"a list of {{{speaker}, {content}}}")
         turns = [_turn(form, message, f"{where}: {form}[{k}]") for k, message in enumerate(given)]
@@ -128,11 +132,9 @@ def read(spec: DatasetSpec, row: Any, where: str) -> Conversation:
     for k, (weight, turn) in enumerate(zip(weights, turns, strict=True)):
         can = turn["role"] == "assistant" or spec.mask == "all"
         if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)[: 1 + can]):
-            _refuse(
-                f"{where}: {form}[{k}].{WEIGHT} of a message of role {turn['role']!r}",
-                weight,
-                "0 (not learned), 1 (learned; with mask=all, or for answers), or no weight",
-            )
+            at = f"{where}: {form}[{k}].{WEIGHT} of a message of role {turn['role']!r}"
+            _refuse(at, weight, "0 (not learned), 1 (learned; only answers, or with mask=all)")
+        check_text(turn["content"] or "", f"{where}: message {k + 1}")
     answers = [k for k, t in enumerate(turns) if t["role"] == "assistant" and weights[k] != 0]
     by_mask = {"all": range(len(turns)), "completion": answers, "last_assistant": answers[-1:]}
     learned = [k in by_mask[spec.mask] if w is None else w == 1 for k, w in enumerate(weights)]
@@ -144,20 +146,7 @@ def _refuse(at: str, given: Any, allowed: str) -> NoReturn:
     raise DataError(f"{at} is {said}. Allowed: {allowed}. Correct or remove the row.")
 
 
-def _pair(spec: DatasetSpec, row: Any, where: str) -> list[Turn]:
-    """Return the prompt, in the template, and the completion of a row with two columns."""
-    name = spec.prompt_field
-    names = [name] if isinstance(row, dict) and name in row else name.split(JOINED)
-    texts = [_column(row, one, where) for one in names]
-    said = "\n\n".join(filter(None, texts)) if len(texts) > 1 else texts[0]
-    answer = _column(row, spec.completion_field, where)
-    both = (("user", spec.template.replace("{prompt}", said)), ("assistant", answer))
-    return [{"role": role, "content": content} for role, content in both]
-
-
-def _column(row: Any, name: str, where: str) -> str:
-    if not isinstance(row, dict):
-        _refuse(f"{where}: the row", row, f"an object with a text {name!r}")
+def _column(row: Mapping[str, Any], name: str, where: str) -> str:
     if name not in row:
         raise DataError(
             f"{where}: no field {name!r}, only {', '.join(map(str, sorted(row))) or 'none'}. Set "
@@ -165,20 +154,17 @@ def _column(row: Any, name: str, where: str) -> str:
         )
     if not isinstance(row[name], str):
         _refuse(f"{where}: field {name!r}", row[name], "a text, in quotes")
-    check_text(row[name], f"{where}: field {name!r}")
     return row[name]
 
 
 def _turn(form: str, message: Mapping[str, Any], at: str) -> Turn:
     speaker, content = LISTS[form]
-    who = message.get(speaker)
+    who, said, calls = message.get(speaker), message.get(content), message.get(CALLS) or []
     if not isinstance(who, str) or who not in ROLES[form]:
         _refuse(f"{at}.{speaker}", who, ", ".join(ROLES[form]))
     turn: Turn = {"role": ROLES[form][who]}
-    calls = message.get(CALLS) or []
     if calls and turn["role"] != "assistant":
         _refuse(f"{at}.{CALLS} of role {turn['role']!r}", calls, "calls of the assistant")
-    said = message.get(content)
     if isinstance(said, list):
         for k, part in enumerate(said):
             text = part.get("text") if isinstance(part, dict) else None
@@ -188,10 +174,8 @@ def _turn(form: str, message: Mapping[str, Any], at: str) -> Turn:
     if not (isinstance(said, str) or (said is None and calls)):
         more = f"a text, a list of text parts, or null in a message with {CALLS}"
         _refuse(f"{at}.{content}", said, more)
-    check_text(said or "", f"{at}.{content}")
     turn["content"] = said
-    functions = _functions(calls, f"{at}.{CALLS}", CALL)
-    for k, function in enumerate(functions):
+    for k, function in enumerate(_functions(calls, f"{at}.{CALLS}", CALL)):
         arguments = _from_json(function.get("arguments"))
         if not isinstance(arguments, dict):
             more = "an object, or its JSON as text ('{}' for none)"
@@ -219,8 +203,8 @@ def _functions(given: Any, at: str, form: str) -> list[dict[str, Any]]:
 
 def _from_json(given: Any) -> Any:
     """Return what a text says in JSON; anything else as it is."""
-    with suppress(ValueError):
-        return parsed(given) if isinstance(given, str) else given
+    with suppress(ValueError, RecursionError):
+        return json.loads(given) if isinstance(given, str) else given
     return given
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorasweep.data import hub, messages, sources
+from lorasweep.data import messages, sources
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, FIRST_RENDER, DatasetSpec
 
@@ -59,20 +59,16 @@ def path_of(given: str) -> Path:
     """Return a file of rows, or that of a folder's training rows; DataError if there is none."""
     try:
         path = Path(given).expanduser().absolute()
-        found = [path]
-        if path.is_dir():
-            files = [path / f"train.{form}" for form in FILES]
-            found = [file for file in files if file.is_file()] or files[:1]
-        there = found[0].is_file()
+        found = [path / f"train.{form}" for form in FILES] if path.is_dir() else [path]
+        there = [file for file in found if file.is_file()]
     except (OSError, RuntimeError) as error:  # a name too long for a path, or an unknown ~user
         raise DataError(f"{given[:80]!r} is no path: {error}. Expected {EXPECTED}.") from None
-    if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise DataError(f"{path} has {names}. Keep one of them, or name the file.")
-    if not there or found[0].suffix[1:] not in FILES:
+    if len(there) != 1 or there[0].suffix[1:] not in FILES:
         what = "is in no known form" if there else "is no file"
-        raise DataError(f"{found[0]} {what}. Expected {EXPECTED}.")
-    return found[0]
+        if len(there) > 1:
+            what = f"is one of {len(there)} such files: name one"
+        raise DataError(f"{(there or found)[0]} {what}. Expected {EXPECTED}.")
+    return there[0]
 
 
 def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> DatasetSpec:
@@ -86,43 +82,37 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> Dat
         DataError: there is no such file or data set, or its rows have none of the usual forms.
     """
     if is_on_hub(given):
-        return _on_hub(given, name, named)
+        match = HUB_NAME.fullmatch(given)
+        assert match is not None
+        place: dict[str, Any] = match.groupdict("")
+        plain = "-".join(filter(None, (place["location"], place["config"]))).replace("/", "-")
+        spec = DatasetSpec(name=name or plain, source="hub", **place, **LENGTH)
+        try:
+            columns, rows, commit = sources.contents(spec)
+        except DataError as error:
+            where = f"no file or folder {Path(given).absolute()}, and as a data set of the hub"
+            raise DataError(f"{where} (owner/name:configuration@revision): {error}") from error
+        train = "train" if "train" in rows else next(iter(rows))
+        test = next((split for split in HELD_OUT if split in rows and split != train), train)
+        form = _form(f"{given}[{train}]", dict.fromkeys(columns), named)
+        form |= {"revision": commit or spec.revision, "train_split": train, "test_split": test}
+        return dataclasses.replace(spec, **form)
     path = path_of(given)
     digest = sources.file_sha256(path)[:DIGITS]
     found = next(sources.rows_in(path), None)
     if found is None:
         raise DataError(f"{path} has no rows. Add rows, or give another file.")
-    test = path.with_name(f"test{path.suffix}")
-    folder = path.parent.name if path.stem == "train" else path.stem
-    source: Any = path.suffix[1:]
+    folder, source = path.parent.name if path.stem == "train" else path.stem, path.suffix[1:]
     return DatasetSpec(
         name=name or f"{folder}-{digest[:8]}",
-        source=source,
+        source=source,  # type: ignore[arg-type]
         location=str(path.parent),
         revision=f"sha256:{path.stem}={digest}",
         train_split=path.stem,
-        test_split="test" if test.is_file() else path.stem,
+        test_split="test" if path.with_name(f"test{path.suffix}").is_file() else path.stem,
         **LENGTH,
         **_form(*found, named),
     )
-
-
-def _on_hub(given: str, name: str, named: Mapping[str, str]) -> DatasetSpec:
-    match = HUB_NAME.fullmatch(given)
-    assert match is not None
-    place: dict[str, Any] = match.groupdict("")
-    plain = "-".join(filter(None, (place["location"], place["config"]))).replace("/", "-")
-    spec = DatasetSpec(name=name or plain, source="hub", **place, **LENGTH)
-    try:
-        columns, rows, commit = hub.contents(spec)
-    except DataError as error:
-        where = f"no file or folder {Path(given).absolute()}, and as a data set of the hub"
-        raise DataError(f"{where} (owner/name:configuration@revision): {error}") from error
-    train = "train" if "train" in rows else next(iter(rows))
-    test = next((split for split in HELD_OUT if split in rows and split != train), train)
-    form = _form(f"{given}[{train}]", dict.fromkeys(columns), named)
-    form |= {"revision": commit or spec.revision, "train_split": train, "test_split": test}
-    return dataclasses.replace(spec, **form)
 
 
 def count(given: str) -> Counted:
@@ -148,23 +138,19 @@ def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
     columns = set(row) if isinstance(row, dict) else set()
     prompt, completion = named.get("prompt_field"), named.get("completion_field")
     pairs = dict.fromkeys((prompt or p, completion or c) for p, c in PAIRS)
-    found: dict[str, Any] = {}
-    if not (prompt or completion):
-        for name in dict.fromkeys(named.get("format", name) for name in messages.LISTS):
-            if name in columns and name in messages.LISTS and not found:
-                by_default = "completion" if name == "messages" else "last_assistant"
-                found = {"format": name, "mask": by_default}
-    for pair in pairs if not found else ():
+    lists = [named.get("format", name) for name in messages.LISTS if not (prompt or completion)]
+    mask, found = "completion", dict[str, Any]()
+    for pair in reversed(pairs):
         if {*pair[0].split(messages.JOINED), pair[1]} <= columns or set(pair) <= columns:
-            found = {"prompt_field": pair[0], "completion_field": pair[1], "mask": "completion"}
-            break
+            found = {"prompt_field": pair[0], "completion_field": pair[1]}
+    if form := next((name for name in lists if name in columns & set(messages.LISTS)), ""):
+        mask, found = "completion" if form == "messages" else "last_assistant", {"format": form}
     if found:
-        found["mask"] = named.get("mask", found["mask"])
-        return found | as_served(found.get("format", ""), named.get("render", FIRST_RENDER))
+        found["mask"] = named.get("mask", mask)
+        return found | as_served(form, named.get("render", FIRST_RENDER))
     shown = ", ".join(map(str, sorted(columns))) or "of no object"
-    text = " A text alone does not say which part is learned." if columns == {"text"} else ""
     raise DataError(
-        f"{where}: the row has the columns {shown}.{text} Expected messages, conversations, or two "
+        f"{where}: the row has the columns {shown}. Expected messages, conversations, or two "
         f"columns: {', '.join(map(' and '.join, pairs))}. Rename them, or name them "
         "(without customers=FILE): dataset.prompt_field=COLUMN dataset.completion_field=COLUMN."
     )

@@ -1,15 +1,29 @@
-"""Reward completions by the verifier of a data set: right (1), wrong (0), or unreadable (None)."""
+"""Reward completions by the verifier of a data set: right (1), wrong (0), or unreadable (None).
 
+Mathematical answers are compared in processes that are killed when a check takes too long:
+math-verify's time limit is a signal, which works in the main thread only and not inside C calls.
+"""
+
+import json
+import os
+import queue
 import re
-from collections.abc import Sequence
+import select
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from decimal import Decimal
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorasweep.data.examples import CHUNK, Data, Example, Rewards, answer_of, prompt_of
 from lorasweep.data.synthetic.generators import GENERATORS, generator
-from lorasweep.data.verifiers import math_checks
 from lorasweep.errors import DataError, check_installed
 from lorasweep.spec.dataset import VERIFIERS, DatasetSpec
 
@@ -17,6 +31,14 @@ TURN = "User:"
 """Text that ends a completion with render=role_colon."""
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 NUMBER = re.compile(r"([-+]?\d+)(\.0*)?")
+LIMIT_S = 10.0
+"""Time limit of a check; the default limits of math-verify are 5 s to read and 5 s to compare."""
+START_S = 120.0
+"""Time limit for a process to import math-verify, which takes 1 to 3 s."""
+MOST_PROCESSES = 8
+MOST_KNOWN = 1 << 18
+"""Largest number of cached verdicts."""
+VERDICTS = {"right": 1.0, "wrong": 0.0, "unread": None}
 
 
 def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
@@ -24,14 +46,13 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
     ends: list[tuple[int, ...]] = [(tokenizer.eos_token_id,)]
     if spec.render == "role_colon":
         ends.append(tuple(tokenizer(TURN, add_special_tokens=False).input_ids))
+    # a gold answer that is the whole completion of the row needs no box; a sampled answer does
+    whole_completion = bool(spec.answer_field)
 
     def text(tokens: np.ndarray) -> str:
         ids = tokens.tolist()
         own = next((ids[: -len(e)] for e in ends if tuple(ids[-len(e) :]) == e), ids)
         return tokenizer.decode(own, skip_special_tokens=True).strip()
-
-    # a gold answer that is the whole completion of the row needs no box; a sampled answer does
-    whole_completion = bool(spec.answer_field)
 
     def of_texts(texts: Sequence[tuple[str, str]]) -> list[float | None]:
         if spec.verifier == "integer":
@@ -39,7 +60,8 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
             return [None if found is None else float(found == gold) for gold, found in numbers]
         read = [(gold if whole_completion else boxed(gold), boxed(a)) for gold, a in texts]
         readable = {k: (g, a) for k, (g, a) in enumerate(read) if g is not None and a is not None}
-        found = dict(zip(readable, math_checks.check(list(readable.values())), strict=True))
+        verdicts = _checks_of(os.getpid()).check(list(readable.values()))
+        found = dict(zip(readable, verdicts, strict=True))
         return [found.get(k) for k in range(len(texts))]
 
     def of_all(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
@@ -89,7 +111,7 @@ def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
                 "lower max_new_tokens."
             )
         for k, (row, found) in enumerate(zip(rows, of_gold(rows), strict=True)):
-            if (answers := np.diff(row.loss.astype(np.int8), prepend=0).tolist().count(1)) > 1:
+            if (answers := int((np.diff(row.loss.astype(np.int8), prepend=0) == 1).sum())) > 1:
                 raise DataError(
                     f"{where} {k} has {answers} answers in the loss. A reward judges the answer to "
                     'one prompt. Set "weight": 0 on the other answers, or split the row.'
@@ -135,3 +157,99 @@ def boxed(solution: str) -> str | None:
         if depth == 0:
             return rest[1 : brace.start()].strip()
     return None
+
+
+# ---------------------------------------------------------------- processes that check answers
+
+
+class MathChecks:
+    """A few processes that check answers. They end when the present process ends."""
+
+    def __init__(self, processes: int, limit_s: float = LIMIT_S) -> None:
+        """Prepare the processes; each is started when it is first needed."""
+        self._threads = ThreadPoolExecutor(processes)
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for _ in range(processes):
+            self._free.put(_Worker(limit_s))
+        self._known: dict[tuple[str, str], float | None] = {}
+
+    def check(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        """Return for each (gold answer, answer) 1, 0, or None if one of them cannot be read.
+
+        None also for a pair that takes too long. Raises DataError if no process starts.
+        """
+
+        def checked(pair: tuple[str, str]) -> float | None:
+            worker = self._free.get()
+            try:
+                return VERDICTS.get(worker.answer(json.dumps(pair)))
+            finally:
+                self._free.put(worker)
+
+        if len(self._known) > MOST_KNOWN:
+            self._known.clear()
+        new = [p for p in dict.fromkeys(pairs) if p not in self._known]
+        self._known.update(zip(new, self._threads.map(checked, new)))
+        return [self._known[p] for p in pairs]
+
+
+@cache
+def _checks_of(process: int) -> MathChecks:
+    """Return the processes that all data sets of this process share."""
+    here = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(process)) if here else os.cpu_count() or 1
+    return MathChecks(min(MOST_PROCESSES, cores))
+
+
+class _Worker:
+    """One process that checks answers. It is started again whenever it has ended."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def answer(self, question: str) -> str:
+        """Return the line that answers a question; empty after a timeout or two dead processes."""
+        for _ in range(2):  # the system may have ended the process, as when out of memory
+            process = self._process or self._start()
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):
+                process.stdin.write(f"{question}\n".encode())
+                process.stdin.flush()
+            found = _line(process, self._limit_s)
+            if found:
+                return found
+            self._stop()
+            if found is None:
+                break
+        return ""
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        program = str(Path(__file__).with_name("math_worker.py"))
+        command = [sys.executable, "-P", program, str(int(2 * self._limit_s) + 1)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        self._process = process
+        self._end = weakref.finalize(self, _kill, process)  # at the latest at exit
+        if _line(process, START_S) != "ready":
+            self._stop()
+            raise DataError(f"no process starts that verifies answers: {' '.join(command)}")
+        return process
+
+    def _stop(self) -> None:
+        self._process = None
+        self._end()
+
+
+def _line(process: "subprocess.Popen[bytes]", limit_s: float) -> str | None:
+    """Return the next line of a process; empty if it has ended, None if none comes in time."""
+    # the process writes one short line at a time, so the pipe holds a whole line or none
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], limit_s)
+    return process.stdout.readline().decode().strip() if ready else None
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.communicate()

@@ -57,8 +57,8 @@ def _plain(spec: DatasetSpec, bos: bool) -> str:
     """Return a template for the forms role_eos and role_colon of `text.parts_of`."""
     role = '{{ ("system" if m.role == "developer" else m.role) | capitalize }}'
     said = f'({_user(spec)} if m.role == "user" else m.content)'
-    colon, answer = spec.render == "role_colon", 'm.role == "assistant"'
-    if colon:
+    answer, start = 'm.role == "assistant"', "{{ bos_token }}" if bos else ""
+    if spec.render == "role_colon":
         each = f'{role}{{{{ ": " ~ {said} ~ "\\n\\n" }}}}'
         end = '{% if add_generation_prompt %}{{ "Assistant:" }}{% elif messages and '
         end += 'messages[-1].role == "assistant" %}{{ "User:" }}{% endif %}'
@@ -67,8 +67,6 @@ def _plain(spec: DatasetSpec, bos: bool) -> str:
         end = '{% if add_generation_prompt %}{{ "Assistant: " }}{% endif %}'
     else:
         each, end = f'{{{{ {said} ~ (eos_token if {answer} else "") }}}}', ""
-    start = "{{ bos_token }}" if bos else ""
-    if spec.format not in messages.LISTS and spec.render == FIRST_RENDER:
         start += '{% if messages | map(attribute="role") | list not in [["user"], ["user", '
         start += f'"assistant"]] %}}{{{{ raise_exception({_literal(ONE_PROMPT)}) }}}}{{% endif %}}'
     return f"{start}{{% for m in messages %}}{each}{{% endfor %}}{end}"
@@ -81,8 +79,7 @@ def _literal(given: str) -> str:
 
 def request_of(spec: DatasetSpec, row: Any, where: str) -> tuple[list[Turn], list[dict[str, Any]]]:
     """Return a row as a client sends it to a server: its messages, and its tools."""
-    as_given = dataclasses.replace(spec, template="{prompt}")
-    found = messages.read(as_given, row, where)
+    found = messages.read(dataclasses.replace(spec, template="{prompt}"), row, where)
     return found.turns, found.tools
 
 

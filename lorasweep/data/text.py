@@ -1,24 +1,29 @@
 """Render rows as text and tokenize them, with a loss mask.
 
-All rows of a split are read before a run starts. Errors name file and line.
+All rows of a split are read before a run starts, and kept as arrays, in memory or mapped from a
+file that all processes share. Errors name file and line.
 """
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import itertools
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorasweep.data import messages, rows
+from lorasweep.data import messages
 from lorasweep.data.examples import Example, Fit
 from lorasweep.data.messages import CALLS, TOOLS, Conversation, Turn, others_of
-from lorasweep.data.rows import Rows
 from lorasweep.data.sources import Row, Source, each
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
@@ -43,6 +48,106 @@ class Part(NamedTuple):
     in_loss: bool
     eos: bool = False
     """Whether the EOS token follows. It is in the loss if the text is."""
+
+
+# ---------------------------------------------------------------- tokenized rows
+
+HEADER, DTYPES = 4096, ("<i8", "<i8", "<i4", "?")
+"""A file of rows has HEADER bytes, {"rows", "tokens", "sha256", "fit"} as JSON filled up with
+spaces, and four arrays: end of each row in the tokens, UTF-8 bytes of each row's text in the loss,
+tokens, loss."""
+
+
+class Rows(Sequence[Example]):
+    """Tokenized rows, end to end in four arrays. Examples are views of them."""
+
+    def __init__(self, arrays: Sequence[np.ndarray], fit: Fit | None = None) -> None:
+        """Hold `arrays`: ends, n_bytes, tokens, loss."""
+        self.arrays, self.fit = arrays, fit
+        self.ends, self.n_bytes, self.tokens, self.loss = arrays
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Rows":
+        """Copy text examples into arrays, one by one, because a data set may be large."""
+        ends, n_bytes, tokens, loss = [], [], bytearray(), bytearray()
+        for e in examples:
+            tokens += e.tokens.astype("<i4").tobytes()
+            loss += e.loss.tobytes()
+            ends.append(len(loss))
+            n_bytes.append(e.n_bytes)
+        counted = [np.array(ends, "<i8"), np.array(n_bytes, "<i8")]
+        return cls([*counted, np.frombuffer(tokens, "<i4"), np.frombuffer(loss, "?")])
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(len(self))[k]]
+        k = range(len(self))[k]  # raises IndexError beyond the end
+        row = slice(self.ends[k - 1] if k else 0, self.ends[k])
+        return Example(self.tokens[row], self.loss[row], int(self.n_bytes[k]))
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the four arrays."""
+        digest = hashlib.sha256()
+        for array in self.arrays:
+            digest.update(array.data)
+        return digest.hexdigest()
+
+
+def kept(path: Path, make: Callable[[], Rows]) -> Rows:
+    """Return the rows of a file; make and write them first if it is missing or damaged.
+
+    Other processes wait for the one that writes. In a read-only folder rows stay in memory.
+    """
+    if (rows := mapped(path)) is not None:
+        return rows
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("ab")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return make()
+    with lock:
+        with suppress(OSError):  # without locks on the file system, processes repeat the work
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (rows := mapped(path)) is not None:
+            return rows
+        made = make()
+        sizes = {"rows": len(made), "tokens": len(made.tokens)}
+        head = json.dumps({**sizes, "sha256": made.sha256, "fit": made.fit})
+        partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
+        try:
+            with partial.open("wb") as file:
+                file.writelines([head.encode().ljust(HEADER), *(a.data for a in made.arrays)])
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return mapped(path) or made
+
+
+def mapped(path: Path) -> Rows | None:
+    """Map a file of rows; None if it is missing, or its size or checksum is wrong."""
+    try:
+        with path.open("rb") as file:
+            head = json.loads(file.read(HEADER))
+        counts = [int(head[k]) for k in ("rows", "rows", "tokens", "tokens")]
+        whole = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        sizes = [n * np.dtype(dtype).itemsize for n, dtype in zip(counts, DTYPES)]
+        ends = np.cumsum([HEADER, *sizes])
+        arrays = [whole[a:b].view(t) for a, b, t in zip(ends, ends[1:], DTYPES)]
+        rows = Rows(arrays, head["fit"])
+    except (OSError, ValueError, KeyError, TypeError):  # also of a file that is cut
+        return None
+    return rows if ends[-1] == len(whole) and rows.sha256 == head["sha256"] else None
+
+
+# ---------------------------------------------------------------- rendering
 
 
 def examples(
@@ -88,8 +193,7 @@ def examples(
     if spec.render == "chat_template":
         how["chat_template"] = tokenizer.chat_template
     key = json.dumps([VERSION, how, described, source.identity, split, limit])
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return rows.kept(Path(cache) / f"{name}.rows", make)
+    return kept(Path(cache, f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.rows"), make)
 
 
 def fits_of(train: Rows, held_out: Rows) -> dict[str, Fit]:
@@ -121,16 +225,20 @@ def _tokenized(
     """Tokenize rows part by part, except those that `too_long` leaves out; note all `lengths`."""
 
     def rendered(row: Any, where: str) -> tuple[str, list[Part]]:
-        parts = parts_of(spec, row, where, tokenizer)
-        for part in parts:  # also what is in calls and tools
-            messages.check_text(part.text, f"{where}, as rendered")
-        if tokenizer.eos_token_id is None and any(part.eos for part in parts):
-            raise DataError(
-                f"dataset {spec.name!r}: with render={spec.render} an answer ends with the EOS "
-                "token, and the tokenizer has none. Name it in tokenizer_config.json (eos_token), "
-                "or set dataset.render=role_colon."
-            )
-        return where, _joined(parts) if spec.whole_prompt else parts
+        parts: list[Part] = []
+        for part in parts_of(spec, row, where, tokenizer):
+            messages.check_text(part.text, f"{where}, as rendered")  # also what is in calls
+            if part.eos and tokenizer.eos_token_id is None:
+                raise DataError(
+                    f"dataset {spec.name!r}: with render={spec.render} an answer ends with the EOS "
+                    "token, and the tokenizer has none. Name it in tokenizer_config.json "
+                    "(eos_token), or set dataset.render=role_colon."
+                )
+            last = parts[-1] if parts and spec.whole_prompt else None
+            if last and last.in_loss == part.in_loss and not last.eos:
+                part = part._replace(text=parts.pop().text + part.text)
+            parts.append(part)
+        return where, parts
 
     rows = each(given, rendered)
     while together := list(itertools.islice(rows, TOGETHER)):
@@ -184,47 +292,45 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
         DataError: a column is missing, or the chat template refuses the row, or leaves out a call.
     """
     heads, bos = spec.mask == "all", bos_of(spec, tokenizer)
-    start = [Part(bos, False)] if bos else []
+    parts = [Part(bos, False)] if bos else []
     found = messages.read(spec, row, where)
     if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:
         prompt, completion = (turn["content"] for turn in found.turns)
-        return [*start, Part(prompt, heads), Part(completion, True, eos=True)]
-    template = getattr(tokenizer, "chat_template", None)
+        return [*parts, Part(prompt, heads), Part(completion, True, eos=True)]
     calling = any(CALLS in turn for turn in found.turns)
     names = [name for name, there in ((TOOLS, found.tools), (CALLS, calling)) if there]
     names += sorted({key for turn in found.turns for key in others_of(turn)})
-    is_chat = spec.render == "chat_template"
-    if is_chat and not template:
+    if spec.render == "chat_template":
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
+            raise DataError(
+                f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose "
+                "an instruct model, or set render=role_colon."
+            )
+        names = [name for name in names if name not in str(template)]
+    if names:
         raise DataError(
-            f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose an "
-            "instruct model, or set render=role_colon."
+            f"{where}: the row has {' and '.join(names)}, for which render={spec.render} has no "
+            "form. Set dataset.render=chat_template, with a model whose chat template reads it, or "
+            "remove it."
         )
-    if lost := [name for name in names if not is_chat or name not in str(template)]:
-        form = "the tokenizer's chat template" if is_chat else f"render={spec.render}"
-        raise DataError(
-            f"{where}: the row has {' and '.join(lost)}, for which {form} has no form. Set dataset."
-            "render=chat_template, with a model whose chat template reads it, or remove it."
-        )
-    if is_chat:
+    if spec.render == "chat_template":
         try:
             return _chat_parts(found, heads, tokenizer)
         except Exception as error:  # templates may raise any exception
-            other = "another model" if names else "dataset.render=role_colon"
-            other += "" if spec.mask == "last_assistant" else " or dataset.mask=last_assistant"
             raise DataError(
                 f"{where}: the tokenizer's chat template does not take the row with mask="
-                f"{spec.mask} ({error}). Remove the row, or choose {other}."
+                f"{spec.mask} ({error}). Remove the row, or choose another model, "
+                "dataset.mask=last_assistant or, for rows without tools, dataset.render=role_colon."
             ) from error
-    colon, parts = spec.render == "role_colon", start
     for turn, learned in zip(found.turns, found.learned, strict=True):
         head, answer = f"{turn['role'].capitalize()}:", turn["role"] == "assistant"
-        content = messages.text_of(turn)
-        if colon:
-            parts += [Part(head, heads), Part(f" {content}\n\n", learned)]
+        if spec.render == "role_colon":
+            parts += [Part(head, heads), Part(f" {turn['content']}\n\n", learned)]
         else:
-            parts += [Part(f"{head} ", heads), Part(content, learned, eos=answer)]
+            parts += [Part(f"{head} ", heads), Part(turn["content"], learned, eos=answer)]
             parts += [] if answer else [Part("\n\n", heads and learned)]
-    if colon and found.turns and found.turns[-1]["role"] == "assistant":
+    if spec.render == "role_colon" and found.turns and found.turns[-1]["role"] == "assistant":
         parts.append(Part("User:", found.learned[-1]))
     return parts
 
@@ -245,16 +351,6 @@ def rendered(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[li
     return [["".join(text for text, _ in piece), in_loss] for in_loss, piece in pieces]
 
 
-def _joined(parts: list[Part]) -> list[Part]:
-    """Join each part with the next one of the same mask, unless EOS is between them."""
-    found: list[Part] = []
-    for part in parts:
-        if found and found[-1].in_loss == part.in_loss and not found[-1].eos:
-            part = part._replace(text=found.pop().text + part.text)
-        found.append(part)
-    return found
-
-
 def _chat_parts(row: Conversation, heads: bool, tokenizer: Any) -> list[Part]:
     """Render by the chat template. `heads`: whether text between messages is in the loss, too."""
     turns = row.turns
@@ -272,13 +368,12 @@ def _chat_parts(row: Conversation, heads: bool, tokenizer: Any) -> list[Part]:
             continue
         before = apply(turns[:i], turn["role"] == "assistant")
         after = apply(turns[: i + 1], False)
-        for name, n in calls.items():
-            if after.count(name) - before.count(name) < n:
-                raise ValueError(f"it leaves out a call of {name!r} by message {i + 1}")
+        lost = [name for name, n in calls.items() if after.count(name) - before.count(name) < n]
         for key in others:
             without = {name: value for name, value in turn.items() if name != key}
-            if apply([*turns[:i], without], False) == after:
-                raise ValueError(f"it leaves out {key!r} of message {i + 1}")
+            lost += [key] if apply([*turns[:i], without], False) == after else []
+        if lost:
+            raise ValueError(f"it leaves out {lost[0]!r} of message {i + 1}")
         if learned == heads:
             continue
         if not before.startswith(done) or not after.startswith(before):

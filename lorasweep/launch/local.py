@@ -28,7 +28,7 @@ from lorasweep.launch.slurm.container import Container
 from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.launch.worker import STOPPED, skipped
 from lorasweep.plan import detect
-from lorasweep.plan.plan import Plan, make_plan
+from lorasweep.plan.planner import Plan, make_plan
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore

@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from lorasweep.plan.plan import pack_key
+from lorasweep.plan.planner import pack_key
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import LEARNING, phase_of

@@ -148,7 +148,7 @@ def hidden_states(
     positions_RP: torch.Tensor,
     position_ids_RT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the decoder's output [R, P, H]; `position_ids_RT` for joined rows (`data.batches`)."""
+    """Return the decoder's output [R, P, H]; `position_ids_RT` for joined rows."""
     states_RTH = model.base_model(
         input_ids=tokens_RT, position_ids=position_ids_RT, use_cache=False
     ).last_hidden_state

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorasweep.data.batches import collate
-from lorasweep.data.examples import Example
+from lorasweep.data.examples import Example, collate
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend, frozen_in_bf16
 from lorasweep.models.load import Base, ExpertTokens, find_targets

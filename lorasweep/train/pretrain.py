@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasweep.data.batches import collate, eval_batches
-from lorasweep.data.examples import Data
+from lorasweep.data.examples import Data, collate, eval_batches
 from lorasweep.data.load import load as load_data
 from lorasweep.models.find import recipe_file_name, recipe_weights
 from lorasweep.models.load import empty_model, use_grouped_experts

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from lorasweep.data import load as data
-from lorasweep.data.batches import collate
-from lorasweep.data.examples import Example
+from lorasweep.data.examples import Example, collate
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.describe import describe_model

@@ -13,8 +13,7 @@ from lorasweep.launch.slurm.queue import Partition, Queue
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.load import ASSUMED_FLOPS_PER_CORE, products_flops_s
-from lorasweep.plan.plan import Pack, Plan, make_packs
-from lorasweep.plan.planner import Planner
+from lorasweep.plan.planner import Pack, Plan, Planner, make_packs
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.values import misfits
 from lorasweep.store import files

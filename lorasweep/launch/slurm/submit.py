@@ -27,7 +27,7 @@ from lorasweep.launch.slurm.planning import JobResources, Jobs, Work
 from lorasweep.launch.slurm.queue import FOLLOW, RUNNING, Partition
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.plan.load import checkpoint_bytes
-from lorasweep.plan.plan import Pack, make_plan
+from lorasweep.plan.planner import Pack, make_plan
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import checkpoint, files
 from lorasweep.store.claims import JOB_VARIABLE, SILENCE_S

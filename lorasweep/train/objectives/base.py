@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasweep.data.batches import Batch
-from lorasweep.data.examples import Data, Example
+from lorasweep.data.examples import Batch, Data, Example
 from lorasweep.errors import DataError
 from lorasweep.models.forward import check_rows_stay_apart
 from lorasweep.models.load import Base

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorasweep.data.batches import Batch, by_length, joined, merge, padded
-from lorasweep.data.examples import Example
+from lorasweep.data.examples import Batch, Example, by_length, joined, merge, padded
 from lorasweep.models.forward import autocast, hidden_states, logits_of
 from lorasweep.models.sharding import ALONE, Mesh
 from lorasweep.train.events import EVALUATION, Record, phase

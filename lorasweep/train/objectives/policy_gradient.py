@@ -22,8 +22,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorasweep.data.batches import Batch, eval_batches, merge, up, widen
-from lorasweep.data.examples import Data, Example, Rewards, prompt_of
+from lorasweep.data.examples import (
+    Batch,
+    Data,
+    Example,
+    Rewards,
+    eval_batches,
+    merge,
+    prompt_of,
+    up,
+    widen,
+)
 from lorasweep.data.rewards import check_available, check_rows
 from lorasweep.errors import DataError, ModelError
 from lorasweep.models.load import Base

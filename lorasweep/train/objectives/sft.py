@@ -9,8 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
-from lorasweep.data.examples import Data, Example, prompts_of
+from lorasweep.data.examples import (
+    Batch,
+    Data,
+    Example,
+    by_length,
+    collate,
+    eval_batches,
+    merge,
+    prompts_of,
+)
 from lorasweep.models.load import Base
 from lorasweep.spec.metric import CURVE_START, METRICS
 from lorasweep.spec.run import RunSpec

@@ -10,7 +10,7 @@ from analysis.report.report import judge_and_report
 from lorasweep.__main__ import main as lorasweep
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import compose_request
-from lorasweep.data import hub
+from lorasweep.data import sources
 from lorasweep.errors import SpecError
 from lorasweep.models.describe import describe_model
 from lorasweep.spec.dataset import DatasetSpec
@@ -65,7 +65,7 @@ def test_rows_of_the_hub_and_a_gguf_file_name_what_reads_them(without, tmp_path)
     assert names(error, "gguf", "some.gguf")
     rows = DatasetSpec(name="rows", source="hub", location="org/rows", format="text")
     with pytest.raises(SpecError) as error:
-        hub.source_of(rows, False)
+        sources.of_hub(rows, False)
     assert names(error, "datasets", "rows")
 
 

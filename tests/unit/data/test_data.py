@@ -7,14 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
-from pyarrow import parquet as pq
 
 from lorasweep.data import load as data
-from lorasweep.data import messages, own, rows
-from lorasweep.data.batches import collate, merge, padded
-from lorasweep.data.examples import Example
+from lorasweep.data import messages, own, text
+from lorasweep.data.examples import Example, collate, merge, padded
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES
 from tests.bpe import qwen_like
@@ -63,36 +60,19 @@ PAIR = {"prompt": "a", "completion": "b"}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "héllo"}]}
 
 
-def with_id(text):
-    return f'{{"prompt": "a", "completion": "b", "id": {text}}}'
-
-
-TWICE = '{"prompt": "a", "completion": "b", "completion": "c"}'
-ROW = {
-    TWICE: "'completion' is named",
-    with_id("9" * 5000): "digits",
-    with_id("[" * 99_999): "recur",
-}
-THREE = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "completion", "completion"])
-
-
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        *(("rows.jsonl", row, f":1: not a JSON row.*{says}") for row, says in ROW.items()),
-        *(("rows.json", f"[{row}]", f"not json.*{says}") for row, says in ROW.items()),
+        ("rows.jsonl", "{", ":1: not a JSON row"),
+        ("rows.json", "[" * 99_999, "not json.*recur"),
         ("train.jsonl", '{"text": "a"}\n', "columns text"),
-        ("train.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "chosen, prompt, rejec"),
         ("train.jsonl", "3\n", "the columns of no object"),
-        ("train.jsonl", "\n", "has no rows"),
         ("train.jsonl", b'{"prompt": "a", "completion": "caf\xe9"}\n', "not jsonl in UTF-8"),
         ("rows.csv", "a,b\n", "has no rows"),
         ("rows.csv", "a,b\n1,2,3\n", "row 1: not 2 cells"),
         ("rows.csv", "prompt,completion,completion\na,gold,b\n", "'completion' is named twice"),
         ("rows.json", '{"a": [], "b": []}', "an object with one list"),
-        ("rows.json", '{"a": 1}\n{"a": 1}\n', "not json in UTF-8"),
         ("rows.parquet", "PAR", "not parquet"),
-        ("rows.parquet", THREE, "'completion' is named twice"),
         ("rows.txt", "a", "in no known form"),
         ("gone.csv", None, "is no file"),
     ],
@@ -100,9 +80,7 @@ THREE = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "completion
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, says):
     path = tmp_path / name
-    if isinstance(content, pa.Table):
-        pq.write_table(content, path)
-    elif content is not None:
+    if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=says):
         own.dataset_of(str(path))
@@ -159,14 +137,11 @@ def test_runs_are_filled_up_and_only_tokens_in_the_loss_are_predicted(lengths, f
 @pytest.mark.parametrize(
     "row",
     [
-        CHAT,
         {"messages": [{"role": "assistant", "content": "No", "weight": 0}, *CHAT["messages"]]},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "héllo"}]},
         {"question": "Hi", "answer": "héllo", "id": 3},
-        {"instruction": "Hi", "output": "héllo"},
-        {"instruction": "Say", "input": "Hi", "output": "héllo"},
+        {"instruction": "Say", "output": "héllo"},
         {"instruction": "Say", "input": "Hi", "response": "héllo"},
-        {"prompt": "Hi", "completion": "héllo"},
     ],
     ids="-".join,
 )
@@ -193,10 +168,6 @@ def test_an_instruction_has_its_input_if_there_is_one_and_columns_can_be_named(t
     ):
         spec = own.dataset_of(path, named=names)
         assert [messages.read(spec, row, "").turns[0]["content"] for row in rows] == prompts
-    given = {"instruction": "Say.", "output": "héllo"}
-    with pytest.raises(DataError, match="no field 'input'"):
-        joined = dataclasses.replace(spec, prompt_field="instruction+input")
-        messages.read(joined, given, "")
     with pytest.raises(DataError, match="two columns: no and completion, no and response"):
         own.dataset_of(path, named={"prompt_field": "no"})
 
@@ -224,8 +195,6 @@ def test_files_of_every_form_hold_the_same_rows_and_are_pinned(tmp_path, form):
     source, _ = data.sources_of(spec, ["."])
     assert [row for _, row in source.rows()] == ANSWERED
     assert source.identity == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert own.count(str(path)).answer_bytes == 12
-    data.check_available(spec, ["."])
     elsewhere = tmp_path / "b"  # a file of the same name and another content, looked at first
     elsewhere.mkdir()
     written(elsewhere, form, ANSWERED[:2])
@@ -292,11 +261,11 @@ def test_a_damaged_file_is_made_again(world, damage):
         "cut": good[:-7],
         "empty": b"",
         "changed": good[:-3] + bytes([good[-3] ^ 1]) + good[-2:],
-        "head": b"{" + good[1 : rows.HEADER - 1] + b"x" + good[rows.HEADER :],
+        "head": b"{" + good[1 : text.HEADER - 1] + b"x" + good[text.HEADER :],
     }
     path.unlink()  # `whole` maps the old one
     path.write_bytes(bad[damage])
-    assert rows.read(path) is None
+    assert text.mapped(path) is None
     again, n = world()
     assert n == 2 * 600 and path.read_bytes() == good and seen(again) == seen(whole)
 
@@ -320,11 +289,11 @@ def test_processes_that_need_the_same_file_at_once_make_it_once(tmp_path):
     def make():
         made.append(1)
         example = Example(np.arange(5, dtype=np.int32), np.arange(5) > 2, 3)
-        return rows.Rows.of([example] * 100)
+        return text.Rows.of([example] * 100)
 
     def work(_):
         start.wait()
-        return rows.kept(tmp_path / "a/x.rows", make)
+        return text.kept(tmp_path / "a/x.rows", make)
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(work, range(4)))

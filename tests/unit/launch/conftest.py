@@ -4,7 +4,7 @@ import pytest
 
 from lorasweep.launch.slurm import queue
 from lorasweep.plan import detect
-from lorasweep.plan.plan import make_plan
+from lorasweep.plan.planner import make_plan
 from lorasweep.store.run_store import RunStore
 
 

@@ -9,8 +9,7 @@ import pytest
 from lorasweep.errors import ClusterError, SpecError, StoreError
 from lorasweep.launch.slurm import planning, submit
 from lorasweep.launch.slurm.queue import Partition
-from lorasweep.plan.plan import make_plan
-from lorasweep.plan.planner import place
+from lorasweep.plan.planner import make_plan, place
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import checkpoint, claims
 from lorasweep.store.run_store import RunStore

@@ -15,7 +15,7 @@ from peft import PeftModel
 from lorasweep.cli import finished_runs
 from lorasweep.cli.actions import act
 from lorasweep.data import load as data
-from lorasweep.data.batches import collate, eval_batches
+from lorasweep.data.examples import collate, eval_batches
 from lorasweep.errors import TrainingError
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT

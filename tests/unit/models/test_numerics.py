@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import Gemma2Config
 
 from lorasweep.data import load as data
-from lorasweep.data.batches import collate, merge
+from lorasweep.data.examples import collate, merge
 from lorasweep.errors import ModelError, SpecError, TrainingError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA

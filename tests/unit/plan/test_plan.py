@@ -18,8 +18,7 @@ from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.load import run_flops
-from lorasweep.plan.plan import make_plan
-from lorasweep.plan.planner import MEMORY_SHARE, Planner, Speeds, measured_path, place
+from lorasweep.plan.planner import MEMORY_SHARE, Planner, Speeds, make_plan, measured_path, place
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore

@@ -11,8 +11,7 @@ from scipy.special import stdtrit
 
 from lorasweep.data import examples
 from lorasweep.data import load as data
-from lorasweep.data.batches import by_length, eval_batches
-from lorasweep.data.examples import Data, Example, shuffled
+from lorasweep.data.examples import Data, Example, by_length, eval_batches, shuffled
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.streams import stream

@@ -9,8 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorasweep.data.batches import collate, merge
-from lorasweep.data.examples import Example
+from lorasweep.data.examples import Example, collate, merge
 from lorasweep.errors import ModelError
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT

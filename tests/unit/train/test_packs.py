@@ -13,8 +13,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import checkpoint_bytes
-from lorasweep.plan.plan import pack_key
-from lorasweep.plan.planner import place
+from lorasweep.plan.planner import pack_key, place
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
 from lorasweep.train.loop import Progress
 from tests.training import (

@@ -1,4 +1,4 @@
-"""Compare mathematical answers by math-verify; run as a program, by `math_checks`.
+"""Compare mathematical answers by math-verify; run as a program, by `rewards`.
 
 Reads one line per pair: a JSON list of the gold answer and the answer, in LaTeX, without the box.
 Writes `ready`, then one line per pair: right, wrong, or unread if one of them cannot be read. Any

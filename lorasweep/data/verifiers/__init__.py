@@ -1,1 +1,0 @@
-"""Compare an answer with the gold answer. Knows neither tokens nor data sets."""
