@@ -202,15 +202,10 @@ def fingerprint(*parts: str | np.ndarray | Sequence[Example]) -> str:
 def with_fingerprint(data: Data, *distribution: str | np.ndarray) -> Data:
     """Return generated data with a fingerprint of distribution, held-out and first training rows.
 
-    `distribution`: parameters and tables of the generator; probabilities as `rounded` returns them.
+    `distribution`: parameters and tables of the generator.
     """
     drawn = data.train(0, 0, min(CHUNK, data.n_train or CHUNK))
     return replace(data, sha256=fingerprint(*distribution, data.test, data.retain, drawn))
-
-
-def rounded(probabilities: np.ndarray) -> np.ndarray:
-    """Round to 3 digits (float16), because the last digits of products depend on the processor."""
-    return probabilities.astype("<f2")
 
 
 # ---------------------------------------------------------------- batches

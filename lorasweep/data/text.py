@@ -5,7 +5,6 @@ file that all processes share. Errors name file and line.
 """
 
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -100,16 +99,14 @@ class Rows(Sequence[Example]):
 def kept(path: Path, make: Callable[[], Rows]) -> Rows:
     """Return the rows of a file; make and write them first if it is missing or damaged.
 
-    Other processes wait for the one that writes. In a read-only folder rows stay in memory.
+    Other processes wait for the one that writes. Where no file can be written, rows stay in memory.
     """
     if (rows := mapped(path)) is not None:
         return rows
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("ab")
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
+    except OSError:  # as in a read-only folder
         return make()
     with lock:
         with suppress(OSError):  # without locks on the file system, processes repeat the work

@@ -65,6 +65,9 @@ def test_role_eos_ends_answers_with_eos_and_has_no_bos(tokens_of):
     answer = f"[Yes] [,] [_it] [_is] [.] [{EOS}]"
     assert text == f"User : _ Is _it _late ? // Assistant : _ {answer}"
     assert row.n_bytes == len("Yes, it is.")
+    (tokenizer := copy.deepcopy(qwen_like())).eos_token = None
+    with pytest.raises(DataError, match=r"tokenizer has none.*dataset.render=role_colon"):
+        tokens_of(tokenizer, render="role_eos")
 
 
 @pytest.mark.parametrize("render", ["role_eos", "role_colon"])
@@ -84,14 +87,6 @@ def test_a_whole_prompt_has_the_tokens_that_a_server_sends(tokens_of, tokenizer,
         assert answers[0] == answers[1] and whole.n_bytes == alone.n_bytes
         differ += not np.array_equal(alone.tokens, whole.tokens)
     assert differ == (2 if render == "role_eos" else 0)
-
-
-def test_an_answer_that_ends_with_eos_needs_a_tokenizer_that_has_one(tokens_of):
-    tokenizer = copy.deepcopy(qwen_like())
-    tokenizer.eos_token = None
-    with pytest.raises(DataError, match=r"tokenizer has none.*dataset.render=role_colon"):
-        tokens_of(tokenizer, render="role_eos")
-    assert tokens_of(tokenizer)[0].endswith("[User] [:]")
 
 
 def weighted(*weights):
@@ -510,16 +505,6 @@ def test_rows_read_back_are_those_trained_on(render, form, mask, tmp_path):
                     learned = "".join(p for p, _ in text.rendered(spec, row, "row", tokenizer)[:-1])
                     assert learned == prompt
                 templates.check_rows(spec, [("row", row)], tokenizer)
-
-
-def test_of_several_templates_each_is_extended_and_the_date_is_that_of_training():
-    tokenizer = with_chat({"default": CHAT_TEMPLATE, "tool_use": "\n" + DATED + CHATML}, llama_like)
-    served = templates.with_template(spec_of("chat_template", template="Q: {prompt}"), tokenizer)
-    how = {"tokenize": False}
-    found = [served.apply_chat_template([USER], tools=tools, **how) for tools in (None, TOOLS)]
-    assert "<user>Q: So?" in found[0] and "user\nQ: So?" in found[1]
-    assert found[1].startswith("\n") and text.DATE in found[1]
-    assert tokenizer.chat_template["default"] == CHAT_TEMPLATE
 
 
 def test_a_form_of_one_prompt_refuses_other_conversations():

@@ -15,7 +15,6 @@ import psutil
 import pytest
 import yaml
 from hypothesis import given as any_of
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from lorasweep.config.preflight import check_available
@@ -120,15 +119,9 @@ def test_a_row_with_two_answers_in_the_loss_has_no_prompt_to_reward(tmp_path):
     row = {"messages": [{"role": role, "content": text} for role, text in said]}
     spec = {"source": "jsonl", "location": "mine", "revision": "", "holdout": 0}
     spec = shipped("tulu3", **spec, mask="completion", verifier="integer")
-
-    def check():
-        write_splits(tmp_path / "mine", [row])
-        rewards.check_rows(spec, data.load(spec, [str(tmp_path)], llama_like()), 16)
-
+    write_splits(tmp_path / "mine", [row])
     with pytest.raises(DataError, match=r"row 0 has 2 answers in the loss.*\"weight\": 0"):
-        check()
-    row["messages"][1]["weight"] = 0
-    check()
+        rewards.check_rows(spec, data.load(spec, [str(tmp_path)], llama_like()), 16)
 
 
 RL = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "batch_size=32")
@@ -187,12 +180,6 @@ def test_answers_are_right_wrong_or_unread(checks):
     assert checks.check(right) == [1.0] * len(right) and checks.check(wrong) == [0.0] * len(wrong)
     assert not any(checks.check([pair for gold, _ in right for pair in ((gold, ""), ("", gold))]))
     assert checks.check([("7", ""), ("", "7")]) == [None, None]
-
-
-@settings(max_examples=40, deadline=None)
-@any_of(answer=st.text() | st.lists(PIECES, max_size=8).map("".join))
-def test_no_answer_makes_a_check_raise(checks, answer):
-    assert checks.check([("7", answer)])[0] in (0.0, 1.0, None)
 
 
 def test_a_check_that_hangs_or_crashes_is_ended_and_the_next_one_is_right():

@@ -119,11 +119,8 @@ def test_an_update_takes_its_products_at_the_share_of_the_peak_and_more():
 @pytest.mark.parametrize(
     ("model", "method", "name", "gpus"),
     [
-        ("llama-3.2-1b", FullFT(), "h100", 1),
         ("llama-3.1-8b", LoRA(rank=16), "a100", 1),
         ("llama-3.1-8b", FullFT(), "h200", 2),
-        ("llama-3.1-70b", FullFT(), "h100", 32),
-        ("qwen3-30b-a3b-base", LoRA(rank=16), "h100", 1),
         ("qwen3-235b-a22b-instruct-2507", FullFT(), "h100", 128),
     ],
 )
@@ -142,6 +139,9 @@ def test_what_fits_nowhere_says_what_would():
     found = place(spec_of(method=FullFT(), dataset=long, batch_size=12))
     assert "fullft of llama-3.1-8b takes" in found.why
     assert "max_length below 2000000" in found.remedy and "(12 given" in found.remedy
+    hardware = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e14})
+    with pytest.raises(SpecError, match=r"matmul_flops_s\.fp32"):
+        Planner(hardware, Exec()).kind(spec_of(precision="fp32"))
 
 
 def points(arm, method=None, model="llama-3.1-8b", seeds=(0,), **changes):
@@ -169,30 +169,19 @@ def test_a_sweep_takes_what_its_runs_take_alone():
     small = points("lora", batch_size=8)
     (packed,), (alone,) = (set(forecast(small, pack_size=n).values()) for n in (None, 1))
     assert packed.pack_size > 1 and cost(small)["packs"] == 1 and alone.hours >= packed.hours
-    ways = [LoRA(rank=128, expert_rank=way) for way in ("all", "active", "whole")]
-    hours = [Planner(card(), Exec()).kind(spec_of("qwen3-30b-a3b-base", m)).hours for m in ways]
-    assert hours == sorted(set(hours))  # ways to share a rank among experts cost apart
     found = cost(points("fullft", FullFT(), batch_size=3))
     (misfit,) = found["misfits"]
     assert (misfit["kind"], misfit["runs"]) == ("fullft of llama-3.1-8b", 3)
     assert not found["fits"] and found["runs"] == 0
-    hardware = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e14})
-    with pytest.raises(SpecError, match=r"matmul_flops_s\.fp32"):
-        Planner(hardware, Exec()).kind(spec_of(precision="fp32"))
 
 
 def test_fresh_seeds_of_the_second_stage_are_counted_once():
-    runs, planner = (
-        points("fullft", FullFT()) + points("lora", seeds=(0, 1)),
-        Planner(card(), Exec()),
-    )
+    runs = points("fullft", FullFT()) + points("lora", seeds=(0, 1))
+    planner = Planner(card(), Exec())
     stages = planner.forecast(runs, Replicates(seeds=[1, 2], n_lrs=2))
     assert [len(stage) for stage in stages] == [9, 2, 4]  # adapters have seed 1 at every rate
     one_arm = planner.forecast(runs, Replicates(seeds=[1, 2], n_lrs=9, arms=["fullft"]))
     assert sum(map(len, one_arm)) == 9 + 3 * 2
-    # a run of the grid of one sweep may be one of the second stage of another
-    again = planner.forecast(points("other"), Replicates(seeds=[1, 2], n_lrs=1))
-    assert sum(map(len, again)) == 5 and sum(len(s.keys() - stages[0].keys()) for s in again) == 1
 
 
 def test_runs_beyond_the_limit_are_priced_apart_and_others_must_fit_as_they_are_trained():
@@ -203,9 +192,7 @@ def test_runs_beyond_the_limit_are_priced_apart_and_others_must_fit_as_they_are_
     assert found["runs"] == 3 and not found["misfits"]
     whole = cost([*small, *large])["gpu_hours"]
     assert found["gpu_hours"] + left["gpu_hours"] == pytest.approx(whole)
-    for most, kept in ((1, small), (None, [*small, *large])):
-        exec_ = Exec() if most is None else Exec(max_gpus=most)
-        assert Planner(card(), exec_).without_too_large([*small, *large]) == kept
+    assert Planner(card(), Exec(max_gpus=1)).without_too_large([*small, *large]) == small
 
 
 def test_settings_are_the_plans_unless_the_user_set_them():
@@ -266,7 +253,6 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
 
 def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():
     spec = gsm8k()
-    assert shapes.cache_bytes(spec.model, 2) == 2 * 32 * 8 * 128 * 2
     rows, _ = shapes.rounds_of(spec, card(), 1, 1, 2048, 16)
     parts = shapes.pack_memory(1, spec, card(), Layout(1, 1, True))
     assert parts["keys and values"] == rows * 768 * 131_072 <= 0.3 * 79.6 * 2**30
@@ -275,13 +261,6 @@ def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():
     # put together in each: layers in bf16, embedding and unembedding as they are trained
     assert parts["copies and buffers"] == 2 * 32 * LAYER + 4 * OUTER
     assert parts["trained weights"] + parts["moments"] == 12 * N_PARAMS / 4
-    # on a CPU, too
-    fields = ("objective=policy_gradient", "group_size=8", "max_new_tokens=128", "method=lora")
-    asked = ("scale=small", "dataset=gsm8k_reward", "batch_size=32", *fields)
-    spec, box = compose_request(asked).points[0].spec, Hardware("box", cores=2, memory_gib=64.0)
-    cache = 1024 * 512 * 2 * 30 * 3 * 64 * 2
-    sampled, taught = (place_on(s, box, rows=1).memory_bytes for s in (spec, given(spec)))
-    assert cache < sampled - taught + 2**30 < 1.5 * cache
 
 
 def test_a_token_takes_as_long_as_memory_or_products_or_launches_need():
@@ -294,11 +273,6 @@ def test_a_token_takes_as_long_as_memory_or_products_or_launches_need():
     cache, logits = 3 * 131_072 * (0.4 * 512 + 0.2 * 256), 150 * 128_256
     token = (2 * WEIGHTS + 0.4 * 2 * (cache + logits)) / 1e11
     assert seconds(one, answers=2, group=2, hardware=slow) == pytest.approx(256 * token + prefill)
-    weak = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e12})
-    share = 0.801 * TRAINING_SHARE
-    token = 2 * WEIGHTS * 0.4 * 240 / (1e12 * share)
-    found = seconds(gsm8k(), answers=240, hardware=weak)
-    assert found == pytest.approx(256 * token + 15 * prefill * SPEED / (1e12 * share))
     # GPUs share the answers: 9 rounds of 15 prompts or fewer, and 3; a pack shares the weights
     assert seconds(gsm8k(), gpus=1) / seconds(gsm8k(), gpus=4) == pytest.approx(3)
     few = gsm8k(batch_size=32)
@@ -317,15 +291,12 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
     assert evaluated_completions(spec) == [1319, *[256] * 8, 1319, 256]
     evaluated = 2 * WEIGHTS * (2 * 1319 + 9 * 256) * 0.4 * 768
     assert run_flops(spec) - train_flops(spec) == pytest.approx(evaluated, rel=1e-3)
-    words = compose_request(["+sweep=rl", "scale=tiny"]).points[0].spec
-    assert evaluated_completions(words) == [] and run_flops(words) > train_flops(words)
     found = place(spec)
     rest = {**found.step}
     assert found.step_s == pytest.approx(rest.pop("sampling") + step_seconds(rest))
     evaluation = sum(seconds(spec, n, group=1) for n in evaluated_completions(spec))
     assert found.seconds == pytest.approx(spec.steps * found.step_s + evaluation)
     assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
-    assert place(given(spec)).sampling_s == 0
 
 
 def test_a_serving_engine_takes_the_place_of_sampling_only():

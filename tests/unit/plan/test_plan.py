@@ -216,8 +216,8 @@ def test_peaks_measured_here_are_planned_within_a_fifth(compose):
 
 @pytest.mark.parametrize("method, gib", [("lora", 23.9), ("fullft", 157.8)])
 def test_a_plan_counts_a_base_published_in_bf16_as_it_is_held(compose, method, gib):
-    """Llama-3.1-8B on an H100, one row a pass: two bytes a frozen weight, no copies. Published in
-    fp32, it has two bytes more, and a bf16 copy of the weights of products."""
+    """Llama-3.1-8B on an H100, one row a pass. Published in fp32, it has two bytes more a weight,
+    and a bf16 copy of the weights of products."""
     asked = compose("scale=paper", f"method={method}", "hardware=h100", "action=plan")
     spec, h100, model = asked.points[0].spec, hardware_of(asked), asked.points[0].spec.model
     in_fp32 = dataclasses.replace(spec, model=dataclasses.replace(model, weights_dtype="fp32"))
@@ -287,7 +287,6 @@ def test_customers_of_few_runs_share_packs_with_neighbours_of_like_lengths(tmp_p
     "other",
     [
         {"batch_size": 2},
-        {"precision": "fp64"},
         {"method": LoRA(rank=4, layers="attention")},
         {"objective": "policy_gradient", "group_size": 2, "max_new_tokens": 4},
     ],

@@ -46,7 +46,6 @@ KEPT = {
 METHODS = {
     "lora": LoRA(rank=8),
     "lora of attention": LoRA(rank=8, layers="attention"),
-    "lora of mlp": LoRA(rank=8, layers="mlp"),
     "full": FullFT(),
     "matrices of mlp": FullFT(scope="matrices", layers="mlp"),
 }
