@@ -322,11 +322,13 @@ def designs(family: str, design: Design, reach: float, cases: int) -> Figures:
         edge += [not few and supported(measured, r / math.exp(true)) for r in MARGIN]
         centre.append(not few and supported(measured, 10 / math.exp(true)))
         if len(ratios) <= WITH_GAPS:
-            # As in `analysis.measures.ratio.gaps`: each rank's loss minus full fine-tuning's, each
-            # at its best LR, paired by seed, in nats. In two stages, the first seed selected the
-            # LRs and does not count. In a plain grid, all seeds selected the LRs, and all count.
+            # Each rank's loss minus full fine-tuning's at their best LRs, paired by seed, in nats.
+            # In two stages, the first seed selected the LRs and does not count. In a plain grid,
+            # all seeds selected the LRs, and all count.
             full, *lora = losses_at_best(optima)
-            paired = [o.minus(full).without({0} if design.fresh else set()) for o in lora]
+            used = {0} if design.fresh else set()
+            full = full.each(lambda v: {s: x for s, x in v.items() if s not in used})  # noqa: B023
+            paired = [o.minus(full) for o in lora]
             losses += [(over_seeds(v, pooled_over(paired)), 0.0) for v in paired]
     return {
         "family": family,

@@ -7,7 +7,6 @@ A line is fitted to ln(share) over ln(rows).
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -26,19 +25,12 @@ FEWEST = 24
 """Batches that an extrapolation needs: with fewer the scatter is unknown."""
 
 
-@dataclass(frozen=True)
-class CodeLength:
-    """Nats of all rows: exact if all were measured, without a value if too few were.
+def extrapolate(
+    base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float
+) -> list[Estimate]:
+    """Return the nats of all rows: under the base model, and online during training.
 
-    `as_is`: under the base model. `prequential`: online.
-    """
-
-    as_is: Estimate
-    prequential: Estimate
-
-
-def extrapolate(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) -> CodeLength:
-    """Return the code length of all rows, under the base model and online during training.
+    They are exact if all rows were measured, and without a value if too few were.
 
     Under the base model, a token of the remaining rows costs as much as one of the measured rows.
     Online, it costs a share of that. The upper bound of the share is that of the last 1 / LATE of
@@ -54,9 +46,9 @@ def extrapolate(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: fl
     """
     n, coded, first = len(tokens), float(code.sum()), float(base.sum())
     if left <= 0:
-        return CodeLength(Estimate(first, first, first, n), Estimate(coded, coded, coded, n))
+        return [Estimate(nats, nats, nats, n) for nats in (first, coded)]
     if n < FEWEST:
-        return CodeLength(Estimate(None, n=n), Estimate(None, n=n))
+        return [Estimate(None, n=n)] * 2
     rng = np.random.default_rng(0)
     at, size = np.cumsum(tokens), float(tokens.mean())
     error, degrees = _scatter(base, tokens, left, size)
@@ -72,9 +64,9 @@ def extrapolate(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: fl
     high = coded + float(np.quantile(rest * high_share, 1 - tail))
     mean = left * first / float(tokens.sum())
     value = coded + mean * (min(line, level) + level) / 2
-    ends = np.quantile(first + rest, [tail, 1 - tail])
-    as_is = Estimate(first + mean, float(ends[0]), float(ends[1]), n)
-    return CodeLength(as_is, Estimate(value, min(low, value), max(high, value), n))
+    ends = np.quantile(first + rest, [tail, 1 - tail]).tolist()
+    online = Estimate(value, min(low, value), max(high, value), n)
+    return [Estimate(first + mean, *ends, n), online]
 
 
 def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> tuple[float, int]:

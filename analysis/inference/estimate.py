@@ -23,9 +23,8 @@ class Part:
     sd: float
     """Standard deviation between units, on the scale of the estimate's errors (ln for ratios)."""
     df: float
-    """Degrees of freedom of the variance now; infinite if it counts as known."""
+    """Its degrees of freedom now (infinite: it is known); one more unit adds `per_unit`."""
     per_unit: float = 1.0
-    """Degrees of freedom that one more unit adds."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,8 @@ class Spread:
     """The independent units of an interval, and how its width depends on their number."""
 
     n: int
-    """Present number of units."""
+    """Present number of units; `of` says what a unit is."""
     of: str = SEEDS
-    """What a unit is."""
     parts: tuple[Part, ...] = ()
     """At each level, the part with the widest interval counts. Empty: the width of the interval is
     proportional to 1 / sqrt(n)."""
@@ -73,12 +71,10 @@ def needed(
     ends. For ratios, these and `value` are logarithms.
 
     The present value and variances are taken as true. With n units, the estimate X has standard
-    error s / sqrt(n) and the interval X +- h(n), h(n) = t(level, df(n)) s / sqrt(n). A value
-    inside the margin [a, b] is SUPPORTED with probability P(a + h <= X <= b - h). A value above b
-    is REFUTED with probability P(X > b + h). A value below the margin is REFUTED with probability
-    P(X < a - h). (X - value) / error is taken to follow Student's t, which approximates the
-    noncentral t of the exact power (Chow, Shao & Wang, Sample Size Calculations in Clinical
-    Research, 2003, chapter 3).
+    error s / sqrt(n) and the interval X +- h, h = t(level, df(n)) s / sqrt(n). So a margin [a, b]
+    decides with the largest of P(a + h <= X <= b - h), P(X > b + h) and P(X < a - h). (X - value) /
+    error is taken to follow Student's t, which approximates the noncentral t of the exact power
+    (Chow, Shao & Wang, Sample Size Calculations in Clinical Research, 2003, chapter 3).
     """
     below, above = value - interval[0], interval[1] - value
     if not (below > 0 and above > 0 and math.isfinite(below + above)):
@@ -213,15 +209,14 @@ def with_interval(e: Estimate, write: Callable[[float | None], str] = number) ->
     """Format an estimate as value [low, high], or as a bound."""
     if AT_LEAST in e.flags:
         return f"at least {with_interval(dataclasses.replace(e, flags=()), write)}"
-    if e.value is None:
-        if e.low is not None and e.high is not None:
-            return f"between {write(e.low)} and {write(e.high)}"
-        if e.low is not None:
-            return f"> {write(e.low)}"
-        return f"< {write(e.high)}" if e.high is not None else "-"
-    if not e.has_interval():
-        return f"{write(e.value)} (no interval)"
-    return f"{write(e.value)} [{write(e.low)}, {write(e.high)}]"
+    if e.value is not None:
+        ends = f"[{write(e.low)}, {write(e.high)}]" if e.has_interval() else "(no interval)"
+        return f"{write(e.value)} {ends}"
+    if e.has_interval():
+        return f"between {write(e.low)} and {write(e.high)}"
+    if e.low is not None:
+        return f"> {write(e.low)}"
+    return f"< {write(e.high)}" if e.high is not None else "-"
 
 
 @dataclass(frozen=True)
@@ -256,15 +251,15 @@ def from_sample(
 
     The interval of level 1 - a is mean +- t(1 - a/2, df) sqrt(var / n) (Student, Biometrika 6,
     1908). It is computed twice: with the sample's variance and n - 1 degrees of freedom, and with
-    the pooled variance and its degrees of freedom. The wider one counts, at every level: each draw
-    is the outer one of the two quantiles. One value has no interval. With shifts, each draw is
-    moved by one of them, and the value is the median of the draws.
+    the variance pooled over similar samples. The wider one counts, at every level: three seeds that
+    happen to agree have far too narrow an interval, and a few samples that share seeds cannot show
+    that one of them is less noisy. One value has no interval.
 
     Args:
         log: average logarithms (geometric mean); values must be positive.
         pooled: variance of similar samples (of the logarithms, if log).
-        shifts: posterior draws of an error that all seeds share, because the best LR is uncertain.
-            Each is the change of the mean if another LR were the best.
+        shifts: posterior draws of an error that all seeds share, because the best LR is uncertain:
+            the change of the mean if another LR were the best. Each draw is moved by one of them.
     """
     x = np.log(values) if log else np.asarray(values, float)
     back = np.exp if log else np.asarray

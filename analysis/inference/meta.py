@@ -66,20 +66,21 @@ def drift(ranks: Sequence[float], draws: Sequence[np.ndarray], n: int) -> Drift:
 
 @dataclass(frozen=True)
 class RandomEffects:
-    """A random-effects mean over groups, such as ln ratios of several models."""
+    """A random-effects mean over k groups, such as ln ratios of several models, with its interval.
+
+    `tau`: standard deviation between groups; `i2`: its share of the total variance (I^2).
+    `p_equal`: p-value of 'all groups are equal' (Cochran's Q). `low_next`, `high_next`: prediction
+    interval for the value of another group.
+    """
 
     mean: float
     low: float
     high: float
     tau: float
-    """Standard deviation between groups."""
     i2: float
-    """Share of the total variance that is between groups (I^2)."""
     p_equal: float
-    """p-value of 'all groups are equal' (Cochran's Q)."""
     low_next: float
     high_next: float
-    """Prediction interval for the value of another group."""
     k: int
 
 
@@ -108,14 +109,14 @@ def random_effects(
 
 @dataclass(frozen=True)
 class MetaRegression:
-    """A random-effects meta-regression; its coefficients have Student's intervals."""
+    """A random-effects meta-regression over n rows; its coefficients have Student's intervals.
+
+    `beta` [k]: coefficients; `cov` [k, k]: their covariance; `tau`: sd between rows.
+    """
 
     beta: np.ndarray
-    """Coefficients, [k]."""
     cov: np.ndarray
-    """Their covariance, [k, k]."""
     tau: float
-    """Standard deviation between rows."""
     df: int
     n: int
 

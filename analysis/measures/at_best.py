@@ -5,7 +5,7 @@ single learning rate would be too narrow for a metric that depends strongly on i
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -59,10 +59,6 @@ class AtBest(Generic[T]):
         """Apply f to every seed's value."""
         return self.each(lambda by_seed: {s: f(v) for s, v in by_seed.items()})
 
-    def without(self, seeds: Collection[int | None]) -> "AtBest[T]":
-        """Return the values without these seeds."""
-        return self.each(lambda by_seed: {s: v for s, v in by_seed.items() if s not in seeds})
-
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
         """Apply f to the two values of each seed that both curves have.
 
@@ -70,15 +66,16 @@ class AtBest(Generic[T]):
         without draws takes part with its values at the optimum.
         """
 
-        def pair(a: dict[int, T], b: dict[int, U]) -> dict[int, V]:
-            return {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
-
         draws = (
             [*zip(self.draws, other.draws)]
             if self.draws and other.draws
             else [(a, other.best) for a in self.draws] or [(self.best, b) for b in other.draws]
         )
-        return AtBest(pair(self.best, other.best), tuple(pair(a, b) for a, b in draws))
+        best, *rest = (
+            {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
+            for a, b in [(self.best, other.best), *draws]
+        )
+        return AtBest(best, tuple(rest))
 
     def minus(self: "AtBest[float]", other: "AtBest[float]") -> "AtBest[float]":
         """Subtract the values of another curve, seed by seed."""
@@ -152,8 +149,8 @@ def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
     """
     found = []
     for k, o in enumerate(optima):
-        runs: ByLr = {s: {x: {"": y} for x, y in ys.items()} for s, ys in _losses(o).items()}
-        found.append(_above_valley(o, k, runs, {"": 1.0}).map(lambda v: v[""]))
+        runs = {s: {x: {"": y} for x, y in v.items()} for s, v in _losses(o).items()}
+        found.append(_parts(o, k, runs).map(lambda v: v[""]))
     return found
 
 
@@ -164,26 +161,9 @@ def parts_at_best(
 
     Each part takes a share of the fitted LR curve's height; the shares are fitted and add up to 1.
     A part's distance from its share is interpolated, so the interpolated parts add up to the loss.
-
-    Args:
-        read: returns the parts of a run's loss by name, which add up to the loss; empty if
-            unknown.
+    `read` returns the parts of a run's loss by name; empty if unknown.
     """
-    runs = [_runs_values(table, o, read) for o in optima]
-    found = []
-    for k, (o, mine) in enumerate(zip(optima, runs)):
-        # A part's share is its slope over the loss, by least squares over the LRs of each seed. The
-        # shares add up to 1.
-        names = list(next(iter(next(iter(mine.values())).values()))) if mine else []
-        seeds = [np.array([[v[n] for n in names] for v in lrs.values()]) for lrs in mine.values()]
-        rise = np.concatenate([parts - parts.mean(0) for parts in seeds] or [np.zeros((0, 0))])
-        total = rise.sum(1)
-        if total @ total > 0:
-            share = dict(zip(names, (total @ rise / (total @ total)).tolist()))
-        else:
-            share = dict.fromkeys(names, 1 / max(len(names), 1))
-        found.append(_above_valley(o, k, mine, share))
-    return found
+    return [_parts(o, k, _runs_values(table, o, read)) for k, o in enumerate(optima)]
 
 
 def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Values]) -> ByLr:
@@ -198,11 +178,19 @@ def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Va
     return runs
 
 
-def _above_valley(o: Optimum, which: int, runs: ByLr, share: Values) -> AtBest[Values]:
-    """Interpolate each metric's distance from its share of the fitted LR curve's height."""
+def _parts(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
+    """Interpolate each part's distance from its share of the fitted LR curve's height."""
     shape = o.shape
     if shape is None or o.best_lr.value is None or not runs:
         return AtBest({})
+    # A part's share is its slope over the loss, by least squares over the LRs of each seed.
+    names = list(next(iter(next(iter(runs.values())).values())))
+    seeds = [np.array([[v[n] for n in names] for v in lrs.values()]) for lrs in runs.values()]
+    rise = np.concatenate([parts - parts.mean(0) for parts in seeds])
+    total = rise.sum(1)
+    share = dict.fromkeys(names, 1 / len(names))
+    if total @ total > 0:
+        share = dict(zip(names, (total @ rise / (total @ total)).tolist()))
 
     def moved(values: Values, height: float) -> Values:
         return {n: v + share[n] * height for n, v in values.items()}
@@ -212,9 +200,9 @@ def _above_valley(o: Optimum, which: int, runs: ByLr, share: Values) -> AtBest[V
         for seed, by_lr in runs.items()
     }
     read = _interpolated(o, which, off)
-    heights = shape.height(np.log(best_and_draws(o, which)))
+    heights = shape.height(np.log(best_and_draws(o, which))).tolist()
     best, *draws = (
-        {s: moved(v, float(height)) for s, v in by_seed.items()}
+        {s: moved(v, height) for s, v in by_seed.items()}
         for by_seed, height in zip([read.best, *read.draws], heights)
     )
     return AtBest(best, tuple(draws))
@@ -280,7 +268,10 @@ def weights(
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a prescribed learning rate on one curve, such as a regret."""
+    """The cost over seeds (`estimate`) of a prescribed learning rate on a curve, such as a regret.
+
+    Only a lower bound if an LR next to the prescribed one diverged.
+    """
 
     optimum: Optimum | None
     """None: the curve is missing."""
@@ -291,7 +282,6 @@ class Cost:
     near_diverged: list[bool]
     """For each of `lrs`: whether an LR next to it diverged, so that the loss may be higher."""
     estimate: Estimate
-    """The cost over seeds; only a lower bound if an LR next to the prescribed one diverged."""
 
     def gates(self, highest: float) -> list[Gate]:
         """List the gates of a claim about the cost; `highest` is the upper end of its margin."""
@@ -335,24 +325,22 @@ def _losses_at(
     found: list[dict[int, float]] = []
     read_at: set[float] = set()
     heights = {x: float(np.mean(c.y[c.usable & (c.x == x)])) for x in c.x[c.usable]}
+    # A diverged run has the loss of the base model, which its user would keep.
+    kept = np.where(c.usable | (c.y < c.nll_start), c.y, c.nll_start).tolist()
     for at in map(math.log, lrs):
         losses: dict[int, float] = {}
         near.append(False)
         for seed in sorted(set(c.seed)):
-            of_seed = c.seed == seed
-            mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
-            shares = weights(list(mine), at, {x: heights.get(x, math.inf) for x in mine})
-            broken = not all(mine[x][1] for x in shares)
+            rows = np.flatnonzero(c.seed == seed)
+            loss, usable = ({c.x[k]: v[k] for k in rows} for v in (kept, c.usable))
+            shares = weights(list(loss), at, {x: heights.get(x, math.inf) for x in loss})
+            broken = not all(usable[x] for x in shares)
             if len(shares) == 1 or broken:  # tried, outside those tried, or next to a diverged LR
-                nearest = min(mine, key=lambda x: abs(x - at))
+                nearest = min(loss, key=lambda x: abs(x - at))
                 if abs(nearest - at) > NEAR:
                     continue
-                shares, near[-1] = {nearest: 1.0}, near[-1] or (broken and mine[nearest][1])
-            # A diverged run has the loss of the base model, which its user would keep.
-            losses[int(seed)] = sum(
-                w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
-                for x, w in shares.items()
-            )
+                shares, near[-1] = {nearest: 1.0}, near[-1] or bool(broken and usable[nearest])
+            losses[int(seed)] = sum(w * loss[x] for x, w in shares.items())
             if not found:
                 read_at |= {math.exp(x) for x in shares}
         found.append(losses)

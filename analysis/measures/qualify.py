@@ -4,6 +4,7 @@ On an unfit task there is too little to learn, or too little left to learn at th
 UNDECIDED (gate TASK). Noise is only a warning, since it already widens the interval.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,12 +42,12 @@ def qualify(table: pd.DataFrame) -> list[Check]:
     """Check every group of a table: a model, data set, batch size and number of updates."""
     optima = fit_all(lr_curves(table))
     points = dict(zip(map(id, optima), curves_at_best(table, optima)))
-    found = []
-    for group in dict.fromkeys(o.curve.group for o in optima):
-        mine = [o for o in optima if o.curve.group == group]
-        start, floor = mine[0].curve.nll_start, mine[0].curve.floor
-        lowest = min((o.best_nll for o in mine if o.best_nll is not None), default=math.nan)
-        noise = mine[0].pooled.noise if mine[0].pooled else math.nan
+    found: list[Check] = []
+    for group, mine in itertools.groupby(optima, key=lambda o: o.curve.group):
+        curves = list(mine)
+        start, floor, pooled = curves[0].curve.nll_start, curves[0].curve.floor, curves[0].pooled
+        lowest = min((o.best_nll for o in curves if o.best_nll is not None), default=math.nan)
+        noise = pooled.noise if pooled else math.nan
         gain, left = gain_in_noise(start, lowest, noise), (lowest - floor) / (start - floor)
         of_gain = f"{number(gain)} standard deviations of the difference between two runs"
         of_rest = f"{number(left)} of that is left at the best"
@@ -56,7 +57,7 @@ def qualify(table: pd.DataFrame) -> list[Check]:
         ):
             enough = None if math.isnan(value) else value >= least
             found.append(Check(group, name, shown, f"{least:g} or more", enough))
-        for o in mine:
+        for o in curves:
             (slope, has_stalled), name = _last_gain(points[id(o)].best), o.curve.name
             shown = f"{with_interval(slope)} nats in the last doubling"
             learns = None if slope.value is None else not has_stalled
@@ -64,12 +65,11 @@ def qualify(table: pd.DataFrame) -> list[Check]:
             edge = [f for f in o.flags if f in EDGES]
             shown = ", ".join(edge) or "inside"
             found.append(Check(group, f"one minimum inside, {name}", shown, "inside", not edge))
-            share, small = math.nan, None
-            shape, pooled = o.shape if o.best_lr.value is not None else None, o.pooled
-            if shape is not None and pooled is not None and pooled.df:
-                factor_2 = shape.m + math.log(2) * np.array([-1, 1])
-                share = pooled.noise / float(np.mean(shape.height(factor_2)))
-                small = share <= MAX_NOISE
+            share = math.nan
+            if o.best_lr.value is not None and o.shape and o.pooled and o.pooled.df:
+                rise = o.shape.height(o.shape.m + math.log(2) * np.array([-1, 1]))
+                share = o.pooled.noise / float(np.mean(rise))
+            small = None if math.isnan(share) else share <= MAX_NOISE
             shown, needed = f"{number(share)} of the rise a factor 2 off", f"{MAX_NOISE} or less"
             found.append(Check(group, f"noise is small, {name}", shown, needed, small, True))
     return found

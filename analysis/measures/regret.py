@@ -6,8 +6,8 @@ the data, intervals cover the draw of the data too.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,38 +45,18 @@ UNSCORED = 3
 """Number of symbols at the start of a generated row that have no loss, because too few symbols
 precede them."""
 PARTS = ("changed", "unchanged")
+VOCABULARY = 32
 
 
 class Novelty(NamedTuple):
-    """The new rules and exceptions of a generated data set, from its parameters."""
+    """What is new in a generated data set: symbols with changed rules, and exceptions."""
 
-    symbols: int
-    """Number of symbols with changed rules, out of VOCABULARY."""
-    rank: int
-    """Rank of the change of the rules; 0: the rules are redrawn."""
-    exceptions: float
-    """Share of the memorised exceptions that are new."""
-
-    @property
-    def nothing(self) -> bool:
-        """Whether nothing is new, so that the run continues pretraining."""
-        return not self.symbols and not self.exceptions
-
-    @property
-    def low(self) -> bool:
-        """Whether no exceptions are new. New rules may remain, but these are few numbers."""
-        return not self.exceptions
-
-    @property
-    def name(self) -> str:
-        """A short description for reports."""
-        how = f"change of rank {self.rank}" if self.rank else "drawn anew"
-        rules = f"{self.symbols} symbols, {how}" if self.symbols else ""
-        facts = f"{self.exceptions:.0%} new exceptions" if self.exceptions else ""
-        return " + ".join(filter(None, (rules, facts))) or "nothing new"
-
-
-VOCABULARY = 32
+    name: str
+    """A short description for reports."""
+    nothing: bool
+    """Whether nothing is new, so that the run continues pretraining."""
+    low: bool
+    """Whether no exceptions are new. New rules may remain, but these are few numbers."""
 
 
 def novelty_of(dataset: dict[str, Any]) -> Novelty | None:
@@ -85,8 +65,11 @@ def novelty_of(dataset: dict[str, Any]) -> Novelty | None:
         return None
     params = dataset.get("knobs") or {}
     symbols = round(VOCABULARY * float(params.get("rule_shift", 0.5)))
-    exceptions = float(params.get("new_exceptions", 0.3))
-    return Novelty(symbols, int(params.get("shift_rank", 0)), exceptions)
+    exceptions, rank = float(params.get("new_exceptions", 0.3)), int(params.get("shift_rank", 0))
+    rules = f"{symbols} symbols, {f'change of rank {rank}' if rank else 'drawn anew'}"
+    facts = f"{exceptions:.0%} new exceptions"
+    parts = [rules] * bool(symbols) + [facts] * bool(exceptions)
+    return Novelty(" + ".join(parts) or "nothing new", not parts, not exceptions)
 
 
 @dataclass(frozen=True)
@@ -135,31 +118,26 @@ class Gap:
         return math.sqrt(2 / len(self.nats.best)) * noise / gain
 
 
-def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
-    """Compare every rank with full fine-tuning in one condition; empty if a method is missing."""
-    return _gaps(table, optima, lambda o: o.curve.key["method"] == "lora")
+def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum], controls: bool = False) -> list[Gap]:
+    """Compare every rank with full fine-tuning in one condition; empty if a method is missing.
 
-
-def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
-    """Compare full fine-tuning of some matrices (rank 0) with full fine-tuning of all weights."""
-    controls = _gaps(table, optima, lambda o: o.curve.is_control)
-    return [replace(g, load=None, pooled=None) for g in controls]
-
-
-def _gaps(
-    table: pd.DataFrame, optima: Sequence[Optimum], of: Callable[[Optimum], bool]
-) -> list[Gap]:
+    `controls`: compare full fine-tuning of some matrices (rank 0) instead of LoRA.
+    """
     losses, gaps = losses_at_best(optima), []
     whole = next(((o, v) for o, v in zip(optima, losses) if o.curve.is_full), None)
     if whole is None:
         return []
-    chosen = [(o, v.minus(whole[1])) for o, v in zip(optima, losses) if of(o)]
-    gain, pooled = gain_from(starts_of(table), whole[1]), pooled_over(v for _, v in chosen)
+    chosen = [
+        (o, v.minus(whole[1]))
+        for o, v in zip(optima, losses)
+        if (o.curve.is_control if controls else o.curve.key["method"] == "lora")
+    ]
+    gain = gain_from(starts_of(table), whole[1])
+    pooled = None if controls else pooled_over(v for _, v in chosen)
     for o, nats in chosen:
-        bits = _generator_bits(runs_of(table, o.curve))
+        bits = None if controls else _generator_bits(runs_of(table, o.curve))
         load = None if bits is None else loads_of(table, o, {GENERATOR: bits})[GENERATOR]
-        rank = o.curve.key.get("rank")
-        rank = int(rank) if rank is not None and rank == rank else 0
+        rank = 0 if controls else int(o.curve.key["rank"])
         gaps.append(Gap(rank, o, whole[0], nats, gain, load, pooled))
     return gaps
 
@@ -199,7 +177,7 @@ def codes_of(table: pd.DataFrame, full: Optimum) -> AtBest[dict[str, float]]:
         seen = int(run["batch_size"]) * int(run["steps"])
         rows = min(seen, int(result.get("n_train") or seen))
         points = [*result.get("curve", ()), {**result, "examples": seen}]
-        at_end = (p.get("code_nats") for p in points if p.get("examples") == rows)
+        at_end = [p["code_nats"] for p in points if p.get("examples") == rows and "code_nats" in p]
         nats = next((v for v in at_end if v is not None), math.nan)
         if not math.isfinite(nats):
             return {}
@@ -211,8 +189,7 @@ def codes_of(table: pd.DataFrame, full: Optimum) -> AtBest[dict[str, float]]:
             bits[ABOVE_FLOOR] = (nats - tokens * floor) / math.log(2)
         return bits
 
-    (codes,) = at_best.values_at_best(table, [full], read)
-    return codes
+    return at_best.values_at_best(table, [full], read)[0]
 
 
 def share_of_first_pass(table: pd.DataFrame, full: Optimum) -> AtBest[float]:
@@ -291,12 +268,10 @@ def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
     """
     above, up_to = 0.0, math.inf
     for rank, e in sorted(over_allowed.items()):
-        if e.low is not None and e.low > 0:
-            above, up_to = float(rank), math.inf
-        elif e.high is not None and e.high < 0:
-            up_to = min(up_to, float(rank))
-        else:
-            up_to = math.inf
+        lacks = e.low is not None and e.low > 0
+        above = float(rank) if lacks else above
+        enough = not lacks and e.high is not None and e.high < 0
+        up_to = min(up_to, float(rank)) if enough else math.inf
     return Needed(above, up_to)
 
 

@@ -189,19 +189,18 @@ def _at_edge(best: Stable, curve: LrCurve) -> bool:
     It may not if the next LR, at which some seeds ran, is unstable or worse for these seeds.
     """
     for end, side in zip(best.ends, (-1, 1)):
+        beyond = side * (curve.x - end) > SAME
         if abs(best.x - end) >= SAME:
             continue
-        beyond = side * (curve.x - end) > SAME
         if not beyond.any():
             return True
         following = curve.x[beyond][np.abs(curve.x[beyond] - end).argmin()]
         there = np.abs(curve.x - following) < SAME
-        if curve.broke_down[there].mean() > MAX_COLLAPSED:
-            continue
         here = (np.abs(curve.x - end) < SAME) & np.isin(curve.seed, curve.seed[there])
-        beyond_mean, mean = (curve.y[at & ~curve.broke_down].mean() for at in (there, here))
-        if beyond_mean < mean:
-            return True
+        if curve.broke_down[there].mean() <= MAX_COLLAPSED:
+            beyond_mean, mean = (curve.y[at & ~curve.broke_down].mean() for at in (there, here))
+            if beyond_mean < mean:
+                return True
     return False
 
 

@@ -120,13 +120,6 @@ def estimate_of(plain: Mapping[str, Any] | None) -> Estimate:
     return Estimate(**{**plain, "flags": tuple(plain["flags"])}) if plain else Estimate(None)
 
 
-def verdict_of(plain: Mapping[str, Any]) -> Verdict:
-    """Read a verdict from results.json; older results have no gates."""
-    gates = tuple(map(gate_of, plain.get("gates", ())))
-    known = {"estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])}
-    return Verdict(**{**plain, **known, "gates": gates})
-
-
 def ranks_compared(results: Mapping[str, Any], task: str, quantity: str) -> dict[str, int]:
     """Return the rank of each LoRA arm that a quantity compares, by layer set or name of the rank.
 
@@ -164,7 +157,11 @@ class _Maker:
         none = np.empty(0)
         keys = [{k: c[k] for k in CURVE_KEYS if k in c} for c in results["curves"]]
         curves = [LrCurve(key, none, none, none, none, none, math.nan, math.nan) for key in keys]
-        self.curves = list(zip(_names(curves), curves))
+        names: dict[int, str] = {}  # by method, rank and the settings that differ in the group
+        for group in {c.group for c in curves}:
+            mine = [k for k, c in enumerate(curves) if c.group == group]
+            names |= zip(mine, full_names([curves[k] for k in mine]))
+        self.curves = [(names[k], c) for k, c in enumerate(curves)]
         self.updates = {c["cell"]: c["updates"] for c in self.cells("updates")}
 
     def cells(self, key: str) -> list[dict[str, Any]]:
@@ -183,10 +180,10 @@ class _Maker:
         """Return the columns that name the k-th curve."""
         name, curve = self.curves[k]
         key = {n: None if v != v else v for n, v in curve.key.items()}
-        whole = {n: v if (v := key.get(n)) is None else int(v) for n in ("rank", "batch_size")}
-        steps = key.get("steps")
-        updates = None if steps is None else int(steps)
-        return {"arm": name, **whole, "updates": updates, "alpha": key.get("alpha")}
+        whole = ("rank", "batch_size", "steps")
+        rank, batch, steps = (None if key.get(n) is None else int(key[n]) for n in whole)
+        place = {"arm": name, "rank": rank, "batch_size": batch, "updates": steps}
+        return {**place, "alpha": key.get("alpha")}
 
     def of_curves(self) -> Iterator[Row]:
         for k, c in enumerate(self.results["curves"]):
@@ -198,7 +195,11 @@ class _Maker:
                 yield self.row(task, "lr_band", Estimate(None, *c["band"]), **place)
             rewarded = c["method"] == "lora" and c.get("objective") == "policy_gradient"
             if rewarded and "n_trainable" in self.runs:
-                ratio = Estimate(self._parameters_an_episode(c))
+                keys = ("model", "dataset", "steps", "batch_size", "method", "rank", "objective")
+                keys = [k for k in (*keys, "layers") if k in self.runs and k in c]
+                mine = self.runs.merge(pd.DataFrame([{k: c[k] for k in keys}]), on=keys)
+                each = mine["n_trainable"] / (mine["batch_size"] * mine["steps"])
+                ratio = Estimate(float(each.mean()))
                 yield self.row(task, "parameters_an_episode", ratio, **place)
         for r in self.results.get("ratios") or ():
             place = {"alpha": r["alpha"]} if r["at"] is None else self.place(r["at"])
@@ -212,20 +213,15 @@ class _Maker:
 
     def _gain(self, task: str) -> float | None:
         """Return how much full fine-tuning lowers the loss of the base model in a task, in nats."""
-        full = (c for c, (_, o) in zip(self.results["curves"], self.curves) if o.group == task)
-        c = next((c for c in full if c["method"] == "fullft" and c["best_nll"] is not None), None)
-        if c is None or "nll_start" not in self.runs:
-            return None
-        runs = self.runs[
-            (self.runs["model"] == c["model"]) & (self.runs["dataset"] == c["dataset"])
-        ]
-        return float(runs["nll_start"].mean() - c["best_nll"])
-
-    def _parameters_an_episode(self, c: Mapping[str, Any]) -> float:
-        keys = ["model", "dataset", "steps", "batch_size", "method", "rank", "objective", "layers"]
-        keys = [k for k in keys if k in self.runs and k in c]
-        runs = self.runs.merge(pd.DataFrame([{k: c[k] for k in keys}]), on=keys)
-        return float((runs["n_trainable"] / (runs["batch_size"] * runs["steps"])).mean())
+        for c, (_, curve) in zip(self.results["curves"], self.curves):
+            if curve.group == task and c["method"] == "fullft" and c["best_nll"] is not None:
+                if "nll_start" not in self.runs:
+                    return None
+                runs = self.runs[
+                    self.runs[["model", "dataset"]].eq([c["model"], c["dataset"]]).all(axis=1)
+                ]
+                return float(runs["nll_start"].mean() - c["best_nll"])
+        return None
 
     # ---- conditions
 
@@ -269,17 +265,20 @@ class _Maker:
 
     def of_verdicts(self) -> Iterator[Row]:
         for plain in self.results["verdicts"]:
-            v = verdict_of(plain)
+            gates = tuple(map(gate_of, plain.get("gates", ())))  # older results have none
+            read = {"estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])}
+            v = Verdict(**{**plain, **read, "gates": gates})
             asked = self.question["claims"].get(v.claim, {})
             quantity = asked.get("estimand", v.claim)
-            yield self.row(
-                v.group, quantity, v.estimate, **self._at(quantity, v.group), verdict=v, asked=asked
-            )
+            place = self._at(quantity, v.group)
+            yield self.row(v.group, quantity, v.estimate, **place, verdict=v, asked=asked)
 
     def _at(self, quantity: str, task: str) -> dict[str, Any]:
         """Return the rank and the number of updates of an estimand in a task, also in words."""
         said = (self.results.get("read") or {}).get(quantity, "")
-        known = [c.key for _, c in self.curves if _is_of(c.group, task)]
+        # The curves of a task, which may name less than a group, more, or several.
+        tasks = [f"{p.partition(';')[0]}, " for p in task.split(" and ")]
+        known = [c.key for _, c in self.curves if f"{c.group}, ".startswith(tuple(tasks))]
         arms = ranks_compared(self.results, task, quantity)
         ranks = sorted(
             {int(k["rank"]) for k in known if k.get("rank") == k.get("rank") is not None}
@@ -301,27 +300,11 @@ class _Maker:
         if lengths and not re.search("update|example", said):
             ends = dict.fromkeys((min(lengths), max(lengths)))
             words.append(f"{' to '.join(map(str, ends))} updates")
-        at = ", ".join(filter(None, words))
-        updates = lengths.pop() if len(lengths) == 1 else None
         sizes = {k["batch_size"] for k in known}
         batch = int(sizes.pop()) if len(sizes) == 1 else None
+        updates = lengths.pop() if len(lengths) == 1 else None
+        at = ", ".join(filter(None, words))
         return {"rank": rank, "updates": updates, "batch_size": batch, "at": at}
-
-
-def _names(curves: Sequence[LrCurve]) -> list[str]:
-    """Name every curve by method, rank and the settings that set it apart within its group."""
-    names = [""] * len(curves)
-    for group in {c.group for c in curves}:
-        mine = [k for k, c in enumerate(curves) if c.group == group]
-        for k, name in zip(mine, full_names([curves[k] for k in mine])):
-            names[k] = name
-    return names
-
-
-def _is_of(group: str, task: str) -> bool:
-    """Whether the curves of a group belong to a task, which may name less, more, or several."""
-    parts = [p.partition(";")[0] for p in task.split(" and ")]
-    return any(f"{group}, ".startswith(f"{p}, ") for p in parts)
 
 
 def _parts(task: str, bases: Sequence[str]) -> tuple[list[str], str]:

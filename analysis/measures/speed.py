@@ -6,7 +6,7 @@ fraction of full fine-tuning's speed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -94,14 +94,12 @@ def rho(
     """
     pairs = [(lora.best[s], full.best[s]) for s in sorted(lora.best.keys() & full.best.keys())]
     found = [_reach(a, b) for a, b in pairs if a and b]
-    if not found:
-        return Estimate(None)
-    values, bounds = [math.exp(v) for v, _ in found], {bound for _, bound in found} - {0}
-    if bounds:
-        low = min(values) if bounds == {1} else None
-        high = max(values) if bounds == {-1} else None
-        return Estimate(None, low, high, len(found), ("one is there at its first evaluation",))
-    return exp_of(over_seeds(log_rho(lora, full), pooled))
+    bounds, values = {bound for _, bound in found} - {0}, [math.exp(v) for v, _ in found]
+    if not bounds:
+        return exp_of(over_seeds(log_rho(lora, full), pooled)) if found else Estimate(None)
+    low = min(values) if bounds == {1} else None
+    high = max(values) if bounds == {-1} else None
+    return Estimate(None, low, high, len(found), ("one is there at its first evaluation",))
 
 
 def slope_by_rank(logs: dict[int, AtBest[float]]) -> Estimate:
@@ -167,10 +165,9 @@ def departure(lora: Points, full: Points, start: float) -> Departure:
     lack = [(nll - other[s]) / gain for s, nll in lora if s in other]
     if lack[-1] <= DEPARTED:
         return Departure(steps[-1], math.inf)
-    inside = [k for k, v in enumerate(lack) if v <= DEPARTED]
-    if not inside:
+    k = max((k for k, v in enumerate(lack) if v <= DEPARTED), default=-1)
+    if k < 0:
         return Departure(0.0, steps[0])
-    k = inside[-1]
     share = (DEPARTED - lack[k]) / (lack[k + 1] - lack[k])
     at = math.exp(math.log(steps[k]) + share * (math.log(steps[k + 1]) - math.log(steps[k])))
     return Departure(at, at)
@@ -189,18 +186,15 @@ def slope_of(left: dict[int, AtBest[Departure]]) -> Estimate:
     There is no value if fewer than two ranks have a departure that is not censored.
     """
     together = _by_rank(left)
-    by_seed = together.best
+    by_seed, n = together.best, len(together.best)
     whole = _slope(by_seed)
-    flags = (
-        ("censored",) if any(d.low != d.high for v in by_seed.values() for d in v.values()) else ()
-    )
-    if not math.isfinite(whole):
-        return Estimate(None, n=len(by_seed), flags=(*flags, "one_rank_departs"))
-    if len(by_seed) < 2:
-        return Estimate(whole, n=len(by_seed), flags=flags)
+    is_censored = any(d.low != d.high for v in by_seed.values() for d in v.values())
+    flags = ("censored",) if is_censored else ()
     without = [_slope({s: v for s, v in by_seed.items() if s != out}) for out in by_seed]
-    if not np.isfinite(without).all():
-        return Estimate(whole, n=len(by_seed), flags=(*flags, "one_rank_departs"))
+    if not math.isfinite(whole):
+        return Estimate(None, n=n, flags=(*flags, "one_rank_departs"))
+    if n < 2 or not np.isfinite(without).all():
+        return Estimate(whole, n=n, flags=flags if n < 2 else (*flags, "one_rank_departs"))
     own = dict(zip(by_seed, pseudo_values(whole, without)))
     moved = [_slope(drawn) - whole for drawn in together.draws]
     shifted = tuple({s: v + m for s, v in own.items()} for m in moved)
@@ -246,8 +240,7 @@ def bend(points: Points) -> float:
 
 def straightness(curves: AtBest[Points]) -> Estimate:
     """Return exp(`bend`) over seeds: 1 for a straight line; no value if a seed has no bend."""
-    bends = curves.map(bend)
-    return exp_of(over_seeds(bends)) if is_finite(bends) else Estimate(None, n=len(bends.best))
+    return _over(curves.map(bend), exp_of)
 
 
 def least_straight(*curves: AtBest[Points]) -> Estimate:
@@ -255,6 +248,12 @@ def least_straight(*curves: AtBest[Points]) -> Estimate:
     found = [straightness(c) for c in curves]
     unknown = [e for e in found if not e.has_interval()]
     return unknown[0] if unknown else max(found, key=lambda e: abs(math.log(e.value or 1.0)))
+
+
+def _over(values: AtBest[float], of: Callable[[Estimate], Estimate] = lambda e: e) -> Estimate:
+    """Average over seeds; no value if a seed has none."""
+    known = is_finite(values)
+    return of(over_seeds(values)) if known else Estimate(None, n=len(values.best))
 
 
 def fall_over(one: AtBest[Points], other: AtBest[Points]) -> Estimate:
@@ -267,8 +266,7 @@ def fall_over(one: AtBest[Points], other: AtBest[Points]) -> Estimate:
         (half, last), (other_half, other) = (losses_before(p, 2, 1) for p in (a, b))
         return (half - last) / (other_half - other) if other_half > other else math.nan
 
-    shares = one.paired(other, share)
-    return over_seeds(shares) if is_finite(shares) else Estimate(None, n=len(shares.best))
+    return _over(one.paired(other, share))
 
 
 # ---------------------------------------------------------------- whether ranks start equally
@@ -312,23 +310,19 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
     """Compare ranks with rank `top` at the LR with several draws of A; None with only one rank."""
     part = table[(table["method"] == "lora") & (table["status"] == "done")]
     lrs = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
-    found: dict[int, dict[int, list[dict[float, float]]]] = {}
+    curves: dict[tuple[int, int], list[dict[float, float]]] = {}
     for run, points in by_run(part[part["lr"].isin(lrs)]).items():
-        rank, seed = int(part.at[run, "rank"]), int(part.at[run, "seed"])
-        found.setdefault(rank, {}).setdefault(seed, []).append(dict(same_rows(points)))
-    again = {
-        r: {s: draws for s, draws in seeds.items() if len(draws) > 1}
-        for r, seeds in found.items()
-        if any(len(draws) > 1 for draws in seeds.values())
-    }
-    curves = [c for seeds in again.values() for draws in seeds.values() for c in draws]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    if top not in again or len(again) < 2 or len(steps) < 2:
+        key = int(part.at[run, "rank"]), int(part.at[run, "seed"])
+        curves.setdefault(key, []).append(dict(same_rows(points)))
+    again = {key: draws for key, draws in curves.items() if len(draws) > 1}
+    shared = [set(c) for draws in again.values() for c in draws]
+    steps = sorted(set.intersection(*shared)) if shared else []
+    drawn: Draws = {}
+    for (rank, seed), draws in again.items():
+        losses = np.array([[c[t] for t in steps] for c in draws])
+        drawn.setdefault(rank, {})[seed] = losses
+    if top not in drawn or len(drawn) < 2 or len(steps) < 2:
         return None
-    drawn = {
-        r: {s: np.array([[c[t] for t in steps] for c in draws]) for s, draws in seeds.items()}
-        for r, seeds in again.items()
-    }
     spread = {
         r: np.mean([np.var(c, 0, ddof=1) for c in seeds.values()], 0) for r, seeds in drawn.items()
     }

@@ -1,20 +1,19 @@
 """Find the best learning rate of LR curves, with an interval or a bound where possible.
 
-`likelihood` summarises a curve's runs, `valley` models the curve's shape, and `posterior` pools the
-noise and the misfit (relative error of the modelled curvature) over a sweep. If the best LR is the
-lowest or highest tried, or next to a diverged one, the result is a bound. A curve that is too flat
-for its noise has neither value nor bound.
+The noise and the misfit (relative error of the modelled curvature) are pooled over a sweep. If the
+best LR is the lowest or highest tried, or next to a diverged one, the result is a bound. A curve
+that is too flat for its noise has neither value nor bound.
 """
 
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from analysis.inference.estimate import LEVEL, Estimate
+from analysis.inference.estimate import LEVEL, PROBABILITIES, Estimate
 from analysis.optimum import valley
 from analysis.optimum.valley import (
     MIN_DF,
@@ -60,18 +59,15 @@ class Optimum:
     @functools.cached_property
     def shape(self) -> valley.Shape | None:
         """The likeliest shape with its minimum at the posterior's median; None without a fit."""
-        return (
-            None if self.posterior is None else self._shape_at(float(self.posterior.quantile(0.5)))
-        )
+        m = None if self.posterior is None else float(self.posterior.quantile(0.5))
+        return None if m is None else self._shape_at(m)
 
     def _shape_at(self, m: float) -> valley.Shape | None:
         """Return the likeliest shape with its minimum at ln(lr) m; None without a fit."""
-        e = self.likelihood
-        if e is None or self.pooled is None:
+        e, of = self.likelihood, self.pooled
+        if e is None or of is None:
             return None
-        return valley.likeliest(
-            e.x, e.root, e.root @ e.loss, m, self.pooled.noise, self.pooled.misfit
-        )
+        return valley.likeliest(e.x, e.root, e.root @ e.loss, m, of.noise, of.misfit)
 
     def regret_of_best(self, level: float) -> float | None:
         """Return the regret of choosing `best_lr`, at most, in nats; None without draws.
@@ -178,23 +174,26 @@ def _fit_pool(curves: dict[int, LrCurve], share: bool) -> dict[int, Optimum]:
     weights = dict(zip(curves, weights_of(list(curves.values()))))
     growth = growth_of(list(curves.values()), list(weights.values()))
 
-    def likelihoods(members: Iterable[int]) -> dict[int, Likelihood]:
-        return {k: likelihood_of(curves[k], growth, weights[k]) for k in members}
+    def fitted(
+        priors: Mapping[int, valley.ShapePrior | None],
+    ) -> tuple[dict[int, Likelihood], dict[int, Posterior], Pooled]:
+        likelihoods = {k: likelihood_of(curves[k], growth, weights[k]) for k in priors}
+        posteriors, pooled = weigh(list(likelihoods.values()), list(priors.values()))
+        return likelihoods, dict(zip(priors, posteriors)), pooled
 
-    fitted = likelihoods(k for k, c in curves.items() if n_rates(c) >= MIN_RATES)
-    posteriors, pooled = weigh(list(fitted.values()))
+    found = fitted({k: None for k, c in curves.items() if n_rates(c) >= MIN_RATES})
     if share:
-        priors = _shape_priors(curves, fitted, posteriors, pooled)
-        fitted = likelihoods(priors)
-        posteriors, pooled = weigh(list(fitted.values()), list(priors.values()))
-    by_curve = dict(zip(fitted, posteriors))
-    return {k: _optimum(c, fitted.get(k), by_curve.get(k), pooled) for k, c in curves.items()}
+        found = fitted(_shape_priors(curves, *found))
+    likelihoods, posteriors, pooled = found
+    return {
+        k: _optimum(c, likelihoods.get(k), posteriors.get(k), pooled) for k, c in curves.items()
+    }
 
 
 def _shape_priors(
     curves: Mapping[int, LrCurve],
     likelihoods: Mapping[int, Likelihood],
-    posteriors: Sequence[Posterior],
+    posteriors: Mapping[int, Posterior],
     pooled: Pooled,
 ) -> dict[int, valley.ShapePrior | None]:
     """Return a shape prior for every fitted curve, from the curves that differ only in rank.
@@ -204,9 +203,9 @@ def _shape_priors(
     that have enough LRs only with a prior are added.
     """
     shapes = {}
-    for (k, e), posterior in zip(likelihoods.items(), posteriors):
+    for k, e in likelihoods.items():
         if 0 < e.best < len(e.x) - 1:
-            at = (float(posterior.quantile(0.5)), pooled.noise, pooled.misfit)
+            at = (float(posteriors[k].quantile(0.5)), pooled.noise, pooled.misfit)
             shapes[k] = valley.likeliest(e.x, e.root, e.root @ e.loss, *at)
     key = {
         k: sorted((name, str(v)) for name, v in c.key.items() if name != "rank")
@@ -240,30 +239,28 @@ def _optimum(
         return Optimum(curve, Estimate(None, flags=nothing), None, nothing)
     rates, means = rate_means(curve)
     means = means if likelihood is None else likelihood.loss
-    best = lowest_loss(means)
+    best, known = lowest_loss(means), pooled.df >= MIN_DF
     lowest = float(np.mean(y[x == rates[best]]))
     few: tuple[str, ...] = () if len(rates) >= FEW_RATES else ("few_points",)
 
-    def estimate(e: Estimate, flags: tuple[str, ...]) -> Estimate:
-        return Estimate(e.value, e.low, e.high, len(x), flags, e.draws)
+    def found(e: Estimate, flags: tuple[str, ...], side: int = 0, fit: bool = True) -> Optimum:
+        model = (posterior, likelihood) if fit else ()
+        return Optimum(
+            curve, replace(e, n=len(x), flags=flags), lowest, flags, pooled, side, *model
+        )
 
     if best in (0, len(rates) - 1):
         bound = _bound_at_end(curve, rates, best, posterior)
-        flags = (*few, *bound.flags)
-        side = 1 if best and len(rates) > 1 else -1
-        return Optimum(curve, estimate(bound, flags), lowest, flags, pooled=pooled, open_side=side)
+        side, flags = 1 if best and len(rates) > 1 else -1, (*few, *bound.flags)
+        return found(bound, flags, side, fit=False)
+    low, high = rates[best - 1], rates[best + 1]
     if likelihood is None or posterior is None:
-        around = Estimate(None, math.exp(rates[best - 1]), math.exp(rates[best + 1]))
-        return Optimum(curve, estimate(around, few), lowest, few)
-    known = pooled.df >= MIN_DF
+        return replace(found(Estimate(None, math.exp(low), math.exp(high)), few), pooled=None)
     if few and not known:
         # Misfit and noise are both unknown. The only bounds of the minimum are the neighbours of
         # the best LR.
-        low, high = rates[best - 1], rates[best + 1]
-        value = float(np.clip(posterior.quantile(0.5), low, high))
-        flags = (*few, "no_variance")
-        bracket = estimate(Estimate(math.exp(value), math.exp(low), math.exp(high)), flags)
-        return Optimum(curve, bracket, lowest, flags, pooled, 0, posterior, likelihood)
+        bracket = np.exp([np.clip(posterior.quantile(0.5), low, high), low, high]).tolist()
+        return found(Estimate(*bracket), (*few, "no_variance"))
     ends = np.array([0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2])
     low, median, high = map(float, posterior.quantile(ends))
     # A check: the minimum of a least-squares cubic through the five LRs around the best one.
@@ -288,16 +285,18 @@ def _optimum(
     elif not known:
         answer = Estimate(math.exp(median))
     else:
-        # A random stream derived from the curve's settings, the same on every machine.
+        # Quantiles, evenly spaced in probability, in a random order: sums of such draws have
+        # smoother distributions than sums of random draws. The order is derived from the curve's
+        # settings, the same on every machine.
         name = repr(sorted((k, str(v)) for k, v in curve.key.items()))
         stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        draws = np.exp(posterior.draws(stream))
+        order = np.random.default_rng([20251125, stream]).permutation(len(PROBABILITIES))
+        draws = np.exp(posterior.quantile(PROBABILITIES)[order])
         answer = Estimate(math.exp(median), math.exp(low), math.exp(high), draws=draws)
     doubts = {"no_variance": known, "checks_disagree": agrees}
     flags = (*few, *(flag for flag, is_fine in doubts.items() if not is_fine), *answer.flags)
     side = 0 if below == above else -1 if below else 1
-    found = estimate(answer, flags)
-    return Optimum(curve, found, lowest, flags, pooled, side, posterior, likelihood)
+    return found(answer, flags, side)
 
 
 def _bound_at_end(
@@ -308,18 +307,15 @@ def _bound_at_end(
     The inner bound is the neighbouring LR, or a more distant value if the posterior reaches there.
     The outer bound is the first LR that diverged, if there is one.
     """
-    low, high = (
-        (-math.inf, math.inf) if posterior is None else posterior.quantile(np.array([0.025, 0.975]))
-    )
     end, flag = _upper_end(curve)
-    if best == 0 and len(rates) > 1:
-        inner = max(rates[1], high) if math.isfinite(high) else rates[1]
+    if len(rates) == 1:
+        return Estimate(None, None, end, flags=("at_edge",))
+    if best == 0:
+        inner = max(rates[1], -math.inf if posterior is None else posterior.quantile(0.975))
         if inner >= rates[-1] and len(rates) > 2:
             return Estimate(None, flags=("at_edge", "flat"))
         return Estimate(None, None, math.exp(inner), flags=("at_edge",))
-    if best == 0:
-        return Estimate(None, None, end, flags=("at_edge",))
-    inner = min(rates[best - 1], low) if math.isfinite(low) else rates[best - 1]
+    inner = min(rates[-2], math.inf if posterior is None else posterior.quantile(0.025))
     if inner <= rates[0] and len(rates) > 2:
         return Estimate(None, None, end, flags=("at_edge", "flat"))
     return Estimate(None, math.exp(inner), end, flags=(flag,))

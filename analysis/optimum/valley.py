@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.special import logsumexp, softmax
 
-from analysis.inference.estimate import PROBABILITIES
 from analysis.runs.lr_curves import LrCurve
 
 MIN_RATES = 4
@@ -333,24 +333,6 @@ class ShapePrior:
     """Relative standard deviation of c."""
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Arrays that depend only on the design (LRs and repeats), for a grid of (m, a).
-
-    The P losses at the tried LRs are known up to a constant, with precision root' root / sigma^2
-    (root: D x P), so z = root loss has noise sigma along every axis. At each (m, a), z is rotated
-    to the axes of the misfit's covariance. So the log likelihood is a sum of D terms for any sigma,
-    tau and c.
-    """
-
-    turn: np.ndarray
-    """Rotation, [M, A, D, D]."""
-    spread: np.ndarray
-    """Variance of the misfit along each axis at c = tau = 1, [M, A, D]."""
-    shape: np.ndarray
-    """LINEX along each axis at c = 1, [M, A, D]."""
-
-
 def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
     """Return the covariance of the misfit between points x [P] at c = tau = 1, [M, A, P, P].
 
@@ -370,49 +352,56 @@ def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
     return (lever @ matern) @ lever.swapaxes(-1, -2) + jump[..., :, None] * jump[..., None, :]
 
 
-def tables(x: np.ndarray, root: np.ndarray, m: np.ndarray) -> Tables:
-    """Build the tables of a design: LRs x [P], root [D, P], and candidate minima m [M]."""
-    key = (x - x[0], root, m - x[0])
-    return _tables(*(np.round(np.ascontiguousarray(v), 9).tobytes() for v in key), len(root))
-
-
 @functools.lru_cache(maxsize=256)
-def _tables(x_key: bytes, root_key: bytes, m_key: bytes, d: int) -> Tables:
-    x, m = np.frombuffer(x_key), np.frombuffer(m_key)
-    root = np.frombuffer(root_key).reshape(d, len(x))
+def _tables(d: int, *keys: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return arrays that depend only on the design (LRs and repeats), for a grid of (m, a).
+
+    The P losses at the tried LRs are known up to a constant, with precision root' root / sigma^2
+    (root: D x P), so z = root loss has noise sigma along every axis. At each (m, a), z is rotated
+    to the axes of the misfit's covariance. So the log likelihood is a sum of D terms for any sigma,
+    tau and c. `keys`: LRs x [P], root and candidate minima m [M], as bytes. Returns the rotation
+    [M, A, D, D], and along each axis [M, A, D] at c = tau = 1 the misfit's variance and LINEX.
+    """
+    x, root, m = map(np.frombuffer, keys)
+    root = root.reshape(d, len(x))
     spread, axes = np.linalg.eigh(root @ misfit(x, m, _A) @ root.T)
     shape = linex(x - m[:, None, None], _A[:, None]) @ root.T
-    turn, along = axes.swapaxes(-1, -2), np.einsum("maij,mai->maj", axes, shape)
-    return Tables(turn, np.maximum(spread, 0.0), along)
+    along = np.einsum("maij,mai->maj", axes, shape)
+    return axes.swapaxes(-1, -2), np.maximum(spread, 0.0), along
 
 
 def log_likelihood(
-    t: Tables, z: np.ndarray, sigmas: np.ndarray, prior: ShapePrior | None = None
+    e: Likelihood, m: np.ndarray, sigmas: np.ndarray, prior: ShapePrior | None = None
 ) -> np.ndarray:
-    """Return the log likelihood of a curve over (sigma, tau, m), [S, T, M].
+    """Return the log likelihood of a curve over noise `sigmas` [S], tau and minima m: [S, T, M].
 
-    The likelihood is maximised over the curvature c, and averaged over the prior of a. `z`: root x
-    loss, [D]. `sigmas`: noise levels, [S]. Default prior: A_MEAN, A_SD.
+    The likelihood is maximised over the curvature c, and averaged over the prior of a. Default
+    prior: A_MEAN, A_SD.
     """
-    turned = np.einsum("madj,j->mad", t.turn, z)
+    keys = (np.round(np.ascontiguousarray(v), 9) for v in (e.x - e.x[0], e.root, m - e.x[0]))
+    turn, spread, shape = _tables(len(e.root), *(v.tobytes() for v in keys))
+    turned = np.einsum("madj,j->mad", turn, e.root @ e.loss)
     weight = -0.5 * ((_A - (prior.a if prior else A_MEAN)) / (prior.a_sd if prior else A_SD)) ** 2
     pin = 1 / (prior.c * prior.c_spread) ** 2 if prior else 0.0
     aim = prior.c * pin if prior else 0.0
-    c = np.maximum((turned * t.shape).sum(-1) / (t.shape**2).sum(-1), _C_MIN)[None, None]
+    c = np.maximum((turned * shape).sum(-1) / (shape**2).sum(-1), _C_MIN)[None, None]
     noise = sigmas[:, None, None, None, None] ** 2
     tau = np.array(TAUS)[:, None, None]
     for _ in range(2):
-        pull = t.shape / ((tau * c)[..., None] ** 2 * t.spread + noise)
+        pull = shape / ((tau * c)[..., None] ** 2 * spread + noise)
         c = (np.einsum("mad,stmad->stma", turned, pull) + aim) / (
-            np.einsum("mad,stmad->stma", t.shape, pull) + pin
+            np.einsum("mad,stmad->stma", shape, pull) + pin
         )
         c = np.maximum(c, _C_MIN)
-    variance = (tau * c)[..., None] ** 2 * t.spread + noise
-    rest = turned - c[..., None] * t.shape
+    variance = (tau * c)[..., None] ** 2 * spread + noise
+    rest = turned - c[..., None] * shape
     log = -0.5 * (rest * rest / variance + np.log(variance)).sum(-1) + weight
     log = log - 0.5 * pin * (c - prior.c) ** 2 if prior else log
-    top = log.max(-1)
-    return top + np.log(np.exp(log - top[..., None]).sum(-1))
+    # The minimum of a unimodal curve lies inside the bracket. The random curvature alone would also
+    # allow a second, lower minimum at another LR.
+    ends = np.array([e.bracket(float(s)) for s in sigmas])
+    inside = (m >= ends[:, :1]) & (m <= ends[:, 1:])
+    return logsumexp(log, axis=-1) + np.where(inside, 0.0, _NEVER)[:, None, :]
 
 
 @dataclass(frozen=True)
@@ -441,25 +430,19 @@ def likeliest(
     x: np.ndarray, root: np.ndarray, z: np.ndarray, m: float, sigma: float, tau: float
 ) -> Shape:
     """Return the likeliest shape with its minimum at m, given noise and misfit."""
-    best, found = -np.inf, None
-    cov = misfit(x, np.array([m]), _A)[0]
-    for a, k in zip(_A, cov):
+    found = []
+    for a, k in zip(_A, misfit(x, np.array([m]), _A)[0]):
         shape = root @ linex(x - m, a)
         c = max(float(z @ shape / (shape @ shape)), _C_MIN)
-        for _ in range(3):
+        for _ in range(4):  # the last total and solution are of the last c
             total = (tau * c) ** 2 * root @ k @ root.T + sigma**2 * np.eye(len(z))
-            solved = np.linalg.solve(total, np.stack([shape, z], 1))
-            c = max(float(shape @ solved[:, 1] / (shape @ solved[:, 0])), _C_MIN)
-        total = (tau * c) ** 2 * root @ k @ root.T + sigma**2 * np.eye(len(z))
-        pull = np.linalg.solve(total, z - c * shape)
-        log = (
-            -0.5 * float((z - c * shape) @ pull + np.linalg.slogdet(total)[1])
-            - 0.5 * ((a - A_MEAN) / A_SD) ** 2
-        )
-        if log > best:
-            best, found = log, Shape(x, m, float(a), c, tau, root.T @ pull)
-    assert found is not None
-    return found
+            by_shape, by_z = np.linalg.solve(total, np.stack([shape, z], 1)).T
+            pull, now = by_z - c * by_shape, c
+            c = max(float(shape @ by_z / (shape @ by_shape)), _C_MIN)
+        log = float((z - now * shape) @ pull + np.linalg.slogdet(total)[1])
+        log = -0.5 * (log + ((a - A_MEAN) / A_SD) ** 2)
+        found.append((log, Shape(x, m, float(a), now, tau, root.T @ pull)))
+    return max(found, key=lambda v: v[0])[1]
 
 
 _STEPS, _PAD = 57, 0.7
@@ -480,14 +463,6 @@ class Posterior:
         step = self.m[1] - self.m[0]
         edges = np.append(self.m - step / 2, self.m[-1] + step / 2)
         return np.interp(p, np.append(0.0, np.cumsum(self.mass)), edges)
-
-    def draws(self, stream: int) -> np.ndarray:
-        """Return quantiles, evenly spaced in probability, in a random order (`stream`: the seed).
-
-        Sums of such draws have smoother distributions than sums of random draws.
-        """
-        order = np.random.default_rng([20251125, stream]).permutation(len(PROBABILITIES))
-        return self.quantile(PROBABILITIES)[order]
 
 
 @dataclass(frozen=True)
@@ -522,27 +497,15 @@ def weigh(
         low = e.x[e.best - 2] if e.best >= 2 else e.x[0] - _PAD
         high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
         grids.append(np.linspace(low, min(high, e.first_diverged), _STEPS))
-    logs = [_log_likelihood(e, m, sigmas, prior) for e, m, prior in zip(sweep, grids, priors)]
+    logs = [log_likelihood(e, m, sigmas, prior) for e, m, prior in zip(sweep, grids, priors)]
     posteriors, pooled = _pool(sweep, sigmas, logs, grids)
     again = [k for k, p in enumerate(posteriors) if max(p.mass[0], p.mass[-1]) > _END]
     for k in again:
         e = sweep[k]
         high = min(e.x[-1] + _PAD, e.first_diverged)
         grids[k] = np.linspace(e.x[0] - _PAD, high, 2 * _STEPS)
-        logs[k] = _log_likelihood(e, grids[k], sigmas, priors[k])
+        logs[k] = log_likelihood(e, grids[k], sigmas, priors[k])
     return _pool(sweep, sigmas, logs, grids) if again else (posteriors, pooled)
-
-
-def _log_likelihood(
-    e: Likelihood, m: np.ndarray, sigmas: np.ndarray, prior: ShapePrior | None
-) -> np.ndarray:
-    """Return the log likelihood [S, T, M] of a curve over noise, misfit and minima m."""
-    log = log_likelihood(tables(e.x, e.root, m), e.root @ e.loss, sigmas, prior)
-    # The minimum of a unimodal curve lies inside the bracket. The random curvature alone would also
-    # allow a second, lower minimum at another LR.
-    ends = np.array([e.bracket(float(s)) for s in sigmas])
-    inside = (m >= ends[:, :1]) & (m <= ends[:, 1:])
-    return log + np.where(inside, 0.0, _NEVER)[:, None, :]
 
 
 def _pool(
@@ -560,15 +523,13 @@ def _pool(
     df = sum(e.df for e in sweep)
     total = total - (df * np.log(sigmas) + sum(e.squares for e in sweep) / (2 * sigmas**2))[:, None]
     for log in logs:
-        top = log.max(-1)  # the minimum has a uniform prior over the grid
-        total = total + top + np.log(np.exp(log - top[..., None]).mean(-1))
-    share = np.exp(total - total.max())
-    share /= share.sum()
-    posteriors = []
-    for log, m in zip(logs, grids):
-        density = np.exp(log - log.max(-1, keepdims=True))
-        density /= density.sum(-1, keepdims=True)
-        posteriors.append(Posterior(m, np.einsum("st,stm->m", share, density)))
+        # the minimum has a uniform prior over the grid
+        total = total + logsumexp(log, axis=-1) - math.log(log.shape[-1])
+    share = softmax(total)
+    posteriors = [
+        Posterior(m, np.einsum("st,stm->m", share, softmax(log, axis=-1)))
+        for log, m in zip(logs, grids)
+    ]
     free = sum(max(len(e.x) - 4, 0) for e in sweep)
     noise = math.exp(float(share.sum(1) @ np.log(sigmas)))
     return posteriors, Pooled(noise, float(share.sum(0) @ np.array(TAUS)), df + free)

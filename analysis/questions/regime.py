@@ -91,7 +91,7 @@ class Data(base.Condition):
     @functools.cached_property
     def controls(self) -> list[regret.Gap]:
         """Full fine-tuning of some matrices only, compared with full fine-tuning of all weights."""
-        return regret.controls_of(self.runs, self.optima)
+        return regret.gaps_of(self.runs, self.optima, controls=True)
 
     @property
     def fitting(self) -> int | None:

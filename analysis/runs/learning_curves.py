@@ -7,7 +7,6 @@ the loss over learning rates, are in `lr_curves`.
 
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,12 +33,9 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
     NaN.
     """
     assert table.index.is_unique, "the index of the table must be unique: call reset_index() first"
-    results = table["result"].items() if "result" in table.columns else ()
+    results = table["result"].dropna().items() if "result" in table.columns else ()
     points = [
-        {"run": run, **point}
-        for run, text in results
-        if isinstance(text, str)
-        for point in json.loads(text).get("curve") or []
+        {"run": run, **point} for run, v in results for point in json.loads(v).get("curve") or []
     ]
     found = pd.DataFrame(points, columns=list(COLUMNS))
     found = found.astype({"test_nll": float, "test_nll_curve": float})
@@ -67,15 +63,6 @@ def same_rows(curve: pd.DataFrame | None) -> Points:
     return points[:-1] if np.isnan(again[kept][-1:]).any() else points
 
 
-def cut(result: str, step: int) -> str:
-    """Cut the learning curve in a run's result (JSON) after `step`, as if the run ended there."""
-    values = json.loads(result)
-    curve = [p for p in values["curve"] if p["step"] <= step]
-    if curve:
-        curve[-1] = {**curve[-1], "test_nll_curve": curve[-1]["test_nll"]}
-    return json.dumps({**values, "curve": curve})
-
-
 # ---------------------------------------------------------------- cut runs, solved tasks
 
 
@@ -93,20 +80,20 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
         raise TableError("only runs with a constant learning rate can be cut to shorter ones.")
     learned = learning_curves(table)
     nll = learned[learned["step"] == step].set_index("run")["test_nll"]
-    start = starts_on_curve(table, learned)
-    rows = []
-
-    def whole(row: pd.Series) -> dict[str, Any]:
-        return {CUT_FROM: int(row.get(CUT_FROM, row["steps"])), "nll_start": start[row.name]}
-
+    start, rows = starts_on_curve(table, learned), []
     for run, row in table.iterrows():
+        ended = {CUT_FROM: int(row.get(CUT_FROM, row["steps"])), "nll_start": start[run]}
         if row["steps"] == step:
             rows.append(row)
         elif run in nll.index:
-            ended = {"status": "done", "steps": step, "test_nll": nll[run], **whole(row)}
-            rows.append({**row, **ended, "result": cut(row["result"], step)})
+            result = json.loads(row["result"])
+            curve = [p for p in result["curve"] if p["step"] <= step]
+            if curve:  # as if the run ended there
+                curve[-1] = {**curve[-1], "test_nll_curve": curve[-1]["test_nll"]}
+            ended |= {"status": "done", "steps": step, "test_nll": nll[run]}
+            rows.append({**row, **ended, "result": json.dumps({**result, "curve": curve})})
         elif row["status"] == "diverged" and row["steps_done"] <= step < row["steps"]:
-            rows.append({**row, "steps": step, **whole(row)})
+            rows.append({**row, "steps": step, **ended})
     return pd.DataFrame(list(rows)).reset_index(drop=True)
 
 
@@ -157,14 +144,13 @@ def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         return table, ""
     on_curve = float(np.nanmean(starts_on_curve(table, learning_curves(table))))
     for step in (last := int(table["steps"].max()), *reversed(steps_seen(table))):
-        part = table if step == last else at_step(table, step)
+        part, before = (table, start) if step == last else (at_step(table, step), on_curve)
         done = part[part["status"] == "done"]
         # Subtract floors run by run: data drawn by seed have a floor each, and few seeds ran at
         # some LRs.
         left = (done["test_nll"] - done["floor_nats"]).rename("left")
         by_rate = left.groupby([done[c] for c in ("method", "rank", "lr")], dropna=False)
-        excess = (start if step == last else on_curve) - floor
-        if by_rate.mean().min() >= MIN_REST * excess:
+        if by_rate.mean().min() >= MIN_REST * (before - floor):
             return part, "" if step == last else (
                 f"Cut at {step} of {last} updates: later less than {MIN_REST:.0%} of the "
                 "excess over the floor is left, and the task is nearly solved."
@@ -183,12 +169,11 @@ def task_problems(start: float, floor: float, lowest: float, noise: float) -> li
     All values are in nats. `start`: full fine-tuning's loss before training. `lowest`: the lowest
     loss of all curves. `noise`: standard deviation of one run.
     """
-    found = []
     if (gain := gain_in_noise(start, lowest, noise)) < MIN_GAIN:
-        found.append(
+        return [
             f"the gain is {gain:.3g} standard deviations of the difference between two runs, "
             f"{MIN_GAIN:g} needed"
-        )
-    elif (lowest - floor) / (start - floor) < MIN_REST:
-        found.append("nearly solved, less than a fifth of the starting excess is left")
-    return found
+        ]
+    if (lowest - floor) / (start - floor) < MIN_REST:
+        return ["nearly solved, less than a fifth of the starting excess is left"]
+    return []

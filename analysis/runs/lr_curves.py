@@ -57,10 +57,8 @@ class LrCurve:
         """Return a readable name: method, rank and, with experts, how the rank is divided."""
         rank, experts = self.key.get("rank"), self.key.get("expert_rank")
         name = self.key["method"] + (f" r{rank:.0f}" if _known(rank) else "")
-        if not _known(experts):
-            return name
-        parts = [experts, "shared" if self.key["expert_outer"] == "shared" else ""]
-        return f"{name} (experts: {', '.join(filter(None, parts))})"
+        shared = ", shared" if self.key.get("expert_outer") == "shared" else ""
+        return f"{name} (experts: {experts}{shared})" if _known(experts) else name
 
     @property
     def is_full(self) -> bool:
@@ -86,8 +84,7 @@ class LrCurve:
         rates = np.unique(self.x)
         whole = np.array([bool(self.usable[self.x == v].all()) for v in rates], bool)
         first = int(whole.argmax()) if whole.any() else len(rates)
-        rest = whole[first:]
-        return rates[first:][: len(rest) if rest.all() else int(rest.argmin())]
+        return rates[first:][np.logical_and.accumulate(whole[first:])]
 
     @property
     def group(self) -> str:
@@ -98,13 +95,10 @@ class LrCurve:
     def place(self, dataset: str, length: str) -> str:
         """Name model, data set, objective, batch size and length, as far as they are known."""
         objective, batch = self.key.get("objective"), self.key.get("batch_size")
-        words = [
-            f"{self.key['model']} on {dataset}",
-            str(objective).replace("_", " ") if _known(objective) else "",
-            f"batch {int(batch or 0)}" if _known(batch) else "",
-            length,
-        ]
-        return ", ".join(filter(None, words))
+        words = [f"{self.key['model']} on {dataset}"]
+        words += [str(objective).replace("_", " ")] if _known(objective) else []
+        words += [f"batch {int(batch or 0)}"] if _known(batch) else []
+        return ", ".join([*words, *filter(None, [length])])
 
 
 def title(curve: LrCurve, length: bool = True) -> str:
@@ -127,14 +121,12 @@ def in_words(text: str) -> str:
     def words(found: re.Match[str]) -> str:
         said = []
         for key, _, value in (part.partition("=") for part in found[2].split(", ")):
-            what = SHARES.get(key)
-            if what is None:
-                said.append(f"{key.replace('_', ' ')} {value}")
-            elif float(value) == 0:
-                said.append(f"no new {what}")
+            if what := SHARES.get(key):
+                share = f"{100 * float(value):g}"
+                ends = {"0": f"no new {what}", "100": f"all {what} new"}
+                said.append(ends.get(share, f"{share}% of the {what} new"))
             else:
-                share = 100 * float(value)
-                said.append(f"all {what} new" if share == 100 else f"{share:g}% of the {what} new")
+                said.append(f"{key.replace('_', ' ')} {value}")
         return f"{found[1]} ({', '.join(said)})"
 
     return _PARAMETERS.sub(words, text)
@@ -215,24 +207,19 @@ def _setting(key: str, value: Any) -> str:
 def full_names(curves: Sequence[LrCurve]) -> list[str]:
     """Name curves by method, rank, and the settings in which they differ from each other."""
     keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, *IN_NAME)]
-    values: dict[tuple[str, str], set[str]] = {}
-    scopes = set()
-    for c in curves:
-        if c.key["method"] == "fullft":
-            scopes.add((c.key.get("scope"), c.key.get("layers")))
-        elif c.key["method"] == "lora":
-            # Compare curves within an objective, because objectives differ in their settings.
-            for k in keys:
-                values.setdefault((k, str(c.key.get("objective"))), set()).add(str(c.key[k]))
-    differing = {k for (k, _), found in values.items() if len(found) > 1}
-    of_lora = [k for k in keys if k in differing]
+    # Compare LoRA's curves within an objective, because objectives differ in their settings.
+    values = {k: set() for k in keys}
+    for c in (c for c in curves if c.key["method"] == "lora"):
+        for k in keys:
+            values[k].add((str(c.key.get("objective")), str(c.key[k])))
+    apart = {k for k, v in values.items() if len(v) > len({objective for objective, _ in v})}
+    full = [c.key for c in curves if c.key["method"] == "fullft"]
+    scopes = {(key.get("scope"), key.get("layers")) for key in full}
     of_full = ["scope", "layers"] if len(scopes) > 1 else []
     names = []
     for c in curves:
-        settings = []
-        for k in of_lora if c.key["method"] == "lora" else of_full:
-            value = c.key[k]
-            if _known(value):
-                settings.append(str(value) if k == "layers" else _setting(k, value))
+        of = [k for k in keys if k in apart] if c.key["method"] == "lora" else of_full
+        known = [(k, c.key[k]) for k in of if _known(c.key[k])]
+        settings = [str(v) if k == "layers" else _setting(k, v) for k, v in known]
         names.append(", ".join([c.name, *settings]))
     return names

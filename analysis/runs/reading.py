@@ -5,7 +5,6 @@ Column `_row` counts the rows from 1.
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,8 +41,9 @@ KNOWN = tuple(dict.fromkeys((*ALIASES, *NUMBERS, *TEXTS)))
 STATUS = {
     **dict.fromkeys(("done", "finished", "completed", "complete", "success", "ok"), "done"),
     **dict.fromkeys(("diverged", "nan", "inf"), "diverged"),
-    **dict.fromkeys(("failed", "crashed", "killed", "preempted"), "failed"),
-    **dict.fromkeys(("running", "stopped", "cancelled"), "failed"),
+    **dict.fromkeys(
+        ["failed", "crashed", "killed", "preempted", "running", "stopped", "cancelled"], "failed"
+    ),
 }
 """Words for how a run ended, W&B's included. Failed runs are left out: they do not show whether the
 learning rate was good."""
@@ -135,7 +135,24 @@ def read(
     _refuse(table, unranked, "rank", why)
     for column in table.columns.intersection(["rank", "alpha", "layers"]):
         table[column] = table[column].where(table["method"] != "fullft")
-    table = _with_status(table, notes)
+    # Runs that failed or did not end say nothing about their learning rate.
+    word = pd.Series("", table.index)
+    if "status" in table.columns:
+        word = _words(table["status"]).str.lower()
+    known = f"{{value}} is not known. Use one of {', '.join(STATUS)}."
+    _refuse(table.assign(status=word), ~word.isin([*STATUS, ""]), "status", known)
+    table["status"] = word.map(STATUS).fillna("done")
+    empty, failed = (
+        (table["status"] == "done") & table["test_nll"].isna(),
+        table["status"] == "failed",
+    )
+    why = "empty, although the run is done. Fill it in, or set status to diverged or failed."
+    _refuse(table, empty & (word != ""), "test_nll", why)
+    without = "without a value in column test_nll and without a status"
+    for out, what in ((failed, "that failed or did not end"), (empty, without)):
+        if out.any():
+            notes.append(f"{out.sum()} run(s) {what} are left out (row {_rows_of(table, out)}).")
+    table = table[~failed & ~empty].copy()
     sign = -1 if higher else 1
     _check_values(table, higher)
     table["test_nll"] = table["test_nll"] * sign
@@ -151,30 +168,17 @@ def read(
     return Reading(table, notes, higher or "test_nll", sign)
 
 
-# ---------------------------------------------------------------- columns
-
-
-def _near(name: str, names: Iterable[object]) -> str:
-    """Return the most similar name as a question; empty if none is similar."""
-    close = difflib.get_close_matches(name, list(map(str, names)), 1, 0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
     """Rename columns; TableError for a name that is unknown, missing or used twice."""
-    there: list[str] = list(table.columns)
-    asked: list[tuple[str, Sequence[str], str]] = [
-        (theirs, there, f"--map {theirs}={column}") for theirs, column in mapping.items()
-    ]
-    asked += [(column, KNOWN, f"--map {theirs}={column}") for theirs, column in mapping.items()]
-    asked += [(higher, there, f"--higher {higher}")] if higher is not None else []
-    for name, names, option in asked:
-        if name not in names:
-            raise TableError(
-                f"{option}: no column {name!r}.{_near(name, names)} One of: {', '.join(names)}."
-            )
     mapping = {**mapping, **({higher: "test_nll"} if higher is not None else {})}
-    taken = [o for o in mapping.values() if o in there and o not in mapping]
+    there: list[str] = list(table.columns)
+    for pair in mapping.items():
+        for name, names in zip(pair, (there, KNOWN)):
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1, 0.5)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise TableError(f"no column {name!r}.{hint} One of: {', '.join(names)}.")
+    taken = [name for name in mapping.values() if name in there and name not in mapping]
     table = table.drop(columns=taken).rename(columns=mapping)
     if "status" not in table.columns and "State" in table.columns:  # W&B's name of the column
         table = table.rename(columns={"State": "status"})
@@ -188,33 +192,11 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
                 f"there is no column {column!r}. Map one to it: --map {close[0]}={column}. "
                 f"The file has: {', '.join(there)}."
             )
-    twice = [c for c in table.columns[table.columns.duplicated()] if c in KNOWN]
-    if twice:
+    if twice := [c for c in table.columns[table.columns.duplicated()] if c in KNOWN]:
         raise TableError(
-            f"two columns are called {twice[0]!r} after mapping. Drop one, or map only one of them."
+            f"two columns are called {twice[0]!r} after mapping. Map only one of them."
         )
     return table.copy()
-
-
-def _with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Reduce status to done or diverged, and drop failed and unfinished runs."""
-    word = pd.Series("", table.index)
-    if "status" in table.columns:
-        word = _words(table["status"]).str.lower()
-    known = f"{{value}} is not known. Use one of {', '.join(STATUS)}."
-    _refuse(table.assign(status=word), ~word.isin([*STATUS, ""]), "status", known)
-    table["status"] = word.map(STATUS).fillna("done")
-    empty = (table["status"] == "done") & table["test_nll"].isna()
-    why = "empty, although the run is done. Fill it in, or set status to diverged or failed."
-    _refuse(table, empty & (word != ""), "test_nll", why)
-    failed = table["status"] == "failed"
-    for out, what in (
-        (failed, "that failed or did not end"),
-        (empty, "without a value in column test_nll and without a status"),
-    ):
-        if out.any():
-            notes.append(f"{out.sum()} run(s) {what} are left out (row {_rows_of(table, out)}).")
-    return table[~failed & ~empty].copy()
 
 
 def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame:
@@ -244,9 +226,6 @@ def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFram
     )
     number = table.groupby(keys, dropna=False).cumcount()
     return table.assign(block=table["seed"].astype(int), seed=number)
-
-
-# ---------------------------------------------------------------- values
 
 
 def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
@@ -287,28 +266,21 @@ def _words(cells: pd.Series) -> pd.Series:
 
 
 def _check_values(table: pd.DataFrame, higher: str | None) -> None:
-    """Raise TableError where a value is impossible or a column mixes units."""
+    """Raise TableError where a value is impossible or learning rates have different units."""
     lr, done = table["lr"], table[table["status"] == "done"]
-    value = done["test_nll"]
-    lowest, rate = lr.min(), "Every run needs its learning rate."
-    mixed = (lr >= 1).any() or lr.max() / lowest > MAX_RATE_SPAN
-    units = f"{{value}} next to {lowest:g} looks like mixed units. Give plain learning rates."
+    value, rate = done["test_nll"], "Every run needs its learning rate."
+    mixed = (lr >= 1) | (lr > MAX_RATE_SPAN * lr.min())
+    units = f"{{value}} next to {lr.min():g} looks like mixed units. Give plain learning rates."
     negative = "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
     negative += "better, give the metric's column: --higher COLUMN."
     for part, bad, column, why in (
         (table, lr.isna(), "lr", f"empty. {rate}"),
         (table, ~(lr > 0), "lr", f"not above 0. {rate}"),
         (table, np.isinf(lr), "lr", f"infinite. {rate}"),
-        (table, mixed & (table.index == lr.idxmax()), "lr", units),
+        (table, mixed, "lr", units),
         (table, table["rank"] < 1, "rank", "{value} is below 1. Empty: full fine-tuning."),
         (done, np.isinf(value), "test_nll", "infinite. Set status to diverged."),
         (table, _words(table["model"]) == "", "model", "empty."),
         (done, (value < 0) & (higher is None), "test_nll", negative),
     ):
         _refuse(part, bad, column, why)
-    fractions, others = (value <= 1).mean() > 0.2, (value > 1.5).mean() > 0.2
-    if higher and len(value) and value.min() >= 0 and fractions and others:
-        raise TableError(
-            f"row {table.at[value.idxmax(), '_row']}, column {higher}: {value.max():g} next to "
-            "values of at most 1 looks like mixed units (percent and fractions)."
-        )

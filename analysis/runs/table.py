@@ -48,42 +48,34 @@ def check(table: pd.DataFrame) -> None:
     A table is refused if columns are missing, a lora run has no rank, a run is repeated, a
     fingerprint of data is missing, or one name stands for different base weights or data.
     """
-    missing = [c for c in REQUIRED if c not in table.columns]
-    if missing:
+    if missing := [c for c in REQUIRED if c not in table.columns]:
         raise TableError(
             f"the table has no column {', '.join(missing)}. It has: {', '.join(table.columns)}."
         )
-    lora = table[table["method"] == "lora"]
-    if lora["rank"].isna().any():
-        raise TableError(
-            f"{int(lora['rank'].isna().sum())} lora run(s) have no rank. Fill it in, or drop the "
-            "runs."
-        )
+    unranked = int(table.loc[table["method"] == "lora", "rank"].isna().sum())
+    if unranked:
+        raise TableError(f"{unranked} lora run(s) have no rank. Fill it in, or drop the runs.")
     keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
-    twice = table[table.duplicated(keys, keep=False)]
-    if len(twice):
+    if len(twice := table[table.duplicated(keys, keep=False)]):
         raise TableError(
             f"{len(twice)} rows describe the same run twice (same model, method, ..., lr and seed),"
             f" first: lr {twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop one of each, "
             "or give each its own seed."
         )
-    by_id = "run_id" in table.columns
 
     def some(runs: pd.DataFrame) -> str:
-        names = [str(v) for v in (runs["run_id"] if by_id else runs.index)]
-        more = ", ..." if len(names) > 3 else ""
-        return f"{'runs' if by_id else 'rows'} {', '.join(names[:3])}{more}"
+        names = [str(v) for v in runs.get("run_id", runs.index)]
+        return f"runs {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
     for column, of in (("base_sha256", ["model"]), ("data_sha256", ["model", "dataset"])):
         if column not in table.columns or table[column].isna().all():
             continue
-        unknown = table[column].isna() & (column == "data_sha256")
-        if unknown.any():
+        if column == "data_sha256" and len(unknown := table[table[column].isna()]):
             raise TableError(
-                f"{int(unknown.sum())} of {len(table)} runs ({some(table[unknown])}) have no "
-                "fingerprint of their data (column data_sha256). Train them again in a fresh run "
-                "folder (exec.runs_dir=FOLDER), or drop these runs, or drop the column if the "
-                "table was not made by lorasweep."
+                f"{len(unknown)} of {len(table)} runs ({some(unknown)}) have no fingerprint of "
+                "their data (column data_sha256). Train them again in a fresh run folder "
+                "(exec.runs_dir=FOLDER), drop them, or drop the column if the table was not made "
+                "by lorasweep."
             )
         for name, part in table.groupby(of):
             counts = part[column].value_counts()
@@ -136,59 +128,50 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with each run's metric as a loss, in all columns and its learning curve.
 
     A result names its metric and the direction, unless the metric is the held-out NLL. A metric of
-    which higher is better is negated, and its runs get the column COLLAPSED. TableError if compared
-    runs differ in metric.
+    which higher is better is negated, and its runs get the column COLLAPSED. Runs without a finite
+    loss have diverged: others' tables have such. TableError if compared runs differ in metric.
     """
-    if "metric" not in table.columns or table["metric"].isna().all():
-        return _ended(table)
-    objective = table["objective"].fillna("") if "objective" in table.columns else ""
-    groups = [table["model"], table["dataset"], pd.Series(objective, table.index)]
-    for (model, dataset, _), metrics in table["metric"].fillna(LOSS).groupby(groups):
-        if metrics.nunique() > 1:
-            raise TableError(
-                f"the runs of {model!r} on {dataset!r} are measured by {metrics.nunique()} metrics "
-                f"({', '.join(sorted(metrics.unique()))}), which cannot share a curve. Analyse "
-                "them separately."
-            )
-    rows = []
-    for row in table.to_dict("records"):
-        result = json.loads(row["result"])
-        metric = result.get("metric")
-        if metric is None:
-            rows.append(row)
-            continue
-        curve = [_with_loss(point, metric) for point in result.get("curve") or []]
-        changed = _with_loss({**result, "curve": curve}, metric)
-        start = curve[0].get(LOSS) if curve else None
-        of_start = {} if start is None else {START: start}
-        row = {**row, LOSS: changed.get(LOSS), **of_start}
-        if metric["higher_is_better"]:
-            # Compare rewards on the same held-out rows. The last evaluation uses more rows; it also
-            # records the loss on the rows of the earlier ones (`_curve`).
-            rewards = [-p.get(f"{LOSS}_curve", p[LOSS]) for p in curve if p.get(LOSS) is not None]
-            lost = bool(rewards) and rewards[-1] < COLLAPSED_SHARE * max(rewards)
-            row[COLLAPSED] = row["status"] == "diverged" or lost
-        result = json.dumps({**changed, **of_start}, sort_keys=True)
-        rows.append({**row, "result": result})
-    return _ended(pd.DataFrame(rows, index=table.index))
-
-
-def _ended(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with runs without a finite loss as diverged: others' tables have such."""
+    if "metric" in table.columns and table["metric"].notna().any():
+        objective = table["objective"].fillna("") if "objective" in table.columns else ""
+        groups = [table["model"], table["dataset"], pd.Series(objective, table.index)]
+        for (model, dataset, _), metrics in table["metric"].fillna(LOSS).groupby(groups):
+            if metrics.nunique() > 1:
+                raise TableError(
+                    f"the runs of {model!r} on {dataset!r} are measured by several metrics "
+                    f"({', '.join(sorted(metrics.unique()))}), which cannot share a curve. Analyse "
+                    "them separately."
+                )
+        table = pd.DataFrame(map(_with_losses, table.to_dict("records")), index=table.index)
     lost = (table["status"] == "done") & ~np.isfinite(table[LOSS].astype(float))
     ended = {"status": table["status"].mask(lost, "diverged"), LOSS: table[LOSS].mask(lost)}
     return table.assign(**ended) if lost.any() else table
 
 
-def _with_loss(values: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with the metric added as a loss, negated if higher is better."""
+def _with_losses(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a run with its metric as a loss."""
+    result = json.loads(row["result"])
+    if (metric := result.get("metric")) is None:
+        return row
     name, sign = metric["name"], -1.0 if metric["higher_is_better"] else 1.0
     of = ((LOSS, name), (f"{LOSS}_curve", f"{name}_curve"))
-    return values | {to: sign * values[k] for to, k in of if values.get(k) is not None}
+
+    def changed(values: dict[str, Any]) -> dict[str, Any]:
+        return values | {to: sign * values[k] for to, k in of if values.get(k) is not None}
+
+    curve = [changed(point) for point in result.get("curve") or []]
+    result = changed({**result, "curve": curve})
+    start = curve[0].get(LOSS) if curve else None
+    of_start = {} if start is None else {START: start}
+    row = {**row, LOSS: result.get(LOSS), **of_start}
+    if metric["higher_is_better"]:
+        # Compare rewards on the same held-out rows. The last evaluation uses more rows; it also
+        # records the loss on the rows of the earlier ones (`_curve`).
+        rewards = [-p.get(f"{LOSS}_curve", p[LOSS]) for p in curve if p.get(LOSS) is not None]
+        lost = bool(rewards) and rewards[-1] < COLLAPSED_SHARE * max(rewards)
+        row[COLLAPSED] = row["status"] == "diverged" or lost
+    return {**row, "result": json.dumps({**result, **of_start}, sort_keys=True)}
 
 
 def collapsed(runs: pd.DataFrame) -> pd.Series:
     """Return for each run whether its reward collapsed; False without rewards."""
-    if COLLAPSED not in runs.columns:
-        return pd.Series(False, runs.index)
-    return runs[COLLAPSED].eq(True)
+    return runs[COLLAPSED].eq(True) if COLLAPSED in runs else pd.Series(False, runs.index)

@@ -363,5 +363,4 @@ def code_length(
     if left is None:
         return [dict.fromkeys(("value", "low", "high")) for _ in range(2)]
     found = extrapolate(np.array(base), np.array(code), np.array(tokens, dtype=float), left)
-    both = (found.as_is, found.prequential)
-    return [{key: getattr(e, key) for key in ("value", "low", "high")} for e in both]
+    return [{key: getattr(e, key) for key in ("value", "low", "high")} for e in found]

@@ -37,8 +37,6 @@ def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
 
 
 THEIRS = {"lr": "learning_rate", "test_nll": "eval_loss"}
-MIXED = planted(higher=True)
-MIXED.loc[MIXED.index % 2 == 0, "test_nll"] *= 100
 
 
 def broken(row=3, **values):
@@ -73,7 +71,6 @@ def broken(row=3, **values):
                 (["learning_rate=lrr"], "Did you mean 'lr'?"),
             )
         ),
-        (MIXED, ["--higher", "test_nll"], ["mixed units"]),
         (None, [], ["no file"]),
         ("not parquet", [], ["cannot be read"]),
     ],
