@@ -38,11 +38,9 @@ def extrapolate(
     The interval reaches from the low quantile of the lower bound to the high quantile of the upper
     bound. The value lies midway between the upper bound and the line extended with its own slope.
 
-    Args:
-        base: nats of each measured batch under the base model, in the order of training.
-        code: nats of each measured batch online.
-        tokens: loss tokens of each measured batch.
-        left: loss tokens of the remaining rows.
+    `base`: nats of each measured batch under the base model, in the order of training. `code`: nats
+    of each measured batch online. `tokens`: loss tokens of each measured batch. `left`: loss tokens
+    of the remaining rows.
     """
     n, coded, first = len(tokens), float(code.sum()), float(base.sum())
     if left <= 0:
@@ -54,7 +52,26 @@ def extrapolate(
     error, degrees = _scatter(base, tokens, left, size)
     per_token = base.sum() / tokens.sum() + error * rng.standard_t(degrees, N_DRAWS)
     rest = left * per_token
-    low_share, line = _continued(base, code, tokens, left, rng)
+    # The line, extended to the remaining rows: draws of their mean share, with STEEPER times the
+    # slope, and one value with the fitted slope.
+    used = at >= tokens.sum() / FITTED
+    x, share = np.log(at[used] / tokens.sum()), np.maximum(code[used] / base[used], 1e-12)
+    found = stats.linregress(x, np.log(share))
+    residual = np.log(share) - found.intercept - found.slope * x
+    degrees = len(x) - 2
+    spread, wide = (
+        math.sqrt(float((residual**2).sum()) / degrees),
+        float(((x - x.mean()) ** 2).sum()),
+    )
+    t = rng.standard_t(degrees, (2, N_DRAWS))
+    # the mean of the logarithm lies below the logarithm of the mean by half the variance
+    centre, below = float(np.log(share).mean()), spread**2 / 2
+    middle = centre + spread / math.sqrt(len(x)) * t[0] + below
+    slope = STEEPER * np.minimum(0.0, found.slope + spread / math.sqrt(wide) * t[1])
+    ahead = (np.arange(64) + 0.5) / 64 * np.log1p(left / tokens.sum())  # midpoints in ln(rows)
+    weight = np.exp(ahead) / np.exp(ahead).sum()  # rows in each interval of ln(rows)
+    low_share = np.exp(middle[:, None] + slope[:, None] * (ahead - x.mean())) @ weight
+    line = np.exp(centre + below + min(0.0, float(found.slope)) * (ahead - x.mean())) @ weight
     late = at >= (1 - 1 / LATE) * tokens.sum()
     error, degrees = _scatter(code[late], base[late], left, size)
     level = float(code[late].sum() / base[late].sum())
@@ -63,7 +80,7 @@ def extrapolate(
     low = coded + float(np.quantile(rest * np.minimum(low_share, high_share), tail))
     high = coded + float(np.quantile(rest * high_share, 1 - tail))
     mean = left * first / float(tokens.sum())
-    value = coded + mean * (min(line, level) + level) / 2
+    value = coded + mean * (min(float(line), level) + level) / 2
     ends = np.quantile(first + rest, [tail, 1 - tail]).tolist()
     online = Estimate(value, min(low, value), max(high, value), n)
     return [Estimate(first + mean, *ends, n), online]
@@ -79,30 +96,3 @@ def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> t
     each = (part - ratio * whole) / whole.mean()
     spread = float(np.sqrt((each**2).sum() / (n - 1)))
     return spread * math.sqrt(1 / n + unit / left), n - 1
-
-
-def _continued(
-    base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float, rng: np.random.Generator
-) -> tuple[np.ndarray, float]:
-    """Extend the line to the remaining rows; return draws of their mean share, and one value.
-
-    The draws have STEEPER times the slope; the value has the fitted slope.
-    """
-    at, total = np.cumsum(tokens), float(tokens.sum())
-    used = at >= total / FITTED
-    x, share = np.log(at[used] / total), np.maximum(code[used] / base[used], 1e-12)
-    found = stats.linregress(x, np.log(share))
-    residual = np.log(share) - found.intercept - found.slope * x
-    degrees = len(x) - 2
-    spread = math.sqrt(float((residual**2).sum()) / degrees)
-    wide = float(((x - x.mean()) ** 2).sum())
-    t = rng.standard_t(degrees, (2, N_DRAWS))
-    # the mean of the logarithm lies below the logarithm of the mean by half the variance
-    centre, below = float(np.log(share).mean()), spread**2 / 2
-    middle = centre + spread / math.sqrt(len(x)) * t[0] + below
-    slope = STEEPER * np.minimum(0.0, found.slope + spread / math.sqrt(wide) * t[1])
-    ahead = (np.arange(64) + 0.5) / 64 * np.log1p(left / total)  # midpoints in ln(rows)
-    weight = np.exp(ahead) / np.exp(ahead).sum()  # rows in each interval of ln(rows)
-    drawn = np.exp(middle[:, None] + slope[:, None] * (ahead - x.mean())) @ weight
-    line = np.exp(centre + below + min(0.0, float(found.slope)) * (ahead - x.mean())) @ weight
-    return drawn, float(line)

@@ -15,7 +15,6 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from analysis.inference.estimate import (
     LEVEL,
@@ -304,12 +303,8 @@ def scale_of(log: bool) -> Callable[[float], float]:
     return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float
 
 
-# ---------------------------------------------------------------- planned sweeps
-
 FAR = 100.0
 """A margin's end beyond -FAR or FAR counts as open."""
-N_SIMULATED = 4000
-"""Simulated sweeps for a probability; its standard error is then at most 0.008."""
 
 
 @dataclass(frozen=True)
@@ -335,9 +330,9 @@ class Outlook:
     needed: int | None = None
     """Smallest number of units that decides with 80% power. None: no sd is stated, or too many."""
     can_decide: bool | None = None
-    """Whether the planned units suffice; None if no sd is stated."""
+    """Whether the planned units suffice (None: no sd is stated); `underpowered`: the sweep file
+    says that they do not."""
     underpowered: bool = False
-    """The sweep file says that the planned units do not suffice."""
 
     @property
     def warns(self) -> bool:
@@ -388,13 +383,13 @@ def outlook(
 
     With n units, the half-width is t(level, n - 1) sd / sqrt(n) (Student, Biometrika 6, 1908).
 
-    Args:
-        sd: standard deviation between units (of the logarithm, if log). 0: an exact value, which
-            always decides. None: not known.
-        rounds: number of looks planned.
-        underpowered: the file says that the claim cannot be decided.
+    `sd`: standard deviation between units (of the logarithm, if log). 0: an exact value, which
+    always decides. None: not known. `rounds`: number of looks planned. `underpowered`: the file
+    says that the claim cannot be decided.
     """
-    ends, value, level = _ends(margin, log), scale_of(log)(expected), look_level(rounds)
+    (low, high), to, level = margin, scale_of(log), look_level(rounds)
+    ends = (-math.inf if low <= -FAR else to(low), math.inf if high >= FAR else to(high))
+    value = to(expected)
     room = min(value - ends[0], ends[1] - value)
     half_width, n, can_decide = (0.0, 1, True) if sd == 0 else (None, None, None)
     if sd:
@@ -405,41 +400,3 @@ def outlook(
         can_decide = n is not None and n <= planned
     known = (claim, expected, (margin[0], margin[1]), level, log, planned, units, room)
     return Outlook(*known, half_width, n, can_decide, underpowered)
-
-
-def decided_by(
-    expected: float,
-    margin: Sequence[float],
-    sd: float,
-    units: Sequence[int],
-    log: bool = False,
-) -> list[float]:
-    """Return the probability that a claim is decided by each look, if the expected value is true.
-
-    Sweeps are simulated: normal units, and at each look Student's interval of the level of
-    `look_level` over all units so far. Variances are not pooled over samples.
-
-    Args:
-        sd: standard deviation between units (of the logarithm, if log); 0: always decided.
-        units: number of units at each planned look, ascending.
-    """
-    value, (low, high), level = scale_of(log)(expected), _ends(margin, log), look_level(len(units))
-    if sd == 0:
-        return [1.0] * len(units)
-    drawn = np.random.default_rng(20251126).normal(value, sd, (N_SIMULATED, units[-1]))
-    decided, by_look = np.zeros(N_SIMULATED, bool), []
-    for n in units:
-        if n > 1:
-            mean, error = drawn[:, :n].mean(1), drawn[:, :n].std(1, ddof=1) / math.sqrt(n)
-            half = stats.t.ppf(0.5 + level / 2, n - 1) * error
-            inside = (mean - half >= low) & (mean + half <= high)
-            decided |= inside | (mean + half < low) | (mean - half > high)
-        by_look.append(float(decided.mean()))
-    return by_look
-
-
-def _ends(margin: Sequence[float], log: bool) -> tuple[float, float]:
-    """Return the ends of a margin on the scale of errors; open ends are infinite."""
-    low, high = margin
-    to = scale_of(log)
-    return -math.inf if low <= -FAR else to(low), math.inf if high >= FAR else to(high)

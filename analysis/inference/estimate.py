@@ -255,11 +255,10 @@ def from_sample(
     happen to agree have far too narrow an interval, and a few samples that share seeds cannot show
     that one of them is less noisy. One value has no interval.
 
-    Args:
-        log: average logarithms (geometric mean); values must be positive.
-        pooled: variance of similar samples (of the logarithms, if log).
-        shifts: posterior draws of an error that all seeds share, because the best LR is uncertain:
-            the change of the mean if another LR were the best. Each draw is moved by one of them.
+    `log`: average logarithms (geometric mean); values must be positive. `pooled`: variance of
+    similar samples (of the logarithms, if log). `shifts`: posterior draws of an error that all
+    seeds share, because the best LR is uncertain: the change of the mean if another LR were the
+    best. Each draw is moved by one of them.
     """
     x = np.log(values) if log else np.asarray(values, float)
     back = np.exp if log else np.asarray

@@ -190,9 +190,6 @@ def within_groups(groups: Sequence[Sequence[tuple[float, float]]], of: str) -> E
     return from_draws(np.tanh(z), n, spread=spread)
 
 
-# ---------------------------------------------------------------- censored values, jackknife
-
-
 def censored_slope(x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> float:
     """Return the slope of a line by maximum likelihood (Tobin, Econometrica 26, 1958).
 

@@ -114,9 +114,6 @@ def is_finite(values: AtBest[float]) -> bool:
     return bool(values.best) and all(map(math.isfinite, values.best.values()))
 
 
-# ---------------------------------------------------------------- at the optimum
-
-
 def best_and_draws(o: Optimum, which: int) -> list[float]:
     """Return the optimal learning rate, then N_LR_DRAWS equally likely posterior draws of it.
 
@@ -134,9 +131,8 @@ def values_at_best(
 ) -> list[AtBest[Values]]:
     """Interpolate metrics of runs to each curve's optimal learning rate and to its draws.
 
-    Args:
-        read: returns the metrics of a run by name; empty if the run has none. Their scale must
-            suit interpolation by `weights`: losses, or logarithms of norms.
+    `read`: returns the metrics of a run by name; empty if the run has none. Their scale must suit
+    interpolation by `weights`: losses, or logarithms of norms.
     """
     return [_interpolated(o, k, _runs_values(table, o, read)) for k, o in enumerate(optima)]
 
@@ -263,9 +259,6 @@ def weights(
     return {x: math.prod((at - y) / (x - y) for y in nodes if y != x) for x in nodes}
 
 
-# ---------------------------------------------------------------- at a prescribed learning rate
-
-
 @dataclass(frozen=True)
 class Cost:
     """The cost over seeds (`estimate`) of a prescribed learning rate on a curve, such as a regret.
@@ -302,9 +295,8 @@ def costs_at(
 ) -> dict[K, Cost]:
     """Return each curve's cost at its prescribed LR; the variance over seeds is pooled over curves.
 
-    Args:
-        arms: name -> (curve, `Cost.lrs`).
-        cost: returns the cost by seed, given a name and the losses at the LR.
+    `arms`: name -> (curve, `Cost.lrs`). `cost`: returns the cost by seed, given a name and the
+    losses at the LR.
     """
     read = {name: _losses_at(o, lrs) for name, (o, lrs) in arms.items()}
     costs = {name: cost(name, losses) for name, (losses, _, _) in read.items()}

@@ -54,9 +54,7 @@ def prefixes_of(table: pd.DataFrame, examples: bool = False) -> list[Prefix]:
     With `examples`, after every such number of examples. Runs of one batch size may differ in
     length: all that are long enough are fitted.
 
-    Raises:
-        TableError: an LR schedule is not constant, so that a run cannot be cut to a shorter
-            one.
+    Raises TableError: an LR schedule is not constant, so that a run cannot be cut to a shorter one.
     """
     table = on_curve_rows(table.reset_index(drop=True))
     found = []
@@ -66,7 +64,7 @@ def prefixes_of(table: pd.DataFrame, examples: bool = False) -> list[Prefix]:
         for step in (int(s) for s in curve["step"] if s >= EARLIEST):
             seen.setdefault(step * batch if examples else step, {})[batch] = step
     for _, steps in sorted((n, of_batch) for n, of_batch in seen.items() if len(of_batch) > 1):
-        parts = [_after(table[table["batch_size"] == b], step) for b, step in steps.items()]
+        parts = [_cut(table[table["batch_size"] == b], step) for b, step in steps.items()]
         part = pd.concat(parts, ignore_index=True)
         # The order of a curve's draws depends on its index in the list. Small batches come first:
         # they have the most updates, so a curve keeps its index at all numbers of updates.
@@ -81,7 +79,7 @@ def prefixes_of(table: pd.DataFrame, examples: bool = False) -> list[Prefix]:
     return sorted(found, key=lambda p: (p.rank, p.batch, p.steps))
 
 
-def _after(table: pd.DataFrame, step: int) -> pd.DataFrame:
+def _cut(table: pd.DataFrame, step: int) -> pd.DataFrame:
     """Cut all runs after `step` updates; of runs that differ only in length, keep one."""
     keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
     return at_step(table, step).drop_duplicates(keys).reset_index(drop=True)
@@ -142,7 +140,7 @@ def gaps_at_equal_examples(table: pd.DataFrame) -> tuple[int, dict[int, list[Gap
     parts = {}
     for batch in longest.index:
         part = table[table["batch_size"] == batch].reset_index(drop=True)
-        if examples % batch == 0 and len(part := _after(part, examples // int(batch))):
+        if examples % batch == 0 and len(part := _cut(part, examples // int(batch))):
             parts[int(batch)] = part
     optima = fit_all(lr_curves(pd.concat(parts.values(), ignore_index=True))) if parts else []
     of_batch = {b: [o for o in optima if o.curve.key["batch_size"] == b] for b in parts}

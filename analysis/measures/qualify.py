@@ -1,7 +1,7 @@
 """Check whether a task (a model and data set) can answer questions about learning rates.
 
 On an unfit task there is too little to learn, or too little left to learn at the end: verdicts are
-UNDECIDED (gate TASK). Noise is only a warning, since it already widens the interval.
+UNDECIDED (gate TASK). Noise is no check, since it already widens the interval.
 """
 
 import itertools
@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import Gate, GateCode
@@ -21,21 +20,17 @@ from analysis.runs.lr_curves import lr_curves
 
 EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
 """Flags of an optimum that is not a single minimum inside the LRs tried."""
-MAX_NOISE = 0.1
-"""Largest noise (standard deviation of the loss between seeds), divided by how much the loss rises
-a factor 2 from the optimal LR."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement of a task; `ok` is None if unknown. One that `warns` disqualifies no task."""
+    """One requirement of a task; `ok` is None if unknown."""
 
     group: str
     name: str
     measured: str
     needed: str
     ok: bool | None
-    warns: bool = False
 
 
 def qualify(table: pd.DataFrame) -> list[Check]:
@@ -65,13 +60,6 @@ def qualify(table: pd.DataFrame) -> list[Check]:
             edge = [f for f in o.flags if f in EDGES]
             shown = ", ".join(edge) or "inside"
             found.append(Check(group, f"one minimum inside, {name}", shown, "inside", not edge))
-            share = math.nan
-            if o.best_lr.value is not None and o.shape and o.pooled and o.pooled.df:
-                rise = o.shape.height(o.shape.m + math.log(2) * np.array([-1, 1]))
-                share = o.pooled.noise / float(np.mean(rise))
-            small = None if math.isnan(share) else share <= MAX_NOISE
-            shown, needed = f"{number(share)} of the rise a factor 2 off", f"{MAX_NOISE} or less"
-            found.append(Check(group, f"noise is small, {name}", shown, needed, small, True))
     return found
 
 
@@ -99,16 +87,13 @@ def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Points]]) -> l
 
 
 def verdict(checks: Sequence[Check]) -> dict[str, bool]:
-    """Return whether each group qualifies: only checks that warn may fail."""
+    """Return whether each group qualifies."""
     groups = dict.fromkeys(c.group for c in checks)
-    return {g: all(c.ok is not False or c.warns for c in checks if c.group == g) for g in groups}
+    return {g: all(c.ok is not False for c in checks if c.group == g) for g in groups}
 
 
 def rows(checks: Sequence[Check]) -> list[list[str]]:
     """Return the checks as a table; the first row has the names of the columns."""
     met = {True: "yes", False: "NO", None: "unknown"}
-    out = [["task", "check", "measured", "needed", "met"]]
-    for c in checks:
-        outcome = "no: a warning" if c.warns and c.ok is False else met[c.ok]
-        out.append([c.group, c.name, c.measured, c.needed, outcome])
-    return out
+    head = ["task", "check", "measured", "needed", "met"]
+    return [head, *([c.group, c.name, c.measured, c.needed, met[c.ok]] for c in checks)]

@@ -69,8 +69,6 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------- the law of the ratio
-
 RIVALS: dict[str, tuple[float, float | None]] = {
     "constant 10 (the study)": (0.0, None),
     "sqrt(hidden) (muA, arXiv 2602.06204)": (0.5, None),
@@ -102,9 +100,8 @@ class RatioLaw(NamedTuple):
     tau: float
     """Standard deviation of ln ratio between bases of one hidden size."""
     bases: int
-    """Number of base models to which p is fitted."""
+    """Number of base models to which p is fitted; `bases_q`: to which q is fitted."""
     bases_q: int
-    """Number of base models to which q is fitted."""
     rivals: dict[str, float | None]
     """Published law -> p-value of its exponents; None: too few bases to test."""
     flags: tuple[str, ...] = ()
@@ -118,8 +115,7 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     fine-tuning curve. q is the mean over bases of the slope over ln(alpha). If hidden size or alpha
     does not vary, its exponent has no value.
 
-    Args:
-        wider: more bases, used only to estimate the variance between bases.
+    `wider`: more bases, used only to estimate the variance between bases.
     """
     tried = {r.alpha for r in ratios}
     bases_at = {a: len({r.base for r in ratios if r.alpha == a}) for a in sorted(tried)}
@@ -232,8 +228,7 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     Outside the LRs tried, the last segment of the curve is extrapolated, but never downward:
     otherwise the fit could prefer LRs without data. With one hidden size, p is not fitted.
 
-    Args:
-        hidden: model -> hidden size.
+    `hidden`: model -> hidden size.
     """
     laws: list[Law] = []
     groups: dict[tuple[str, str], list[LrCurve]] = {}

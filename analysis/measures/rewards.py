@@ -102,12 +102,9 @@ def _tops(
     Tops [samples] are NaN where no LR is stable. The sum over LRs of weight [samples, lrs] times
     mean loss is the height of the parabola at its top.
 
-    Args:
-        x: ln(lr) of the learning rates at which all seeds ran, rising [lrs].
-        loss: [lrs, seeds]; 0 where the run broke down.
-        left: 1.0 where the run did not break down, else 0.0 [lrs, seeds].
-        start: loss before training; NaN if unknown.
-        times: how often each sample contains each seed [samples, seeds].
+    `x`: ln(lr) of the learning rates at which all seeds ran, rising [lrs]. `loss`: [lrs, seeds]; 0
+    where the run broke down, where `left` is 0 instead of 1. `start`: loss before training; NaN if
+    unknown. `times`: how often each sample contains each seed [samples, seeds].
     """
     at, weights = np.full(len(times), math.nan), np.zeros((len(times), len(x)))
     count = left @ times.T  # runs that did not break down [lrs, samples]
@@ -215,9 +212,6 @@ def gates_on_stable(curves: Sequence[LrCurve]) -> list[Gate]:
         elif _at_edge(best, curve):
             gates.append(Gate(GateCode.FLAGGED, place=f"{curve.name}: ", flags=("at_edge",)))
     return gates
-
-
-# ---------------------------------------------------------------- rewards and their ranges
 
 
 def reward_of(o: Optimum) -> AtBest[float]:

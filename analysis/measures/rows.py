@@ -4,8 +4,6 @@ Pages, figures, findings, the ledger and the adviser read these rows. No other m
 interprets the keys of results.json, from which the rows are made.
 """
 
-import csv
-import io
 import json
 import math
 import re
@@ -99,20 +97,14 @@ COLUMNS = (
 
 def csv_of(rows: Iterable[Row]) -> str:
     """Return rows as a table in CSV; a cell that is not known is empty."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(r.plain() for r in rows)
-    return text.getvalue()
+    table = pd.DataFrame([r.plain() for r in rows], columns=COLUMNS, dtype=object)
+    return table.to_csv(index=False, lineterminator="\n")
 
 
 def pick(rows: Iterable[Row], quantity: str = "", **values: Any) -> list[Row]:
     """Return the rows of a quantity (empty: any) with the given values of attributes."""
     wanted = {**({"quantity": quantity} if quantity else {}), **values}
     return [r for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
-
-
-# ---------------------------------------------------------------- rows of an answer
 
 
 def estimate_of(plain: Mapping[str, Any] | None) -> Estimate:
@@ -138,10 +130,8 @@ def rows_of(
 ) -> list[Row]:
     """Return the rows of an answer: of its curves, its other measurements, and its verdicts.
 
-    Args:
-        results: results.json.
-        question: question.json, with today's keys.
-        runs: the table of runs; without columns, settings and parameters are not known.
+    `results`: results.json. `question`: question.json, with today's keys. `runs`: the table of
+    runs; without columns, settings and parameters are not known.
     """
     made = _Maker(results, question, runs)
     return [*made.of_curves(), *made.of_conditions(), *made.of_verdicts()]

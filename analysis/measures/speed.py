@@ -47,9 +47,6 @@ def read_to(curves: Sequence[AtBest[Points]]) -> int:
     )
 
 
-# ---------------------------------------------------------------- step efficiency
-
-
 def steps_to_reach(points: Points, loss: float) -> float | None:
     """Return the step, interpolated in ln(step), at which a curve first reaches a loss, or None."""
     k = next((k for k, (_, value) in enumerate(points) if value <= loss), None)
@@ -125,8 +122,6 @@ def _by_rank(values: Mapping[int, AtBest[T]]) -> AtBest[dict[int, T]]:
         together = together.paired(values[r], lambda found, v, r=r: {**found, r: v})  # type: ignore[misc]
     return together
 
-
-# ---------------------------------------------------------------- falling behind
 
 DEPARTED = 0.05
 """A rank is behind at a step if its loss there exceeds full fine-tuning's by more than this share
@@ -210,8 +205,6 @@ def _slope(by_seed: dict[int, dict[int, Departure]]) -> float:
     )
 
 
-# ---------------------------------------------------------------- loss over ln(updates)
-
 SPAN = 4
 """Two spans of updates are compared: the last one, from n / SPAN to n, and the span before it."""
 
@@ -269,34 +262,31 @@ def fall_over(one: AtBest[Points], other: AtBest[Points]) -> Estimate:
     return _over(one.paired(other, share))
 
 
-# ---------------------------------------------------------------- whether ranks start equally
-
 RESAMPLES = 2000
 Draws = dict[int, dict[int, np.ndarray]]
 """Losses by rank and seed: [draws of A, steps]. A draw is a random initialisation of A."""
 
 
 class Apart(NamedTuple):
-    """One rank compared with the highest rank."""
+    """One rank compared with the highest rank, by step, in nats."""
 
     rank: int
     difference: np.ndarray
-    """The rank's mean loss minus the highest rank's, in nats, by step."""
+    """The rank's mean loss minus the highest rank's."""
     band: np.ndarray
-    """Half width of the 95% band of the difference of two runs over draws of A, by step."""
+    """Half width of the 95% band of the difference of two runs over draws of A."""
     leaves: float
     """The step at which the difference leaves the band; infinite if never."""
 
 
 class Start(NamedTuple):
-    """How long all ranks learn equally at one learning rate.
+    """How long all ranks learn like the highest one (`top`) at one learning rate.
 
     A rank learns differently once its loss leaves the 95% band of the difference between two draws.
     """
 
     lr: float
     top: int
-    """The highest rank, with which the other ranks are compared."""
     steps: list[float]
     ranks: list[Apart]
     first: Estimate

@@ -224,9 +224,6 @@ def _shape_priors(
     return priors
 
 
-# ---------------------------------------------------------------- from a posterior to an optimum
-
-
 def _optimum(
     curve: LrCurve,
     likelihood: Likelihood | None,

@@ -108,13 +108,10 @@ def gather(
 ) -> Likelihood:
     """Compute the likelihood from runs.
 
-    Args:
-        x: ln(lr), [n].
-        y: losses in nats, [n].
-        block: [n]; runs of one block share a shift, such as the effect of a seed's batches.
-            If blocks share no LRs, shifts cannot be separated from the curve and count as noise.
-        growth: the noise's standard deviation is proportional to lr^growth.
-        weights: relative precision of each run, [n]; below 1 at unsteady LRs (`weights_of`).
+    `x`: ln(lr), [n]. `y`: losses in nats, [n]. `block`: [n]; runs of one block share a shift, such
+    as the effect of a seed's batches. If blocks share no LRs, shifts cannot be separated from the
+    curve and count as noise. `growth`: the noise's standard deviation is proportional to lr^growth.
+    `weights`: relative precision of each run, [n]; below 1 at unsteady LRs (`weights_of`).
     """
     rates, at = np.unique(x, return_inverse=True)
     center = gather(x, y, block).best if growth else 0
@@ -322,15 +319,16 @@ def linex(u: np.ndarray, a: float | np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ShapePrior:
-    """A prior of a curve's shape, from related curves."""
+    """A prior of a curve's shape, from related curves.
+
+    Asymmetry `a` per unit of ln(lr), and curvature `c` in nats per unit of ln(lr) squared, with the
+    standard deviation of `a` and the relative one of `c`.
+    """
 
     a: float
-    """Asymmetry, per unit of ln(lr)."""
     a_sd: float
     c: float
-    """Curvature, nats per unit of ln(lr) squared."""
     c_spread: float
-    """Relative standard deviation of c."""
 
 
 def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:

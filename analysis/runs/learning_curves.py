@@ -63,9 +63,6 @@ def same_rows(curve: pd.DataFrame | None) -> Points:
     return points[:-1] if np.isnan(again[kept][-1:]).any() else points
 
 
-# ---------------------------------------------------------------- cut runs, solved tasks
-
-
 def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     """Return the table that the same runs would give if they had ended after `step` updates.
 
@@ -73,8 +70,7 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     fewer, but the same in all runs. Runs without an evaluation at `step` are left out, unless they
     had diverged by then.
 
-    Raises:
-        TableError: a schedule is not constant, so runs are not beginnings of longer ones.
+    Raises TableError: a schedule is not constant, so runs are not beginnings of longer ones.
     """
     if (table["schedule"] != "constant").any():
         raise TableError("only runs with a constant learning rate can be cut to shorter ones.")

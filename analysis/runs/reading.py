@@ -108,10 +108,9 @@ def read(
 
     Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning.
 
-    Args:
-        mapping: column in the file -> the analysis's name for it.
-        higher: column to use as the metric, if higher is better.
-        broken: a run with a metric at least as bad as this counts as diverged.
+    `mapping`: column in the file -> the analysis's name for it. `higher`: column to use as the
+    metric, if higher is better. `broken`: a run with a metric at least as bad as this counts as
+    diverged.
 
     Raises:
         TableError: a column is missing or misnamed, or a cell has an impossible value.
@@ -268,15 +267,13 @@ def _words(cells: pd.Series) -> pd.Series:
 def _check_values(table: pd.DataFrame, higher: str | None) -> None:
     """Raise TableError where a value is impossible or learning rates have different units."""
     lr, done = table["lr"], table[table["status"] == "done"]
-    value, rate = done["test_nll"], "Every run needs its learning rate."
+    value = done["test_nll"]
     mixed = (lr >= 1) | (lr > MAX_RATE_SPAN * lr.min())
     units = f"{{value}} next to {lr.min():g} looks like mixed units. Give plain learning rates."
     negative = "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
     negative += "better, give the metric's column: --higher COLUMN."
     for part, bad, column, why in (
-        (table, lr.isna(), "lr", f"empty. {rate}"),
-        (table, ~(lr > 0), "lr", f"not above 0. {rate}"),
-        (table, np.isinf(lr), "lr", f"infinite. {rate}"),
+        (table, ~((lr > 0) & (lr < np.inf)), "lr", "no learning rate: give a number above 0."),
         (table, mixed, "lr", units),
         (table, table["rank"] < 1, "rank", "{value} is below 1. Empty: full fine-tuning."),
         (done, np.isinf(value), "test_nll", "infinite. Set status to diverged."),

@@ -73,8 +73,7 @@ OF_FITS = {
 def run(argv: Sequence[str]) -> None:
     """Run a command and print its result.
 
-    Raises:
-        TableError: a table cannot be used, or there is no such report.
+    Raises TableError: a table cannot be used, or there is no such report.
     """
     look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG}
     about = "Judge a sweep again, or analyse any table of runs. Trains nothing."
@@ -177,8 +176,7 @@ def _sweep(args: argparse.Namespace) -> None:
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     """Find a sweep's report at the given scale, else the newest; else a kept one, tiny first.
 
-    Raises:
-        TableError: there is no such report.
+    Raises TableError: there is no such report.
     """
     found = [p.parent for root in (reports, KEPT) for p in root.glob("*/question.json")]
     known = f"{sweep}-{scale or ''}"
@@ -238,8 +236,7 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     Pooled are the ranks of MIN_RANK and more; of groups without these, all ranks. The pooled value
     has the standard deviation between groups (a factor) and the interval for another group.
 
-    Raises:
-        TableError: the table lacks an arm.
+    Raises TableError: the table lacks an arm.
     """
     rows, overall = [], []
     optima = optima_of(reading, share)

@@ -33,10 +33,8 @@ def test_every_kept_verdict_has_one_row_and_no_two_rows_have_one_key(kept):
     ("sweep", "claim", "base", "at", "setting"),
     [
         ("regime", "low", "tiny128", "rank 16, 256 updates", Setting.IN_REGIME),
-        ("regime", "beyond", "tiny128", "256 updates", Setting.BEYOND),
         ("rank", "alike", "tiny128", "ranks 1 to 32, to update 256", Setting.IN_REGIME),
         ("large_batches", "at_512", "tiny64", "rank 8, after 12,288 examples", Setting.IN_REGIME),
-        ("rl_matrices", "rank_1", "tiny64-skilled", "rank 1, 100 updates", Setting.BEYOND),
         ("rl_matrices", "top_rank", "tiny64-skilled", "rank 16, 100 updates", Setting.BEYOND),
         (
             *("layers", "attention_everywhere", "tiny128 and tiny64-skills"),
