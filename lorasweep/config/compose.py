@@ -360,9 +360,12 @@ class Composer:
     def _expand(self, base: RunSpec, sweep: Sweep, typed: Sequence[str]) -> list[Point]:
         """Expand a sweep into runs; names on the axes model and dataset are looked up."""
 
+        # a shipped sweep sets no other group, so all sweeps look a name up once
+        shipped = {f"+sweep={path.stem}" for path in (conf_dir() / "sweep").glob("*.yaml")}
+
         def look_up(group: str, name: str) -> Any:
             concerned = (*SELECT_FILES, f"{group}.", f"+{group}.", f"~{group}.", "exec.models_dir=")
-            of_group = [o for o in typed if o.startswith(concerned)]
+            of_group = [o for o in typed if o.startswith(concerned) and o not in shipped]
             key = (group, name, *of_group)
             if key not in self._looked_up:
                 quoted = name.replace("\\", "\\\\").replace("'", "\\'")
