@@ -67,7 +67,7 @@ def named_in_strings(tree: ast.Module, modules: Iterable[str]) -> set[str]:
             prefix = str(node.values[0].value)
             if re.fullmatch(r"([A-Za-z_]\w*\.)+", prefix):
                 found |= {m for m in modules if m.startswith(prefix)}
-        elif isinstance(node, ast.Constant):
+        elif isinstance(node, ast.Constant) and "." in str(node.value):
             name = str(node.value).split(":")[0]
             found |= {name} & modules or {name.rpartition(".")[0]} & modules
     return found
