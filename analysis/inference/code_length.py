@@ -81,9 +81,9 @@ def extrapolate(
     high = coded + float(np.quantile(rest * high_share, 1 - tail))
     mean = left * first / float(tokens.sum())
     value = coded + mean * (min(float(line), level) + level) / 2
-    ends = np.quantile(first + rest, [tail, 1 - tail]).tolist()
+    least, most = np.quantile(first + rest, [tail, 1 - tail]).tolist()
     online = Estimate(value, min(low, value), max(high, value), n)
-    return [Estimate(first + mean, *ends, n), online]
+    return [Estimate(first + mean, least, most, n), online]
 
 
 def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> tuple[float, int]:

@@ -58,8 +58,8 @@ def suggest(found: Any) -> list[Suggestion]:
     for s in wanted:
         known = merged.get((id(s.curve), s.lr), s)
         tried = s.curve.seed[np.abs(s.curve.x - math.log(s.lr)) < 2e-3].tolist()
-        if seeds := {*known.seeds, *s.seeds} - set(tried):
-            merged[id(s.curve), s.lr] = replace(known, seeds=tuple(sorted(seeds)))
+        if fresh := {*known.seeds, *s.seeds} - set(tried):
+            merged[id(s.curve), s.lr] = replace(known, seeds=tuple(sorted(fresh)))
     return list(merged.values())
 
 

@@ -32,12 +32,13 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
     n = sum(e.n for e in [*a, f])
     if all(e.draws is not None for e in [*a, f]):
         return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
-    ends = []
+    ends: list[float | None] = []
     for mine, others in (("value", "value"), ("low", "high"), ("high", "low")):
         known = [*(getattr(e, mine) for e in a), getattr(f, others)]
         *logs, of_full = [math.nan if v is None else math.log(v) for v in known]
         ends.append(exp_or_none(float(np.mean(logs)) - of_full))  # None if one is unknown
-    return Estimate(*ends, n=n)
+    value, low, high = ends
+    return Estimate(value, low, high, n)
 
 
 def lr_drift(lora: Sequence[Optimum]) -> meta.Drift:
@@ -252,17 +253,16 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
         for v in (np.exp(all_ks), all_ps):
             low, high = np.quantile(v[drawn], [0.025, 0.975], method="hazen").tolist()
             value = float(v[best])
-            ends = (min(low, value), max(high, value)) if enough else (None, None)
-            fits.append(Estimate(value, *ends, n))
-        if one_size:
-            fits[1] = Estimate(None, n=n)
+            known = Estimate(value, min(low, value), max(high, value), n)
+            fits.append(known if enough else Estimate(value, n=n))
+        at_2000, power = fits[0], Estimate(None, n=n) if one_size else fits[1]
         logs = all_ks[best] + all_ps[best] * np.log(REFERENCE / widths)
         costs = [regret(c, math.exp(x)) for c, x in zip(members, logs)]
-        known = [v for v in costs if v is not None]
+        percent = [v for v in costs if v is not None]
         flags = ["one hidden size"] * one_size
         flags += [] if enough else [f"{len(models)} model(s): no interval"]
-        mean = float(np.mean(known)) if known else None
-        laws.append(Law(name, method, *fits, len(models), mean, tuple(flags)))
+        mean = float(np.mean(percent)) if percent else None
+        laws.append(Law(name, method, at_2000, power, len(models), mean, tuple(flags)))
     return laws
 
 

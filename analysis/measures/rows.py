@@ -171,7 +171,7 @@ class _Maker:
         name, curve = self.curves[k]
         key = {n: None if v != v else v for n, v in curve.key.items()}
         whole = ("rank", "batch_size", "steps")
-        rank, batch, steps = (None if key.get(n) is None else int(key[n]) for n in whole)
+        rank, batch, steps = (None if (v := key.get(n)) is None else int(v) for n in whole)
         place = {"arm": name, "rank": rank, "batch_size": batch, "updates": steps}
         return {**place, "alpha": key.get("alpha")}
 
@@ -185,8 +185,8 @@ class _Maker:
                 yield self.row(task, "lr_band", Estimate(None, *c["band"]), **place)
             rewarded = c["method"] == "lora" and c.get("objective") == "policy_gradient"
             if rewarded and "n_trainable" in self.runs:
-                keys = ("model", "dataset", "steps", "batch_size", "method", "rank", "objective")
-                keys = [k for k in (*keys, "layers") if k in self.runs and k in c]
+                names = ("model", "dataset", "steps", "batch_size", "method", "rank")
+                keys = [k for k in (*names, "objective", "layers") if k in self.runs and k in c]
                 mine = self.runs.merge(pd.DataFrame([{k: c[k] for k in keys}]), on=keys)
                 each = mine["n_trainable"] / (mine["batch_size"] * mine["steps"])
                 ratio = Estimate(float(each.mean()))

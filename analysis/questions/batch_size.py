@@ -1,6 +1,6 @@
 """Question: does LoRA fall behind full fine-tuning as the batch grows, at any rank.
 
-The answer is measured as rho after equally many updates (`measures.batch_effect`), and as a gap in
+The answer is measured as rho after equally many updates (`measures.speed`), and as a gap in
 nats after equally many examples, the study's setting. Each method is at its optimal learning rate
 for the batch size and the number of updates.
 """
@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.inference.decide import Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, with_interval
-from analysis.measures import batch_effect
+from analysis.measures import speed
 from analysis.measures.at_best import losses_at_best, mean_of, over_seeds
 from analysis.measures.regret import ALLOWED, Gap, gaps_of, growth
 from analysis.optimum.fit import Optimum
@@ -41,22 +41,22 @@ class Batches(base.Condition):
         return sorted({int(b) for b in self.runs["batch_size"]})
 
     @cached_property
-    def prefixes(self) -> list[batch_effect.Prefix]:
+    def prefixes(self) -> list[speed.Prefix]:
         """rho after every number of updates at which two batch sizes were evaluated."""
-        return batch_effect.prefixes_of(self.runs)
+        return speed.prefixes_of(self.runs)
 
     @cached_property
-    def usable(self) -> dict[int, list[batch_effect.Prefix]]:
+    def usable(self) -> dict[int, list[speed.Prefix]]:
         """The prefixes without gates and with a value of rho, by rank."""
         return self._usable(self.prefixes)
 
-    def _usable(self, prefixes: list[batch_effect.Prefix]) -> dict[int, list[batch_effect.Prefix]]:
+    def _usable(self, prefixes: list[speed.Prefix]) -> dict[int, list[speed.Prefix]]:
         known = [p for p in prefixes if not p.bound and not base.gates_on_speed([p.full, p.lora])]
         return {r: [p for p in known if p.rank == r] for r in (*self.ranks, self.top)}
 
     @cached_property
     def effects(self) -> dict[int, Estimate]:
-        return {r: over_seeds(batch_effect.effect(self.usable[r])) for r in self.ranks}
+        return {r: over_seeds(speed.effect(self.usable[r])) for r in self.ranks}
 
     @cached_property
     def effects_at_equal_examples(self) -> dict[int, Estimate]:
@@ -64,11 +64,11 @@ class Batches(base.Condition):
 
         No value if a batch cannot be compared with another one.
         """
-        known = self._usable(batch_effect.prefixes_of(self.runs, examples=True))
+        known = self._usable(speed.prefixes_of(self.runs, examples=True))
         return {
             r: base.UNKNOWN
             if self._alone({(p.batch, p.steps * p.batch) for p in known[r]})
-            else over_seeds(batch_effect.effect(known[r], examples=True))
+            else over_seeds(speed.effect(known[r], examples=True))
             for r in self.ranks
         }
 
@@ -106,7 +106,7 @@ class Batches(base.Condition):
     @cached_property
     def at_equal_examples(self) -> tuple[int, list[tuple[int, Gap]]]:
         """A number of examples, and (batch size, gap at a rank) after so many examples."""
-        examples, gaps = batch_effect.gaps_at_equal_examples(self.runs)
+        examples, gaps = speed.gaps_at_equal_examples(self.runs)
         return examples, [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
 
     def gap_at(self, batch: int) -> Gap | None:
@@ -197,9 +197,7 @@ ESTIMANDS = [
     base.Estimand(
         "batch_effect_difference",
         lambda c: (
-            batch_effect.difference(*(c.usable[r] for r in reversed(c.ends)))
-            if c.ends
-            else base.UNKNOWN
+            speed.difference(*(c.usable[r] for r in reversed(c.ends))) if c.ends else base.UNKNOWN
         ),
         lambda c: c.gates_on_effect(*c.ends) if c.ends else [Gate(GateCode.ONE_RANK)],
         seeds=lambda c: c.seeds_of(*c.ends),

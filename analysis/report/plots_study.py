@@ -18,11 +18,10 @@ from matplotlib.lines import Line2D
 
 from analysis.inference.decide import FAR, Verdict, scale_of
 from analysis.inference.estimate import AT_LEAST, Estimate, with_interval
-from analysis.measures.batch_effect import EARLIEST
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import ALLOWED, novelty_of
 from analysis.measures.rows import Row, Setting, pick
-from analysis.measures.speed import curves_at_best, rho
+from analysis.measures.speed import EARLIEST, curves_at_best, rho
 from analysis.optimum.fit import WITHIN, fit_all
 from analysis.optimum.valley import rate_means
 from analysis.questions.base import Panel, Series, by_group, full_of, lora_of, rank_of

@@ -27,16 +27,14 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
     """Return all evaluations of a table's runs, in order; empty if there are none.
 
     Columns: `run`, the run's label in the table's index; `step`; `test_nll` in nats;
-    `test_nll_curve`, before training and at its end the loss on the rows of the evaluations between
-    (before training not in results of old versions);
-    `grad_share`, the share of the squared gradient by layer set. Missing and infinite values are
-    NaN.
+    `test_nll_curve`, before training (not in old results) and at its end the loss on the rows of
+    the evaluations between; `grad_share`, the share of the squared gradient by layer set. Missing
+    and infinite values are NaN.
     """
     assert table.index.is_unique, "the index of the table must be unique: call reset_index() first"
-    results = table["result"].dropna().items() if "result" in table.columns else ()
-    points = [
-        {"run": run, **point} for run, v in results for point in json.loads(v).get("curve") or []
-    ]
+    results = table["result"].items() if "result" in table.columns else ()
+    texts = [(run, v) for run, v in results if isinstance(v, str)]
+    points = [{"run": r, **point} for r, v in texts for point in json.loads(v).get("curve") or []]
     found = pd.DataFrame(points, columns=list(COLUMNS))
     found = found.astype({"test_nll": float, "test_nll_curve": float})
     return found.replace([math.inf, -math.inf], math.nan)

@@ -208,7 +208,7 @@ def full_names(curves: Sequence[LrCurve]) -> list[str]:
     """Name curves by method, rank, and the settings in which they differ from each other."""
     keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, *IN_NAME)]
     # Compare LoRA's curves within an objective, because objectives differ in their settings.
-    values = {k: set() for k in keys}
+    values: dict[str, set[tuple[str, str]]] = {k: set() for k in keys}
     for c in (c for c in curves if c.key["method"] == "lora"):
         for k in keys:
             values[k].add((str(c.key.get("objective")), str(c.key[k])))

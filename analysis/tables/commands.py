@@ -75,12 +75,13 @@ def run(argv: Sequence[str]) -> None:
 
     Raises TableError: a table cannot be used, or there is no such report.
     """
-    look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG}
+    look: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG}
     about = "Judge a sweep again, or analyse any table of runs. Trains nothing."
     parser = argparse.ArgumentParser("lorasweep-analysis", description=about, **look)
     parser.add_argument("command", help="fit, html, suggest, study, or the name of a sweep")
     parser.add_argument("name", nargs="?", help="the FILE or SWEEP of the command")
-    add, switch = parser.add_argument, {"action": "store_true"}
+    switch: Any = {"action": "store_true"}
+    add = parser.add_argument
     a_name = "use the file's column THEIRS as our column OURS; repeatable"
     add("--map", metavar="THEIRS=OURS", action="append", default=[], help=a_name)
     add("--higher", metavar="COLUMN", help="use this column as the metric; higher is better")

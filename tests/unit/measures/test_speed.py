@@ -7,8 +7,8 @@ import pytest
 
 from analysis.measures import speed
 from analysis.measures.at_best import AtBest, over_seeds, weights
-from analysis.measures.batch_effect import Prefix, difference, effect, within
 from analysis.measures.regret import change_of_needed, crossing
+from analysis.measures.speed import Prefix, difference, effect, within
 
 STEPS = [2**k for k in range(7)]
 RANKS, LAST, FIRST = (1, 2, 4, 8), 256.0, 1.0
