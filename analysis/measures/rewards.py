@@ -260,25 +260,16 @@ def range_ratio(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
     of both curves. The interval is Student's, of jackknife pseudo-values of the logarithm of the
     ratio (Miller, Biometrika 61, 1974).
     """
-    both = [
-        {(x, int(s)): y for x, s, y in zip(o.curve.x, o.curve.seed, o.curve.y)}
-        for o in (lora, full)
-    ]
-    lrs = [sorted({x for x, _ in runs}) for runs in both]
-    seeds = sorted(
-        s
-        for s in {s for runs in both for _, s in runs}
-        if all((x, s) in runs for runs, xs in zip(both, lrs) for x in xs)
-    )
+    rewards = [pd.Series(-o.curve.y, [o.curve.x, o.curve.seed]).unstack() for o in (lora, full)]
+    made = [pd.crosstab(o.curve.x, o.curve.seed) for o in (lora, full)]
+    seeds = sorted(set.intersection(*({*runs.columns[(runs > 0).all()]} for runs in made)))
     if len(seeds) < MIN_SEEDS:
         return Estimate(None), [Gate(GateCode.FEW_SEEDS, len(seeds), "all rates: ")]
     place = "range of good rates: "
-    if min(map(len, lrs)) < 2:  # no width
+    if min(map(len, rewards)) < 2:  # no width
         return Estimate(None), [Gate(GateCode.FLAGGED, place=place, flags=("few_points",))]
-    grids = [  # ln(lr) [n] and rewards [n, seeds]; 0 if a run has none
-        (np.array(xs), np.nan_to_num(-np.array([[runs[x, s] for s in seeds] for x in xs]), nan=0.0))
-        for runs, xs in zip(both, lrs)
-    ]
+    # ln(lr) [n] and rewards [n, seeds]; 0 if a run has none
+    grids = [(r.index.to_numpy(), r[seeds].fillna(0.0).to_numpy()) for r in rewards]
 
     def log_ratio(rows: list[int]) -> tuple[float, bool]:
         (a, b, open_a), (c, d, open_c) = (good_range(x, r[:, rows].mean(1)) for x, r in grids)

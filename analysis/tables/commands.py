@@ -100,8 +100,9 @@ def run(argv: Sequence[str]) -> None:
     for flag, about in OF_FITS.items():
         flags.add_argument(f"--{flag}", dest="of", action="store_const", const=flag, help=about)
     args = parser.parse_intermixed_args(argv)
-    if args.command in ("fit", "html", "suggest") and not args.name:
-        parser.error(f"{args.command} needs a name: see --help")
+    named = args.command in ("fit", "html", "suggest")
+    if named != bool(args.name):
+        parser.error(f"{args.command} {'needs' if named else 'takes no'} name: see --help")
     if not args.within > 0:
         parser.error(f"--within {args.within:g}: give a loss above 0, e.g. 0.01")
     pairs = dict(pair.rpartition("=")[::2] for pair in args.map)
