@@ -15,8 +15,6 @@ from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
 
-DATA_SHA256 = "data_sha256"
-"""Key of the data's fingerprint in results and checkpoints."""
 DIVERGENCE_RULE = 2
 """Version of the divergence rule, stored in every result. Results without a version were judged by
 rule 1, for which the base was measured on held-out rows only."""
@@ -98,15 +96,15 @@ class Objective:
         data = self._data[run.id]
         commit = {"data_commit": data.commit} if data.commit else {}
         counts = {"n_test": len(data.test), "n_train": data.n_train}
-        return {**counts, DATA_SHA256: data.sha256, **commit}
+        return {**counts, "data_sha256": data.sha256, **commit}
 
     def state(self, run_id: str) -> dict[str, Any]:
         """Return a run's state for its checkpoint, as JSON values, beside the keys of the loop."""
-        return {DATA_SHA256: self._data[run_id].sha256}
+        return {"data_sha256": self._data[run_id].sha256}
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`; DataError: the run resumes with other data."""
-        then, now = state[DATA_SHA256], self._data[run_id].sha256
+        then, now = state["data_sha256"], self._data[run_id].sha256
         if then != now:
             raise DataError(
                 f"run {run_id} was started on other data (fingerprint {then}) than are there now "

@@ -9,7 +9,7 @@ positions of a run, L loss tokens of a run, H hidden, V vocabulary.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,19 +28,6 @@ positions of a vocabulary of 128,256, and 1.3 GB with loss buffers (assumed, not
 PARTS = ("", "_changed", "_unchanged")
 """Suffixes of exact measures: over all contexts, over the contexts with `Truth.changed`, over the
 other contexts."""
-
-
-class Inputs(NamedTuple):
-    """A batch on the model's device."""
-
-    tokens_RT: torch.Tensor
-    positions_RP: torch.Tensor
-    """Positions whose next token is predicted."""
-    targets_RP: torch.Tensor
-    weight_RP: torch.Tensor
-    """1 for a loss token, 0 for filler."""
-    position_ids_RT: torch.Tensor | None
-    """Position of each token in its row, where rows are joined; None for padded rows."""
 
 
 def nll_sums(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
@@ -64,7 +51,7 @@ def token_log_p(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
     real_NM = torch.from_numpy(batch.weight_NM > 0).to(log_p_RP.device)
     # rows are in the order of the runs, and positions in the order of the rows
     log_p_NM = torch.zeros(real_NM.shape, dtype=log_p_RP.dtype, device=log_p_RP.device)
-    return log_p_NM.masked_scatter(real_NM, log_p_RP[given.weight_RP > 0])
+    return log_p_NM.masked_scatter(real_NM, log_p_RP[given[3] > 0])
 
 
 def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[torch.Tensor]:
@@ -72,31 +59,34 @@ def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[to
     given = inputs(model, batch)
     parts = _by_chunks(model, given, precision, lambda logits, *_: _wide(logits).log_softmax(-1))
     log_q_NRPV = torch.cat(parts, 1).unflatten(0, (len(batch.lengths), -1))
-    real_NRP = (given.weight_RP > 0).unflatten(0, (len(batch.lengths), -1))
+    real_NRP = (given[3] > 0).unflatten(0, (len(batch.lengths), -1))
     return [log_q[real] for log_q, real in zip(log_q_NRPV, real_NRP)]
 
 
-def inputs(model: nn.Module, batch: Batch) -> Inputs:
-    """Move a batch to the model's device: rows joined if `batch.join_rows`, else padded."""
+def inputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    """Move a batch to the model's device: rows joined if `batch.join_rows`, else padded.
+
+    Returns tokens [R, T]; [R, P]: positions whose next token is predicted, targets, weights (1 for
+    a loss token, 0 for filler); of joined rows also each token's position in its row [R, T].
+    """
     device = next(model.parameters()).device
     arrays = joined(batch) if batch.join_rows else padded(batch)
-    tokens, positions, targets, weight, *more = (torch.from_numpy(a).to(device) for a in arrays)
-    return Inputs(tokens, positions, targets, weight, more[0] if more else None)
+    return [torch.from_numpy(a).to(device) for a in arrays]
 
 
 def _by_chunks(
-    model: Any, given: Inputs, precision: str, measure: Callable[..., torch.Tensor]
+    model: Any, given: list[torch.Tensor], precision: str, measure: Callable[..., torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return `measure` of each chunk of positions, with gradient.
 
     It gets logits [R, p, V], targets [R, p] and weights [R, p].
     """
-    tokens_RT, positions_RP, targets_RP, weight_RP, position_ids_RT = given
+    tokens_RT, positions_RP, targets_RP, weight_RP, *position_ids_RT = given
     rows, width = positions_RP.shape
     most = LOGITS if tokens_RT.device.type == "cpu" else GPU_LOGITS
     step = max(1, most // (rows * model.config.get_text_config().vocab_size))
     with autocast(precision, tokens_RT.device):
-        hidden_RPH = hidden_states(model, tokens_RT, positions_RP, position_ids_RT)
+        hidden_RPH = hidden_states(model, tokens_RT, positions_RP, *position_ids_RT)
         if step >= width:
             return [measure(logits_of(model, hidden_RPH), targets_RP, weight_RP)]
 

@@ -85,7 +85,6 @@ class SupervisedFineTuning(Objective):
         super().__init__(data, *settings, **more)
         self._runs = {run_id: Measured() for run_id in data}
         self._eval_tokens = EVAL_TOKENS
-        self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Measure the base's NLL once on each data set, and on the pretraining rows (`retain`)."""
@@ -209,13 +208,8 @@ class SupervisedFineTuning(Objective):
         self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
     ) -> list[Record]:
         """Return each run's NLL on its rows; where `by_row` is True, also those of rows (ROWS)."""
-        name, batches = self.metric.name, []
-        for examples in rows:  # made once for all evaluations
-            key = tuple(map(id, examples))  # the data sets are held, so ids are not reused
-            if key not in self._eval_batches:
-                made = eval_batches(examples, self._eval_tokens, self._join_rows)
-                self._eval_batches[key] = made
-            batches.append(self._eval_batches[key])
+        name = self.metric.name
+        batches = [eval_batches(own, self._eval_tokens, self._join_rows) for own in rows]
         sums: Sequence[np.ndarray] = ()
         nlls: Sequence[float] = ()
         with nll.in_evaluation(batches):

@@ -152,7 +152,7 @@ def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path, n
 
     def watched(model, batch):
         found = inputs(model, batch)
-        shapes.setdefault(join_rows, set()).add(len(found.tokens_RT))
+        shapes.setdefault(join_rows, set()).add(len(found[0]))
         return found
 
     monkeypatch.setattr(nll, "inputs", watched)
