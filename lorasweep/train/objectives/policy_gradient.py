@@ -385,12 +385,7 @@ def reward_groups(
     `unread`: shares of completions that were cut off, and that the verifier could not read.
     """
     size = len(completions.tokens) // len(rows)
-    # equal completions of one prompt are rewarded once
-    keys = [(k // size, tokens.tobytes()) for k, tokens in enumerate(completions.tokens)]
-    first = dict(zip(keys, completions.tokens))
-    given = rewards.of([(rows[k], tokens) for (k, _), tokens in first.items()])
-    by_key = dict(zip(first, given, strict=True))
-    found = [by_key[key] for key in keys]
+    found = rewards.of([(rows[k // size], t) for k, t in enumerate(completions.tokens)])
     reward_PG = np.array([r or 0.0 for r in found]).reshape(-1, size)
     advantage = advantages(reward_PG, scale).ravel().tolist()
     drawn = list(map(Completion, completions.tokens, completions.log_p, advantage))
@@ -490,8 +485,8 @@ def collate_rollouts(
 ) -> list[Rollouts]:
     """Return micro-batches of at most `rows` completions (or one group) per run.
 
-    Every process gets equally many. `groups_N`: each run's groups with a gradient; a run that has
-    no more of them takes part with weight 0. `episodes`: completions of a run in the update.
+    Every process gets equally many. `groups_N`: each run's groups with a gradient, of equal size; a
+    run that has no more of them takes part with weight 0. `episodes`: completions of a run.
     """
 
     def longest(group: Group) -> int:
@@ -504,17 +499,11 @@ def collate_rollouts(
         weight_NM = weight * found.weight_NM
         return replace(found, advantage_NM=none, weight_NM=weight_NM, tokens_N=(0,))
 
-    parts_N: list[list[list[Group]]] = []
-    for groups in groups_N:  # split into parts of at most `rows` completions, or of one group
-        parts: list[list[Group]] = []
-        count = 0
-        for group in sorted(groups, key=longest):
-            if not parts or count + len(group.completions) > rows:
-                parts.append([])
-                count = 0
-            parts[-1].append(group)
-            count += len(group.completions)
-        parts_N.append(parts)
+    size = next(len(groups[0].completions) for groups in groups_N if groups)
+    most, parts_N = max(1, rows // size), []
+    for groups in groups_N:
+        ordered = sorted(groups, key=longest)
+        parts_N.append([ordered[k : k + most] for k in range(0, len(ordered), most)])
     some = next(parts[0] for parts in parts_N if parts)
     micro_batches = []
     for k in range(max(map(len, parts_N))):
