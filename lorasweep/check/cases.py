@@ -112,7 +112,7 @@ def predictions(cases: list[Case], hardware: Hardware) -> dict[str, Any]:
     Keys of each: rows (of a forward pass), checkpointing, step_s, tokens_s, memory_gib, flops (of
     an update), sampled_tokens_s, parts (seconds by component); or only misfit: why it does not fit.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for case in cases:
         if case.part not in (SPEED, PACKS, LOOP):
             continue

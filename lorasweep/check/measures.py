@@ -95,7 +95,7 @@ def node() -> dict[str, Any]:
     )
 
     def attend() -> None:
-        out = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        out = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
         torch.autograd.grad(out, qkv, gradient)
 
     # the plan's count: 2 operations forward and 5 backward, half of the scores are masked

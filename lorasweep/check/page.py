@@ -109,9 +109,9 @@ def page(cases: Sequence[Case], predicted: Mapping[str, Any], results: Results) 
     blocks += [f"Wrong by more than {WRONG:.0%}:", _table(wrong)] if wrong[1:] else []
     blocks += ["## The card", _table(_card(node, predicted.get("hardware", {})))]
     differences = [("check", "difference", "allowed", "")]
-    for name in (c.name for c in checks if "bound" in results[c.name]):
-        numbers = (f"{results[name][key]:.2g}" for key in ("difference", "bound"))
-        differences.append((name, *numbers, "**failed**" * (name in failed)))
+    for case in (c for c in checks if "bound" in results[c.name]):
+        difference, bound = (f"{results[case.name][key]:.2g}" for key in ("difference", "bound"))
+        differences.append((case.name, difference, bound, "**failed**" * (case.name in failed)))
     blocks += ["## Correctness", _table(differences)]
     alone = {c.spec: results.get(c.name, {}).get("step_s") for c in cases if c.n_runs == 1}
     titles = {SPEED: "Speed", PACKS: "Packs", LOOP: "Sampling"}

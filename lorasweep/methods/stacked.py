@@ -50,7 +50,7 @@ class Factors(nn.Module):
         a: Sequence[torch.Tensor],
         b: Sequence[torch.Tensor],
         scaling_N: torch.Tensor,
-        stacked: tuple[int, int] = (1, 1),
+        stacked: Sequence[int] = (1, 1),
         base: nn.Module | None = None,
     ) -> None:
         """Hold the tensors; `stacked`: E of A and of B; `base`: the replaced module."""
@@ -142,8 +142,8 @@ class StackedExperts(nn.Module):
         self.base = base
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
-    def forward(self, *given: torch.Tensor) -> torch.Tensor:
-        return experts_forward(self.base, *given, self)
+    def forward(self, *given: Any) -> torch.Tensor:
+        return experts_forward(self.base, *given, adapters=self)
 
 
 def _adapted(

@@ -218,10 +218,10 @@ def train(
                 ended[run.id] = ("done" if run.id in done else "diverged", result)
 
             def snapshot(step: int = step, runs: list[RunSpec] = runs) -> dict[str, State]:
-                layout, found = [run.id for run in runs], {}
+                layout, found = [run.id for run in runs], dict[str, State]()
                 for k, i in enumerate(layout):
-                    meta = {"step": step, "layout": layout}
-                    meta |= {**progress[i].state(), **objective.state(i)}
+                    own = {**progress[i].state(), **objective.state(i)}
+                    meta = {"step": step, "layout": layout, **own}
                     found[i] = {"tensors": optimizer.run_tensors(k), "meta": meta}
                 return found
 

@@ -89,9 +89,9 @@ def sample(
     parts = []
     with phase(SAMPLING, divisible=size > 1):
         for k in range(0, n_prompts, size):
-            own, at = [of_run[k : k + size] for of_run in prompts], slice(k * group, None)
-            uniforms = uniforms_NAL[:, at][:, : size * group]
-            parts.append(_together(model, own, uniforms, ends, precision))
+            some = [own[k : k + size] for own in prompts]
+            uniforms = uniforms_NAL[:, k * group : (k + size) * group]
+            parts.append(_together(model, some, uniforms, ends, precision))
     return [_joined(of_run) for of_run in zip(*parts)]
 
 

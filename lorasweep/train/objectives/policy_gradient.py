@@ -138,7 +138,7 @@ class PolicyGradient(Objective):
         completions_N = self._mesh.run(sample, model, prompts, uniforms, *how)
         n_sampled = sum(len(t) for own in completions_N for t in own.tokens)
         speed = {"sampled_tokens_per_s": n_sampled / (time.perf_counter() - started)}
-        some, kept_N = [], []
+        some, kept_N = list[Group](), []
         for run, rows, completions in zip(runs, rows_N, completions_N):
             rewards = self._rewards_of(run)
             groups, record = reward_groups(rows, completions, rewards, run.reward_scale)
