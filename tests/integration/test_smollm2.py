@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.data import load as data
 from lorasweep.data.examples import Example, collate
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.describe import describe_model
 from lorasweep.train.objectives.nll import nll_sums
 from tests.training import beside_peft, pack_of
-from tests.world import ROOT, compose_request, write_splits
+from tests.world import ROOT, compose_request
 
 WEIGHTS = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = [
@@ -42,16 +41,6 @@ def test_the_file_alone_describes_it_and_it_knows_the_capital_of_france(world):
     ids = base.tokenizer("The capital of France is", return_tensors="pt").input_ids
     out = base.model.generate(ids, max_new_tokens=4, do_sample=False)
     assert "Paris" in base.tokenizer.decode(out[0])
-
-
-def test_text_is_masked_to_the_answer(world, tmp_path):
-    spec, base = world
-    rows = [{"question": "What is 3 + 4?", "answer": "It is 7."}]
-    write_splits(tmp_path / "gsm8k", rows)
-    few = dataclasses.replace(spec.dataset, revision="", n_test_curve=1)
-    e = data.load(few, [str(tmp_path)], base.tokenizer).test[0]
-    assert base.tokenizer.decode(e.tokens[e.loss], skip_special_tokens=True) == "It is 7."
-    assert e.tokens[-1] == base.tokenizer.eos_token_id
 
 
 def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, norms_in_float64):
