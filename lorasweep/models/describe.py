@@ -24,7 +24,6 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of architectures that predict the next token."""
 KINDS = ("attention", "mlp", "experts")
 """Kinds of matrices in a layer that can be adapted."""
-FOLDER = "the folder with config.json, weights (model.safetensors) and tokenizer"
 
 
 def describe_model(given: str, models_dirs: Sequence[str] = ()) -> tuple[ModelSpec, str]:
@@ -69,7 +68,7 @@ def _described(spec: ModelSpec, path: Path, models_dirs: Sequence[str]) -> Model
     where = f"model {spec.name!r}: {path}"
     if not _is_model(path):
         what = "has no config.json" if path.is_dir() else "is no .gguf file"
-        raise ModelError(f"{where} {what}. Give a .gguf file, or {FOLDER}.")
+        raise ModelError(f"{where} {what}. Give a .gguf file, or a model's folder.")
     if path.is_file():  # values are computed in fp32; reading a config takes seconds
         converted = find.converted_at(path, models_dirs[0])
         known = converted if _is_model(converted) else path

@@ -21,8 +21,7 @@ COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
 """Type of activations and weight copies in matrix products."""
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
 """Parameters of a module of experts, [experts, outputs, inputs]."""
-GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
-"""Norms whose factor is 1 + weight."""
+GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # their factor is 1 + weight
 ROUNDING = 0.03
 """Accepted difference of outputs, as a share of the largest one: above bf16 rounding, far below the
 effect of tokens of another row."""

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -308,22 +309,18 @@ def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
         model.set_experts_implementation("sorted_by_run")
 
 
-class ExpertTokens:
+@contextmanager
+def expert_tokens(model: nn.Module) -> Iterator[Callable[[int, Mesh], list[list[list[int]]]]]:
     """Count the tokens that each expert gets in training, padding included.
 
-    Passes without gradients and passes repeated by a backward pass do not count.
+    Yields a function of the number of runs and the mesh: each run's counts since the last call, by
+    layer and expert; empty without experts. Passes without gradients and passes repeated by a
+    backward pass do not count.
     """
+    layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "experts"]
+    counted: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def __init__(self, model: nn.Module) -> None:
-        layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "experts"]
-        self._found: list[list[torch.Tensor]] = [[] for _ in layers]
-        self._hooks = [
-            m.register_forward_pre_hook(partial(self._count, found))
-            for m, found in zip(layers, self._found)
-        ]
-
-    @staticmethod
-    def _count(found: list[torch.Tensor], module: Any, args: tuple[torch.Tensor, ...]) -> None:
+    def count(found: list[torch.Tensor], module: Any, args: tuple[torch.Tensor, ...]) -> None:
         if torch._C._current_graph_task_id() == -1 and torch.is_grad_enabled():
             adapted = isinstance(module, StackedExperts)
             n_runs = len(module.gate_proj.scaling_N) if adapted else 1
@@ -331,19 +328,21 @@ class ExpertTokens:
             counts = chosen.new_zeros(n_runs, len(base.down_proj))
             found.append(counts.scatter_add_(1, chosen, torch.ones_like(chosen)))
 
-    def take(self, n_runs: int, mesh: Mesh) -> list[list[list[int]]]:
-        """Return each run's counts since the last call by layer and expert; empty if no experts."""
-        if not self._found:
+    def take(n_runs: int, mesh: Mesh) -> list[list[list[int]]]:
+        if not counted:
             return [[]] * n_runs
-        by_layer = torch.stack([torch.stack(found).sum(0) for found in self._found])
-        for found in self._found:
+        by_layer = torch.stack([torch.stack(found).sum(0) for found in counted])
+        for found in counted:
             found.clear()
         mesh.sum_(by_layer)
         return by_layer.transpose(0, 1).tolist()
 
-    def close(self) -> None:
-        """Stop counting."""
-        for hook in self._hooks:
+    pairs = zip(layers, counted)
+    hooks = [m.register_forward_pre_hook(partial(count, found)) for m, found in pairs]
+    try:
+        yield take
+    finally:
+        for hook in hooks:
             hook.remove()
 
 

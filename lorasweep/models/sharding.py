@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from lorasweep.methods.trainables import Trainables
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)
-"""Longest wait for the other processes, e.g. while process 0 reads the weights."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,7 +56,8 @@ class Mesh:
         if torch.cuda.is_available():
             kind, backend = "cuda", "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, timeout=PATIENCE)
+        # the longest wait for the others, such as process 0 while it reads the weights
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
         return cls(dist.get_rank(), init_device_mesh(kind, (dist.get_world_size(),)))
 
     @property

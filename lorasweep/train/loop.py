@@ -21,7 +21,7 @@ from torch import nn
 from lorasweep.data.examples import Example, collate
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend, frozen_in_bf16
-from lorasweep.models.load import Base, ExpertTokens, find_targets
+from lorasweep.models.load import Base, expert_tokens, find_targets
 from lorasweep.models.sharding import Mesh, guard, shard
 from lorasweep.spec.evaluations import EARLY_STOPPING_RULE, Best, eval_steps, no_better
 from lorasweep.spec.run import RunSpec
@@ -69,8 +69,7 @@ def train(
     at_start = objective.start(base, runs) if mesh.size == 1 else []
     with ExitStack() as at_end:
         trainables = at_end.enter_context(attached(pack, base))
-        counts = ExpertTokens(model)
-        at_end.callback(counts.close)
+        take_counts = at_end.enter_context(expert_tokens(model))
         # Measure here: only a sharded base may fit, and new adapters change no output yet.
         if mesh.size > 1:
             mesh = base.mesh = shard(model, trainables, mesh, pack[0].precision)
@@ -130,12 +129,12 @@ def train(
             records: dict[str, Record] = {}
             diverged = set()
             update = objective.metrics(losses)
-            expert_tokens = counts.take(len(total_N), mesh)
+            by_expert = take_counts(len(total_N), mesh)
             for k, run in enumerate(runs):
                 n_tokens, mine = sum(b.tokens_N[groups[k]] for b in batches), progress[run.id]
                 mine.tokens += n_tokens
                 mine.step_s.append(seconds)
-                of_experts = np.add(mine.expert_tokens or 0, expert_tokens[groups[k]])
+                of_experts = np.add(mine.expert_tokens or 0, by_expert[groups[k]])
                 mine.expert_tokens = of_experts.tolist()
                 records[run.id] = {
                     "step": step,

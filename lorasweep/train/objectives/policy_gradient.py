@@ -50,11 +50,9 @@ COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
 COLLAPSED_PATIENCE updates in a row. Assumptions, not tuned."""
 FIRST_UPDATES = 8
 """A run fails if in its first FIRST_UPDATES updates no completion is rewarded, or every one is."""
-RATIO_BOUND = 1e-3
-"""Accepted distance of p_learner / p_sampler from 1 in fp32, where both are the same policy."""
-ROUNDING = 1e-5
-"""Accepted rounding error of a log-probability, as a share of the largest logit: about 100 times
-the precision of fp32."""
+RATIO_BOUND, ROUNDING = 1e-3, 1e-5
+"""Accepted distance of p_learner / p_sampler from 1 in fp32, where both are the same policy; and of
+a log-probability, as a share of the largest logit: about 100 times the precision of fp32."""
 EVAL_TOKENS = 4096
 """Padded tokens per run and forward pass in evaluation, in packs of any size."""
 DEVIATION_EPS = 1e-4
