@@ -12,7 +12,6 @@ from typing import Any
 
 import lorasweep
 from lorasweep.check import cases as all_cases
-from lorasweep.check import page
 from lorasweep.check.cases import NODE, Case
 from lorasweep.cli.printed import Answer, notifier
 from lorasweep.config import catalogue
@@ -67,7 +66,7 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
 
     def measured() -> Hardware | None:  # with the constants of part 1
         node = results().get("node", {"failed": ""})
-        return None if "failed" in node else page.measured_hardware(node, known, file.stem)
+        return None if "failed" in node else all_cases.measured_hardware(node, known, file.stem)
 
     def report(case: Case, result: dict[str, Any]) -> None:
         """Write the page, and the hardware file if part 1 is measured."""
@@ -76,9 +75,9 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
         notify(f"{case.part:12} {case.name}: {', '.join(numbers)}")
         if hardware := measured():
             file.parent.mkdir(parents=True, exist_ok=True)
-            text = page.hardware_file(hardware, results()["node"], time.strftime("%Y-%m-%d"))
+            text = all_cases.hardware_file(hardware, results()["node"], time.strftime("%Y-%m-%d"))
             files.write_atomic(file, text.encode())
-        text = page.page(cases, predicted, results())
+        text = all_cases.page(cases, predicted, results())
         files.write_atomic(path / "page.md", text.encode())
 
     for some in (cases[:1], cases[1:]):  # part 1 gives the constants of an unknown card
@@ -100,7 +99,7 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
             f"page: {path / 'page.md'}\nhardware file: {file}",
             f"plan with it: python -m lorasweep {chosen} +sweep=study scale=paper action=plan",
         ],
-        int(bool(page.failures(cases, found) or any("failed" in r for r in found.values()))),
+        int(bool(all_cases.failures(cases, found) or any("failed" in r for r in found.values()))),
     )
 
 

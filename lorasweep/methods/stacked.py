@@ -357,7 +357,7 @@ class StackedAdapters(Trainables):
 
     @torch.no_grad()
     def norms(self) -> list[dict[str, float]]:
-        """Return each run's Frobenius norms over all matrices: of A, of B, of scaling * B A."""
+        # Frobenius norms over all matrices: of A, of B, of scaling * B A
         some = next(iter(self._factors.values())).scaling_N
         sums = some.new_zeros(3, len(some), dtype=torch.float64)
         for module in self._factors.values():

@@ -124,7 +124,6 @@ class PolicyGradient(Objective):
         return found
 
     def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Rollouts]:
-        """Sample the completions of update `step` and return the learner's micro-batches."""
         self._pack, self._gap_NK = runs, []
         first = runs[0]  # the shape of an update is the same for all runs of a pack
         n_prompts = first.batch_size // first.group_size
@@ -163,7 +162,6 @@ class PolicyGradient(Objective):
         return replace(rewards, of=of)
 
     def weights(self, batch: Rollouts) -> torch.Tensor:
-        """Return the number of completions that each run's loss is divided by, [N]."""
         return torch.full((len(batch.tokens_N),), float(batch.episodes), dtype=torch.float64)
 
     def loss(self, model: nn.Module, batch: Rollouts) -> torch.Tensor:
@@ -206,7 +204,7 @@ class PolicyGradient(Objective):
         return records
 
     def diverged(self, run_id: str, loss: float) -> bool:
-        """Return whether the run has broken down. The loss is no sign: it is always near 0."""
+        # the loss is no sign: it is always near 0
         return self._signals[run_id].collapsed or self._signals[run_id].beyond_fp32
 
     def evaluate(
@@ -241,7 +239,6 @@ class PolicyGradient(Objective):
         return held_out_rewards(model, rows, rewards_N, most, *how)
 
     def facts(self, run: RunSpec) -> Record:
-        """Return the reward before training, the best reward, and facts about the data set."""
         signal = self._signals[run.id]
         found = {"reward_start": signal.reward_start, "collapsed": signal.collapsed}
         found |= {name: signal.state()[name] for name in ("best_reward", "answers")}

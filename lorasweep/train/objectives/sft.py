@@ -111,20 +111,15 @@ class SupervisedFineTuning(Objective):
         return [self._runs[run.id].start for run in runs]
 
     def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
-        """Return one group for runs that differ in the learning rate only, at the first update.
-
-        They begin with the same weights and rows, so they have the same gradient.
-        """
+        # at the first update, runs that differ in the rate only have the same weights and rows
         if step:
             return super().groups(step, runs)
         found: dict[str, int] = {}
         return [found.setdefault(replace(r, lr=runs[0].lr).id, len(found)) for r in runs]
 
     def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Batch]:
-        """Return the micro-batches of update `step`, with rows of similar length together.
-
-        Consecutive micro-batches, one for each process, have equally many rows.
-        """
+        # Rows of similar length are together. Consecutive micro-batches, one for each process, have
+        # equally many rows.
         processes, by_run, groups = self._mesh.size, [], self.groups(step, runs)
         # a pass has the same number of rows at all updates
         most = (self._micro_batch_size or 0) * len(runs) // (max(groups) + 1)
@@ -146,18 +141,15 @@ class SupervisedFineTuning(Objective):
         return [merge(parts) for parts in zip(*by_run)]
 
     def weights(self, batch: Batch) -> torch.Tensor:
-        """Count each run's loss tokens, [N]."""
         return torch.from_numpy(batch.weight_NM.sum(1))
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return nll_sums(model, batch, self._precision)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Record the mean loss in nats per token."""
         return [{"train_nll": loss} for loss in losses]
 
     def diverged(self, run_id: str, loss: float) -> bool:
-        """Add the loss to the code length; return whether the run diverged (see Measured)."""
         known = self._runs[run_id]
         known.code_nats += loss * known.n_loss
         return known.note(loss)
@@ -244,10 +236,7 @@ class SupervisedFineTuning(Objective):
         ]
 
     def facts(self, run: RunSpec) -> Record:
-        """Return the NLL before training, and facts about the data set.
-
-        `bits_...`: new information in the run's training data, for known generators.
-        """
+        # `bits_...`: new information in the run's training data, for known generators
         data, known = self._data[run.id], self._runs[run.id]
         bits = data.bits(run.steps * known.n_loss) if data.bits else {}
         prompts = _prompts(run, data.test)
@@ -262,7 +251,6 @@ class SupervisedFineTuning(Objective):
         }
 
     def state(self, run_id: str) -> dict[str, Any]:
-        """Return the state of the divergence rule, the code length, and the data's fingerprint."""
         known = self._runs[run_id]
         judged = {"above": known.above, "first_nll": known.first, "code_nats": known.code_nats}
         return {**judged, **super().state(run_id)}

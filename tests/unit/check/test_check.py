@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorasweep.check import cases as all_cases
-from lorasweep.check import measures, page
+from lorasweep.check import measures
 from lorasweep.check.cases import CORRECTNESS, PACKS, SPEED, Case
 from lorasweep.cli import check
 from lorasweep.config import catalogue
@@ -60,7 +60,7 @@ def test_a_prediction_is_the_plans_number_for_the_layout_that_is_measured(plante
 
 def test_the_page_names_what_the_plan_got_wrong_by_more_than_a_quarter(planted):
     cases, predicted, results = planted
-    text = page.page(cases, predicted, results)
+    text = all_cases.page(cases, predicted, results)
     assert "Wrong by" not in text and "measured / predicted is 1.20; 0 of" in text
     assert "6 of 6 checks passed" in text and "takes" in text.partition("## Not measured")[2]
     slow = {n: {**results[n], "step_s": 9.0} for n in ("llama-3.2-1b lora",)}
@@ -68,7 +68,7 @@ def test_the_page_names_what_the_plan_got_wrong_by_more_than_a_quarter(planted):
         name = f"llama-3.2-1b 1 rows x {count}"
         slow[name] = {**results[name], "step_s": seconds}
     slow["a pack in bf16, against its runs"] = {"difference": 0.5, "bound": 0.02}
-    text = page.page(cases, predicted, {**results, **slow})
+    text = all_cases.page(cases, predicted, {**results, **slow})
     mostly = predicted["cases"]["llama-3.2-1b lora"]["parts"]
     wrong = text.partition("Wrong by more than 25%")[2].partition("##")[0]
     assert "| llama-3.2-1b lora | seconds an update |" in wrong
@@ -79,7 +79,7 @@ def test_the_page_names_what_the_plan_got_wrong_by_more_than_a_quarter(planted):
 
 
 def test_the_hardware_file_has_the_measured_constants_and_can_be_read(tmp_path):
-    measured = page.measured_hardware(NODE, H100, "mine")
+    measured = all_cases.measured_hardware(NODE, H100, "mine")
     speeds = {p: s * measured.attainable_share for p, s in measured.matmul_flops_s.items()}
     assert speeds == pytest.approx({"bf16": 7e14, "fp32": 5e13}, rel=0.01)
     assert measured.matmul_flops_s["bf16"] == H100.matmul_flops_s["bf16"]
@@ -87,11 +87,11 @@ def test_the_hardware_file_has_the_measured_constants_and_can_be_read(tmp_path):
     assert measured.price_per_gpu_h == H100.price_per_gpu_h
     (tmp_path / "hardware").mkdir()
     file = tmp_path / "hardware" / "mine.yaml"
-    file.write_text(page.hardware_file(measured, NODE, "2026-11-28"))
+    file.write_text(all_cases.hardware_file(measured, NODE, "2026-11-28"))
     assert catalogue.machines([tmp_path])["mine"]() == measured
     # measured again with its own file: the same constants
-    assert page.measured_hardware(NODE, measured, "mine") == measured
-    assert page.measured_hardware(NODE, None, "mine").attainable_share == 1.0
+    assert all_cases.measured_hardware(NODE, measured, "mine") == measured
+    assert all_cases.measured_hardware(NODE, None, "mine").attainable_share == 1.0
 
 
 @pytest.mark.slow
