@@ -58,6 +58,10 @@ def main() -> None:
     except OSError as error:  # such as a full disk
         why = f"{error.filename or 'a file'} cannot be written or read ({error.strerror or error})"
         _fail(f"{why}. Name another, or correct it, and run again: finished runs are kept.")
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        _fail("a folder that begins with ~NAME: there is no such user. Name another folder.")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -19,8 +19,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,9 +66,6 @@ FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes"
 """Mappings that take new keys, with a + before them."""
 PARTS = ("method", "exec", "dataset", "cluster")
 """Groups in which a setting without its group is looked for."""
-PATHS = "out|table|data|model|dataset|customers|exec\\.\\w+_dir"
-HOME = re.compile(rf"(?:{PATHS})=\W*(~[^/,\]'\"]+)")
-"""Finds the home folder of a user in a setting, as in out=~ann/best."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
     *("sweep=", "scale=", "exec.", "cluster=", "cluster.", "hardware=", "hardware."),
@@ -184,8 +179,6 @@ class Composer:
         path = ",".join(f"'file://{folder}'" for folder in escaped)
         chosen, changes = [f"hydra.searchpath=[{path}]"], list[Override]()
         for text in typed:
-            if (home := HOME.match(text)) and os.path.expanduser(home[1]) == home[1]:
-                raise SpecError(f"{text!r}: there is no user {home[1][1:]!r}. Name another folder.")
             try:
                 override = OverridesParser.create().parse_override(text)
             except HydraException as error:

@@ -174,12 +174,6 @@ def axes_of(arm: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in arm.items() if k not in ("method", ADDED_AFTER)}
 
 
-def added_after(sweep: Sweep) -> list[dict[str, str]]:
-    """List the runs added after an interim analysis: arm, what was added, and why."""
-    stated = ((arm, axes.get(ADDED_AFTER)) for arm, axes in sweep.arms.items())
-    return [{"arm": arm, **added} for arm, added in stated if added]
-
-
 def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
     """Yield what is missing, or wrong together: a question, claims with margins, arms, values."""
     if not sweep.question:

@@ -12,7 +12,7 @@ from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.values import Is
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Sweep, added_after, made
+from lorasweep.sweep.question import ADDED_AFTER, Sweep, made
 
 HASH_DIGITS = 6
 """Hexadecimal digits of the hash in a title. 6 suffice: a folder holds few titles."""
@@ -136,6 +136,10 @@ def question(request: Request) -> dict[str, Any]:
         "name": request.sweep_name,
         "scale": request.scale,
         "changes": request.changes,
-        "added_after": added_after(request.sweep),
+        ADDED_AFTER: [
+            {"arm": arm, **axes[ADDED_AFTER]}
+            for arm, axes in request.sweep.arms.items()
+            if axes.get(ADDED_AFTER)
+        ],
         **{key: sweep[key] for key in (*kept, "estimands")},
     }

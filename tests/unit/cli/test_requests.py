@@ -27,7 +27,7 @@ def refused(done, *words):
         ("rank=4", "Available: method.rank"),
         ("-m lr=1", "-m is not supported"),
         ("--resolve", "--cfg job"),
-        ("+sweep=lr_ratio exec.runs_dir='~nobody9/r'", "no user 'nobody9'"),
+        ("+sweep=lr_ratio exec.runs_dir='~nobody9/r'", "no such user"),
         ("hydra.run.dir=x", "'hydra' not found"),
         ("model=tiny64,tiny128 lr=1e-3", "sweep.axes.model"),
         ("+sweep=lr_ratio scale.name=small", "scale=NAME"),
