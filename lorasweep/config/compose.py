@@ -185,9 +185,8 @@ class Composer:
                 raise SpecError(f"{text!r}: {error}. Expected KEY=VALUE.") from None
             group, value = override.key_or_group, override.value()
             is_group = bool(self.options(group))
-            if override.is_sweep_override() or (
-                is_group and not isinstance(value, str | int | float)
-            ):
+            is_one = not is_group or isinstance(value, str | int | float)
+            if override.is_sweep_override() or not is_one:
                 raise SpecError(
                     f"{text!r}: expected one value of {group}. Several, as an axis of a sweep: "
                     f"'sweep.axes.{group}=[A,B]'."
@@ -291,9 +290,10 @@ class Composer:
         values = {name: config[name] for name in SETTINGS}
         for problem in problems_of(Settings, values):
             raise SpecError(problem)
-        options = config["cluster"]["options"].items()
-        config["cluster"]["options"] = {name: str(value) for name, value in options}
-        for problem in problems_of(Cluster, config["cluster"], "cluster."):
+        cluster, texts = config["cluster"], [f.key for f in fields(Cluster) if f.kind is str]
+        cluster |= {k: str(cluster[k]) for k in texts if cluster[k] is not None}  # account=123
+        cluster["options"] = {name: str(value) for name, value in cluster["options"].items()}
+        for problem in problems_of(Cluster, cluster, "cluster."):
             raise ClusterError(problem)
         if config["rates"] != "advised" and not isinstance(config["rates"], int):
             raise SpecError(f"rates={config['rates']!r}. Expected a number; with a fleet: advised.")
@@ -303,7 +303,7 @@ class Composer:
             rates=1 if config["rates"] == "advised" else config["rates"],
             scale=config["scale"]["name"],
             exec=exec_of(config["exec"], given),
-            cluster=Cluster(**config["cluster"]),
+            cluster=Cluster(**cluster),
             hardware={} if machine == {"name": detect.NAME} else machine,
             folders=[*map(str, self.folders), str(conf_dir())],
             given=given,

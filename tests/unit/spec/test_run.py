@@ -105,6 +105,7 @@ def test_stored_keys_are_those_of_the_configuration():
     overrides = ["scale=smoke", "method=lora", "method.rank=1", "method.start=b"]
     (point,) = compose_request([*overrides, "dataset.generator_params.rule_shift=0.25"]).points
     assert point.spec.method.random_factor == "b"
+    assert compose_request(["run=012345678901"]).run == "012345678901"  # an id of digits alone
     assert point.spec.dataset.generator_params["rule_shift"] == 0.25
 
 
