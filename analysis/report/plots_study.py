@@ -350,7 +350,7 @@ def speed_answers(answers: Sequence[Answer]) -> dict[Setting, Answer]:
     """Return one answer of `rank` per setting: confirmatory if possible, on the largest base."""
     mine = [a for a in answers if a.sweep == "rank" and a.updates >= 2 * EARLIEST]
     found: dict[Setting, Answer] = {}
-    for a in sorted(mine, key=lambda a: (a.exploratory, -a.size)):
+    for a in sorted(mine, key=lambda a: (a.exploratory, -a.runs["n_trainable"].max())):
         found.setdefault(a.judged[0][0].setting, a)
     return dict(sorted(found.items()))
 

@@ -80,9 +80,8 @@ class Answer:
 
     @functools.cached_property
     def runs(self) -> pd.DataFrame:
-        """The table of the answer's runs; empty if the folder has no table."""
-        path = self.folder / "table.parquet"
-        return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+        """The table of the answer's runs."""
+        return pd.read_parquet(self.folder / "table.parquet")
 
     @property
     def run_ids(self) -> set[str]:
@@ -90,12 +89,7 @@ class Answer:
 
     @property
     def bases(self) -> list[str]:
-        return sorted(self.runs["model"].unique()) if len(self.runs) else []
-
-    @property
-    def size(self) -> int:
-        """Number of parameters of the largest base model."""
-        return int(self.runs["n_trainable"].max()) if "n_trainable" in self.runs else 0
+        return sorted(self.runs["model"].unique())
 
     @property
     def updates(self) -> int:
@@ -106,8 +100,6 @@ class Answer:
     def trained(self) -> str:
         """The runs in words: models with their size, data, ranks, batch, updates."""
         table = self.runs
-        if not len(table):
-            return "-"
         full = table[table["method"] == "fullft"]
         sizes = full.groupby("model")["n_trainable"].max() if "n_trainable" in full else {}
         millions = {m: f"{n / 1e6:{'.2g' if n < 1e8 else '.0f'}}M" for m, n in sizes.items()}

@@ -39,6 +39,8 @@ TABLE = "rows.csv"
 """All rows: verdicts, and the measurements that the pages show."""
 MOST = 12
 """Largest number of rows of the figure of claims."""
+USED = ["model", "hidden_size", "method", "n_trainable", "rank", "alpha", "steps"]
+"""Columns of runs of which the table of base models is made."""
 ALPHA = "alpha (output times alpha / rank)"
 MIXED = "mixed"
 """Outcome of a claim whose verdicts differ between its data sets or bases."""
@@ -111,8 +113,15 @@ def pages(
         by_sweep.setdefault(a.sweep, []).append(a)
     folder = path.parent
     found = findings(data.rows) if kept else []
-    runs = base_runs(answers)
+    runs = pd.concat([a.runs.reindex(columns=USED) for a in answers])
     sizes = sizes_of(runs) / 1e6
+    primary = [
+        f"**{r.says[0].upper()}{r.says[1:]}**: {v.shown}, {with_interval(v.estimate)} on "
+        f"{where(r)}. [Details]({QUESTIONS}/{r.sweep}.md)"
+        for a in answers
+        for r, v in a.single
+        if v.primary and not v.is_withdrawn and v.estimate.value is not None
+    ]
     law = [a.folder / "law.png" for a in by_sweep.get(LAW, [])]
     common: dict[str, Any] = {
         "kept": kept,
@@ -127,7 +136,7 @@ def pages(
             "study/page.md",
             **common,
             findings=found[:ON_PAGE],
-            claims=[] if kept else primary_lines(answers),
+            claims=[] if kept else primary,
             loads=first_pass_loads(data.rows),
             others=found[ON_PAGE:],
             tally=tally(answers),
@@ -147,17 +156,6 @@ def pages(
     for q in questions:
         texts[f"{QUESTIONS}/{q['sweep']}.md"] = rendered("study/question.md", **common, q=q)
     return {**{name: in_words(text) for name, text in texts.items()}, TABLE: csv_of(data.rows)}
-
-
-def primary_lines(answers: Sequence[Answer]) -> list[str]:
-    """Return a line for each measured primary verdict: the claim, its outcome, the number."""
-    return [
-        f"**{r.says[0].upper()}{r.says[1:]}**: {v.shown}, {with_interval(v.estimate)} on "
-        f"{where(r)}. [Details]({QUESTIONS}/{r.sweep}.md)"
-        for a in answers
-        for r, v in a.single
-        if v.primary and not v.is_withdrawn and v.estimate.value is not None
-    ]
 
 
 def first_pass_loads(rows: Sequence[Row]) -> str:
@@ -249,13 +247,6 @@ def readme(text: str, kept: Path) -> str:
 
 
 # ---------------------------------------------------------------- tables
-
-
-def base_runs(answers: Sequence[Answer]) -> pd.DataFrame:
-    """Return the columns of all runs that the table of base models is made of."""
-    kept = ["model", "hidden_size", "method", "n_trainable", "rank", "alpha", "steps"]
-    tables = [a.runs[kept] for a in answers if set(kept) <= set(a.runs.columns)]
-    return pd.concat(tables) if tables else pd.DataFrame(columns=kept)
 
 
 def sizes_of(runs: pd.DataFrame) -> pd.Series:
