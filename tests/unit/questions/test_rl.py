@@ -110,10 +110,9 @@ def contexts_of(spec):
 class Bandit(Rewards):
     """`reward[contexts]`, less `behind[contexts]` for rank 1, which knows .97 of the labels."""
 
-    def __init__(self, reward, behind, costs=0.0):
+    def __init__(self, reward, behind):
         def top(spec, step):
-            n, adapted = contexts_of(spec), rank_of(spec) and "unembedding" in spec.method.layers
-            return reward[n] - behind[n] * (rank_of(spec) == 1) - costs * bool(adapted)
+            return reward[contexts_of(spec)] - behind[contexts_of(spec)] * (rank_of(spec) == 1)
 
         def best(spec):
             return FULL if is_full(spec) else LORA
@@ -137,22 +136,6 @@ class Bandit(Rewards):
         found = super().results(spec)
         bits = contexts_of(spec) * bits_learned(found["test_reward"], 16)
         return {**found, "bits_per_answer": bits / (spec.steps * spec.batch_size)}
-
-
-def test_arms_without_an_adapter_of_the_unembedding_are_judged(tmp_path):
-    """Rank 1 costs .05 of reward, and an adapter of the unembedding .1 more at every rank."""
-    world = Bandit({64: 0.9}, {64: 0.05}, 0.1)
-    whole = bit_runs(64)
-    fewer = [change(s, layers="attention+mlp") for s in whole if rank_of(s)]
-    asked = claims_of("rl_unembedding")
-    _, found = ask("rl_unembedding", world, [*whole, *fewer], tmp_path, asked)
-    check(found, tie=("REFUTED", pytest.approx(-5, abs=0.5)), taught="SUPPORTED")
-    check(found, unembedding=("SUPPORTED", pytest.approx(10, abs=0.3)))
-    check(found, top_rank=("SUPPORTED", pytest.approx(0, abs=0.3)))
-    load = 4 * 64 / (2 * 5120)  # without the unembedding
-    assert f"capacity of rank 1: {load:.2g}." in (tmp_path / "report.md").read_text()
-    _, found = ask("rl_unembedding", world, whole, claims=asked)
-    check(found, unembedding="no curve of", tie=pytest.approx(-15, abs=0.5))
 
 
 def test_rank_1_behaves_as_its_capacity_says(tmp_path):
