@@ -444,19 +444,7 @@ def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.S
         }
         for c in found
     ]
-    out = [_over_rank(found), _over_updates(found)]
-    rows = [
-        [c.name, g.lora.curve.key["layers"], with_interval(g.mean(), signed)]
-        for c in found
-        for g in c.controls
-    ]
-    head = "condition | matrices trained | loss minus full fine-tuning's [95%]"
-    text = (
-        "A control trains fully the matrices that LoRA adapts, and no other weights. Its regret is "
-        "due to which matrices are trained, not to the rank."
-    )
-    out += [base.Section.of("Controls", head, rows, [text])] if rows else []
-    return {"cells": cells}, out
+    return {"cells": cells}, [_over_rank(found), _over_updates(found)]
 
 
 def _over_rank(found: Sequence[Data]) -> base.Section:
@@ -476,16 +464,8 @@ def _over_rank(found: Sequence[Data]) -> base.Section:
         for r, g in c.last.items():
             parts = [with_interval(over_seeds(v), signed) for v in c.parts_of_gap[r].values()]
             loads = [c.loads[r].get(count) for count in regret.COUNTS]
-            row = [
-                c.name,
-                c.of("steps"),
-                r,
-                mean_of(g.gain),
-                regrets[r],
-                *loads,
-                *(parts or (None, None)),
-            ]
-            rows.append(row)
+            shares = [mean_of(g.gain), regrets[r], *loads, *(parts or (None, None))]
+            rows.append([c.name, c.of("steps"), r, *shares])
         if str(c.needed) != "-":  # "-": no rank could be judged
             rank, needed = c.rank_needed, (number(c.load_needed(k).value) for k in regret.COUNTS)
             between = f"; interpolated {with_interval(rank)}, loads {', '.join(needed)}"
