@@ -774,14 +774,14 @@ def _rewarded(t: Task, figure: str) -> base.Section:
     )
     text = [f"Bits of the labels over the capacity of rank 1: {t.load:.2g}." if t.load else "", HOW]
     place, lr = f"{key['model']} on {key['dataset']}, each at its best stable LR", "learning rate"
-    lines = {"lines": {"before training": start} if math.isfinite(start) else {}}
-    panels = [base.Panel(place, "episodes", REWARD, progress, log_x=True, **lines)]
+    lines = {"before training": start} if math.isfinite(start) else {}
+    panels = [base.Panel(place, "episodes", REWARD, progress, log_x=True, lines=lines)]
     if any(len(np.unique(o.curve.x)) > 1 for o in t.main):
         what, least = (
             "at the end, without the runs that collapsed",
             100 * (1 - rewards.MAX_COLLAPSED),
         )
-        panels.append(base.Panel(what, lr, REWARD, rewarded, log_x=True, **lines))
+        panels.append(base.Panel(what, lr, REWARD, rewarded, log_x=True, lines=lines))
         more: dict[str, Any] = {"log_x": True, "y_range": (0, 105)}
         more["lines"] = {f"stable: {least:.0f}% or more": least}
         panels.append(base.Panel("runs that do not collapse", lr, "% of runs", survived, **more))

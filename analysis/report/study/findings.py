@@ -197,9 +197,9 @@ def _counted(
         lines.append(f"{words} at {', '.join(dict.fromkeys(scales))}{mark}")
     known = []
     for r in (r for r, _ in judged if sentence.get("episodes")):
-        mine = [e for e in pick(episodes, sweep=r.sweep, scale=r.scale) if e.task == r.task]
-        lowest = min((e.rank for e in mine), default=None)
-        known += [float(e.estimate.value or 0) for e in mine if e.rank == lowest]
+        of_task = pick(episodes, sweep=r.sweep, scale=r.scale, task=r.task)
+        lowest = min((e.rank for e in of_task), default=None)
+        known += [float(e.estimate.value or 0) for e in of_task if e.rank == lowest]
     if known:
         shown = dict.fromkeys(f"{float(f'{x:.2g}'):,g}" for x in (min(known), max(known)))
         lines.append(f"at {' to '.join(shown)} parameters an episode")
