@@ -111,30 +111,6 @@ def test_it_opens_from_disk_and_filters(browser, tmp_path):
     quiet(browser)
 
 
-def test_tables_sort_and_each_point_leads_to_its_run(browser, tmp_path):
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
-
-    opened(browser, tmp_path, runs(["a/one"], [None, 4]))
-    column = "return [...document.querySelectorAll('#run-table tbody tr')].map(r => Number(r.children[6].textContent))"
-    browser.find_elements(By.CSS_SELECTOR, "#run-table th")[6].click()
-    up = browser.execute_script(column)
-    browser.find_elements(By.CSS_SELECTOR, "#run-table th")[6].click()
-    down = browser.execute_script(column)
-    assert up == sorted(up) and down == sorted(down, reverse=True) and len(up) == 14
-    browser.find_elements(By.CSS_SELECTOR, "#run-table tbody tr")[0].click()
-    first = browser.find_element(By.ID, "details").text
-    assert "run_id" in first and "r000" in first
-    browser.find_element(By.CSS_SELECTOR, "#details button").click()
-    browser.execute_script("window.scrollTo(0, 0)")
-    point = browser.find_element(By.CSS_SELECTOR, "#lr-plot .points path")
-    ActionChains(browser).move_to_element(point).pause(0.3).click().perform()
-    time.sleep(0.3)
-    told = browser.find_element(By.ID, "details")
-    assert told.is_displayed() and "run_id" in told.text and "test_nll" in told.text
-    quiet(browser)
-
-
 def test_names_are_text_and_nothing_else(browser, tmp_path):
     table = runs([HOSTILE], [None, 4])
     table["run_id"] = [f"{HOSTILE}{k}" for k in range(len(table))]

@@ -9,7 +9,7 @@ from matplotlib.text import Annotation
 
 from analysis.inference.estimate import AT_LEAST, Estimate
 from analysis.optimum.fit import fit_all
-from analysis.questions.base import Panel, Series, panel_of
+from analysis.questions.base import Panel, Series
 from analysis.report import plots
 from analysis.runs.learning_curves import at_step
 from analysis.runs.lr_curves import lr_curves, title
@@ -64,23 +64,6 @@ def test_a_bound_is_an_arrow_to_its_side_and_no_point(drawn):
     assert ends == {(1, 2.0): plots.ARROW, (2, 3.0): -plots.ARROW, (4, 5.0): plots.ARROW}
     points = np.array(ax.lines[0].get_ydata(), float)
     assert np.isfinite(points).tolist() == [True, False, False, False, False]
-
-
-def test_from_eight_names_on_each_has_a_row(drawn, tmp_path):
-    """Eight names below an axis overlap. Values, bands and bounds lie along x then."""
-    for n in (7, 8):
-        found = {
-            f"arm {k}\nof many": Estimate(0.1 * k, 0.1 * k - 0.2, 0.1 * k + 0.2) for k in range(n)
-        }
-        found[f"arm {n - 1}\nof many"] = Estimate(None, low=1.5)
-        (ax,) = drawn(plots.panels, [panel_of("t", "share", found, band=(-0.1, 0.1))]).axes
-        rows, values = ax.lines[0].get_data()[:: 1 if n < 8 else -1]
-        assert list(rows) == list(range(n)) and values[3] == pytest.approx(0.3)
-        names = [t.get_text() for t in (ax.get_xticklabels() if n < 8 else ax.get_yticklabels())]
-        assert names[0] == ("arm 0\nof many" if n < 8 else "arm 0 of many")
-        (arrow,) = [a for a in ax.get_children() if isinstance(a, Annotation)]
-        assert arrow.xyann == ((0, plots.ARROW) if n < 8 else (plots.ARROW, 0))
-        assert ax.yaxis_inverted() == (n == 8)
 
 
 def runs():
