@@ -275,7 +275,7 @@ def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Pat
 def _dialect(rng: np.random.Generator, count: int, k: int) -> list[Row]:
     """Draw sequences of dialect k; lengths differ between customers and between rows."""
     longest = int(rng.integers(24, 65))
-    table = dialect.transition(DIALECT, "bench", k % DIALECTS)
+    table = dialect.transition(DIALECT, k % DIALECTS)
     tokens = dialect.sample(table, rng, count, longest)
     texts = ["".join(SYMBOLS[t] for t in row) for row in tokens]
     lengths = rng.integers(longest // 2, longest + 1, size=count)

@@ -607,20 +607,22 @@ def make_packs(
         # Runs of one rank must be neighbours. Equal row lengths need less padding. With equal steps
         # the pack stays full longer.
         runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
-        alike: list[list[Point]] = []
+        alike, shortest, longest = list[list[Point]](), 0, 0
         for p in runs:
-            lengths = [mean_length(q.spec) for q in [*alike[-1], p]] if alike else []
-            if lengths and (hardware.gpus or max(lengths) <= LIKE_LENGTH * min(lengths)):
+            length = mean_length(p.spec)
+            shortest, longest = min(shortest, length), max(longest, length)
+            if alike and (hardware.gpus or longest <= LIKE_LENGTH * shortest):
                 alike[-1].append(p)
             else:
                 alike.append([p])
+                shortest = longest = length
         chunks += [chunk for some in alike for chunk in split(some, size)]
     packs = []
     for points in chunks:  # placed with the largest rank, the longest rows, and early stopping
         spec, n = max(points, key=_rank).spec, len(points)
-        longest = max((p.spec for p in points), key=mean_length)
-        if mean_length(longest) != mean_length(spec):
-            spec = replace(spec, dataset=longest.dataset)
+        long = max((p.spec for p in points), key=mean_length)
+        if mean_length(long) != mean_length(spec):
+            spec = replace(spec, dataset=long.dataset)
         spec = replace(spec, early_stopping=max(p.spec.early_stopping for p in points))
         found, seconds = planner.speeds and planner.speeds.of(spec), None
         if found:

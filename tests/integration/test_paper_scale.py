@@ -71,12 +71,6 @@ def test_every_run_is_built_with_its_real_shape_and_trains_what_it_says(runs):
             attached.detach()
 
 
-NARROW = {
-    **{"n_layers": 2, "hidden_size": 128, "n_heads": 4, "n_kv_heads": 4, "head_size": 32},
-    **{"mlp_size": 64, "vocab_size": 512},
-}
-
-
 def updated_twice(specs):
     return [dataclasses.replace(s, lr=3e-4, seed=0, steps=2) for s in specs]
 
@@ -94,31 +88,18 @@ def one_of_each(runs):
 
 
 def shrunken(specs):
-    """The runs on shrunken models, each wide enough for its ranks, and on a few rows."""
-    widest = Counter()
-    for spec in specs:
-        widest[spec.model] = max(widest[spec.model], getattr(spec.method, "rank", 1))
-    shapes = {}
-    for model, rank in widest.items():
-        shape = dict(NARROW)
-        if rank > 128:
-            shape |= {"hidden_size": 512, "n_heads": 8, "n_kv_heads": 8, "head_size": 64}
-        if model.n_experts:
-            shape |= {"mlp_size": 128, "n_experts": 16}  # which share a rank of 128
-        elif rank > 128:
-            shape["mlp_size"] = 512
-        shapes[model] = dataclasses.replace(model, **shape)
-    rows = {"n_test": 16, "n_test_curve": 8}
-    return [
-        dataclasses.replace(
-            s,
-            model=shapes[s.model],
-            dataset=dataclasses.replace(s.dataset, **rows),
-            # some answers of a few tokens, where the study's have thousands
-            **({"batch_size": 3 * s.group_size, "max_new_tokens": 8} if s.group_size else {}),
-        )
-        for s in specs
-    ]
+    """The runs on shrunken models, wide enough for all ranks, and on a few rows."""
+    shape = {"n_layers": 2, "hidden_size": 512, "n_heads": 8, "n_kv_heads": 8, "head_size": 64}
+    found = []
+    for s in specs:
+        # experts share a rank
+        experts = {"mlp_size": 128, "n_experts": 16} if s.model.n_experts else {"mlp_size": 512}
+        model = dataclasses.replace(s.model, **shape, vocab_size=512, **experts)
+        dataset = dataclasses.replace(s.dataset, n_test=16, n_test_curve=8)
+        # some answers of a few tokens, where the study's have thousands
+        few = {"batch_size": 3 * s.group_size, "max_new_tokens": 8} if s.group_size else {}
+        found.append(dataclasses.replace(s, model=model, dataset=dataset, **few))
+    return found
 
 
 def trained(specs, tmp_path, monkeypatch, processes=1):

@@ -56,10 +56,9 @@ LEARNABLE_TIMES = 3
 
 def load(spec: DatasetSpec, draw: int | None = None) -> Data:
     """Make a dialect. Each number `draw` gives another dialect with the same parameters."""
-    where = f"dataset {spec.name!r}"
-    table = transition(spec.generator_params, where, draw)
+    table = transition(spec.generator_params, draw)
     unshifted = {"rule_shift": 0.0, "new_exceptions": 0.0}
-    language = transition({**spec.generator_params, **unshifted}, where)
+    language = transition({**spec.generator_params, **unshifted})
     length = spec.max_length
 
     def sequences(rng: np.random.Generator, count: int, table: np.ndarray = table) -> list[Example]:
@@ -104,11 +103,9 @@ def checked(params: dict[str, float], where: str) -> dict[str, float]:
     return k
 
 
-def transition(
-    params: dict[str, float], where: str = "dialect", draw: int | None = None
-) -> np.ndarray:
+def transition(params: dict[str, float], draw: int | None = None) -> np.ndarray:
     """Return P(next | a, b, c) as float64 [V, V, V, V]; raise DataError as `checked` does."""
-    return _table(parts_of(params, draw, where))
+    return _table(parts_of(params, draw))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +122,9 @@ class Parts:
     memorised_VVV: np.ndarray
 
 
-def parts_of(params: dict[str, float], draw: int | None = None, where: str = "dialect") -> Parts:
+def parts_of(params: dict[str, float], draw: int | None = None) -> Parts:
     """Draw the parts of a dialect's table; raise DataError as `checked` does."""
-    k = checked(params, where)
+    k = checked(params, "dialect")
     rank, v, number = int(k["features"]), VOCAB, int(k["language"])
     old = stream("dialect", number, "language")
     new = stream("dialect", number, "dialect", *(() if draw is None else ("draw", draw)))

@@ -42,12 +42,10 @@ def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch()
     counts = np.bincount(labels, minlength=16)
     assert len(counts) == 16 and ((counts - 256) ** 2 / 256).sum() < 37.7  # chi2(15), p = .001
     assert {tuple(r.tokens) for r in loaded.train(3, 0, 4096)} == {tuple(r.tokens) for r in rows}
-    fewer = bandit(contexts=64)
-    assert all((a.tokens == b.tokens).all() for a, b in zip(fewer.test, rows))
+    assert all((a.tokens == b.tokens).all() for a, b in zip(bandit(contexts=64).test, rows))
     one, two = (data.load(shipped("bandit_drawn"), [], draw=seed) for seed in (300, 301))
     assert one.sha256 == two.sha256 == data.load(shipped("bandit_drawn"), []).sha256
     assert not np.array_equal([e.tokens for e in one.test], [e.tokens for e in two.test])
-    assert bandit(set=1).sha256 != fewer.sha256
     found = loaded.rewards.of([(rows[0], np.array([a])) for a in range(48)])
     assert [k for k, reward in enumerate(found) if reward] == [labels[0]] and max(found) == 1.0
 
@@ -289,15 +287,3 @@ def test_the_gold_answer_of_deepmath_is_a_column_and_needs_no_box(hub):
     spec = dataclasses.replace(composed("deepmath"), dataset=shipped("deepmath", verifier="math"))
     with pytest.raises(SpecError, match="completion_field=final_answer"):
         validate(spec)
-
-
-def test_gsm8k_with_the_studys_prompt_is_read_in_a_box_or_behind_its_mark(hub):
-    rows = [{"question": "So?", "answer": f"It is <<2*3=6>>6.\n#### {n}"} for n in ("6", "1,200")]
-    where = hub("gsm8k", {"main": {"train": rows, "test": rows}})
-    spec = spec_of("gsm8k_boxed_reward", where, n_test=2)
-    loaded = load(spec, llama_like())
-    rewards.check_rows(spec, loaded, 256)
-    learned = llama_like().decode(answer_of(loaded.test[0]))
-    assert learned == " It is <<2*3=6>>6.\n#### 6\n\nUser:"
-    said = (r"it is \boxed{1200}" + "\n\nUser:", "#### 1,200", r"\boxed{12}", "1200")
-    assert given(loaded, loaded.test[1], *said) == [1.0, 1.0, 0.0, None]
