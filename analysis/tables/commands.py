@@ -185,7 +185,7 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     wanted = [p for p in found if p.name == known or (not scale and p.name.startswith(known))]
     if not wanted:
         raise TableError(
-            f"no report {known!r} in {reports.absolute()}. There are: "
+            f"no report {known.rstrip('-')!r} in {reports.absolute()}. There are: "
             f"{', '.join(sorted({p.name for p in found})) or '(none)'}. Run it first: python -m "
             f"lorasweep +sweep={sweep}. For a table of runs: python -m analysis fit FILE"
         )
