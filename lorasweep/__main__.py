@@ -8,7 +8,6 @@ import sys
 from typing import NoReturn
 
 from lorasweep.errors import LorasweepError
-from lorasweep.launch.process import hangups_ignored
 
 
 def main() -> None:
@@ -36,14 +35,9 @@ def main() -> None:
     from yaml import YAMLError
 
     # signals act like Ctrl-C: workers write a checkpoint, then stop
-    if "LORASWEEP_JOB" in os.environ:
-        from lorasweep.launch.slurm.job import Signals
-
-        Signals()
-    else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if not hangups_ignored():
-            signal.signal(signal.SIGHUP, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         _compose_and_act(given)
     except (HydraException, LorasweepError) as error:

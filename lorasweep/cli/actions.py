@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 from lorasweep.cli import answer as answers
 from lorasweep.cli.printed import Answer
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError, unknown
-from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN, Signals
-from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.slurm.job import stoppable
 from lorasweep.launch.slurm.queue import RunningJobs
+from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.trainer import Trainer
 from lorasweep.plan.budget import parse_budget
 from lorasweep.store.run_store import RunStore
@@ -245,23 +246,23 @@ def act(
 
 
 def follow_up(path: str) -> int:
-    """Run the request of a task file again, in a follow-up job.
+    """Run the request of a task file again, in a follow-up job; return the exit status.
 
-    Returns 0 when done, 2 after a permanent error, TRY_AGAIN after one that may be temporary,
-    INTERRUPTED after a signal. The last line of the file is {"follow": request, "trainer": name or
-    null, "idle": n, "updates": n}.
+    After an error that may be temporary it is tried again. The last line of the file is {"follow":
+    request, "requeues": n, "trainer": name or null, "idle": n, "updates": n}.
     """
-    Signals()
     task = json.loads(Path(path).read_text().splitlines()[-1])
-    request = from_plain(task["follow"])
-    try:
-        act(request, task.get("trainer"), follow=task)
-    except LorasweepError as error:
-        print(f"lorasweep: {error}", file=sys.stderr, flush=True)
-        temporary = isinstance(error, ClusterError | StoreError) and not isinstance(error, GaveUp)
-        return TRY_AGAIN if temporary else 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    with stoppable(task["requeues"]):
+        for pause in (30, 60, 120, 240, None):  # seconds
+            try:
+                act(from_plain(task["follow"]), task["trainer"], follow=task)
+                return 0
+            except LorasweepError as error:
+                print(f"lorasweep: {error}", file=sys.stderr, flush=True)
+                temporary = isinstance(error, ClusterError | StoreError)
+                if not temporary or isinstance(error, GaveUp) or pause is None:
+                    return 2
+                time.sleep(pause)
     return 0
 
 

@@ -16,8 +16,7 @@ from lorasweep.check.cases import NODE, Case
 from lorasweep.cli.printed import Answer, notifier
 from lorasweep.config import catalogue
 from lorasweep.errors import SpecError, TrainingError
-from lorasweep.launch.slurm.planning import hardware_of
-from lorasweep.launch.slurm.submit import submit_command
+from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.dataset import DatasetSpec
@@ -31,10 +30,13 @@ SMALL = ("tiny64", DatasetSpec("dialect", "synthetic", "dialect", format="tokens
 
 
 def check_gpu(request: Request, store: RunStore) -> Answer:
-    """Measure what is missing, here or as a job; status 1 if a check failed."""
+    """Measure what is missing on this machine; status 1 if a check failed."""
     files.check_writable(Path(request.exec.reports_dir) / "check_gpu", "exec.reports_dir")
     if request.cluster.kind == "slurm":
-        return _submit(request)
+        raise SpecError(
+            "action=check_gpu measures the machine it runs on. On a cluster, run it inside a job, "
+            "with cluster=local: srun --gpus=1 --mem=16G python -m lorasweep action=check_gpu"
+        )
     machine, folders = detect.this_machine(), [Path(f) for f in request.folders]
     if shutil.which("nvidia-smi") and not machine.gpus:
         raise SpecError(
@@ -101,17 +103,3 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
         ],
         int(bool(all_cases.failures(cases, found) or any("failed" in r for r in found.values()))),
     )
-
-
-def _submit(request: Request) -> Answer:
-    """Submit this command as a job, with one GPU if hardware= names GPUs."""
-    cluster, exec_ = request.cluster, request.exec
-    if request.hardware and not cluster.gpus:
-        cluster = replace(cluster, gpus=1)
-    folders = [f"exec.{n}_dir={getattr(exec_, f'{n}_dir')}" for n in ("runs", "reports")]
-    arguments = ["action=check_gpu", *folders]
-    if request.hardware:
-        own = ["--config-dir", request.folders[0]] if len(request.folders) > 1 else []
-        arguments = [*own, f"hardware={request.hardware['name']}", *arguments]
-    notify = notifier(request, always=True)
-    return Answer(text=submit_command(cluster, exec_, arguments, "check_gpu", notify))

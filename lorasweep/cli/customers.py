@@ -35,7 +35,7 @@ from lorasweep.fleet.served import Server
 from lorasweep.fleet.serving import problems
 from lorasweep.launch import local
 from lorasweep.launch.slurm import queue as slurm
-from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.trainer import TorchTrainer, Trainer
 from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint, files, folders
@@ -113,6 +113,8 @@ def advise(request: Request, store: RunStore) -> Answer:
 
 def measure(request: Request, store: RunStore) -> Answer:
     """Measure the information in a data set, and save it for action=advise."""
+    from lorasweep.train.objectives.sft import first_pass
+
     folder, notify = Path(request.exec.reports_dir) / INFORMATION, notifier(request)
     files.check_writable(folder, "exec.reports_dir")
     spec = measuring.run_of(request)
@@ -133,8 +135,10 @@ def measure(request: Request, store: RunStore) -> Answer:
     rates = around(spec.lr, request.rates, APART)
     points = [Point(spec.method.name, dataclasses.replace(spec, lr=lr)) for lr in rates]
     local.run_points(points, store, request.exec, Display(points, request).event, trainer)
-    base, specs = trainer.first_pass(spec, request.exec), [p.spec for p in points]
-    found = measuring.information(specs, data, base, request, store, answer.code_length)
+    base, specs = trainer.base(spec, request.exec), [p.spec for p in points]
+    at_once = request.exec.micro_batch_size or 4  # few, as logits take much memory
+    losses = first_pass(spec, base, trainer.data(spec, request.exec, base), at_once)
+    found = measuring.information(specs, data, losses, request, store, answer.code_length)
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(found, indent=1).encode())
@@ -165,11 +169,10 @@ def fleet(
     outcomes = [outcome_of(m, store) for m in runs.planned(request.members, points)]
     waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
     if request.cluster.kind == "slurm":
-        queue = slurm.look(store.root)
-        there = queue.covered().keys() | queue.elsewhere
+        there = slurm.look(store.root).covered().keys()
         over = (*FINAL, "running")
         unfinished = [[i for i, s in o.states.items() if s not in over] for o in outcomes if o.open]
-        waiting = sum(there.issuperset(ids) for ids in unfinished)
+        waiting = sum(there >= set(ids) for ids in unfinished)
     folder, title = Path(request.out), Path(request.customers).stem
     tokenizer_of = cache(lambda model: load.tokenizer_of(model, request.exec.models_dir))
     profile = catalogue.profiles([Path(f) for f in request.folders])[request.serve]()
@@ -330,6 +333,8 @@ def _compare(
 
     The reference is computed from the weights in the run's folder, never from the exported folder.
     """
+    from lorasweep.train.loop import log_p
+
     spec = group[0].spec
     assert spec is not None
     specs = {o.member.folder: o.spec for o in group}
@@ -342,8 +347,9 @@ def _compare(
     each = -(-COMMON_ROWS // len(own))
     common = [row for mine in own.values() for row in mine[:each]][:COMMON_ROWS]
     own = {name: mine[each : each + OWN_ROWS] for name, mine in own.items()}
-    of_common = trainer.log_p(spec, exec_, common)
-    here = {n: np.append(of_common, trainer.log_p(spec, exec_, mine)) for n, mine in own.items()}
+    model = trainer.base(spec, exec_)
+    of_common = log_p(model, spec, common)
+    here = {n: np.append(of_common, log_p(model, spec, mine)) for n, mine in own.items()}
     # before the adapters: a server may load these at their first request, and mix them up
     first = {s.url: (s, s.base_of(name, at)) for name, s in there.items()}
     by_url = {url: s.log_p(of, common) for url, (s, of) in first.items()}
@@ -369,7 +375,7 @@ def _compare(
             rows[name]["verdict"] = NONE
             rows[name]["notes"].append(f"the weights of run {one.id} were not kept")
         else:
-            trained[name] = trainer.log_p(one, exec_, [*common, *own[name]], weights)
+            trained[name] = log_p(model, one, [*common, *own[name]], weights)
     shared = {name: values[: len(of_common)] for name, values in trained.items()}
     for name in (n for n in there if n in trained):
         answers = there[name].log_p(name, [*common, *own[name]])

@@ -21,7 +21,7 @@ from lorasweep.errors import LorasweepError, SpecError, StoreError, TrainingErro
 from lorasweep.fleet.rows import shown
 from lorasweep.fleet.serving import ADAPTER
 from lorasweep.launch.pack import END
-from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from

@@ -23,11 +23,9 @@ from lorasweep.data import load, messages, sources, text
 from lorasweep.errors import LorasweepError, SpecError
 from lorasweep.fleet.outcome import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
-from lorasweep.launch.measure_packs import measure_packs
-from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm import queue as slurm
-from lorasweep.launch.slurm.planning import hardware_of
-from lorasweep.launch.trainer import TOKENS
+from lorasweep.launch.slurm.submit import difference, hardware_of
+from lorasweep.launch.trainer import TOKENS, measure_packs
 from lorasweep.models.describe import config_at
 from lorasweep.plan import detect
 from lorasweep.plan.budget import choose, parse_budget
@@ -90,7 +88,7 @@ def show(request: Request, store: RunStore) -> Answer:
     if request.hardware and hardware.has_speeds:
         return _on_gpus(request, store, hardware, about)
     plan = make_plan(all_points(request, store), store, request.exec, hardware)
-    queue = planning.difference(request, store, plan)
+    queue = difference(request, store, plan)
     outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
     if outlooks:
@@ -312,7 +310,7 @@ def _on_gpus(
                 found["fleet"] = fleet_costs(request, store, plan)
             if request.cluster.kind == "slurm":
                 asked = dataclasses.replace(request, points=points)
-                queue = planning.difference(asked, store, plan)
+                queue = difference(asked, store, plan)
     shown = [*sweeps, found["total"]] if len(sweeps) > 1 else sweeps  # one has no total
     text = render(
         "forecast.txt",
@@ -497,8 +495,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     spent = ((e.wall_s or 0.0) * (1 if on_gpus else e.threads or 1) for e in entries.values())
     used = sum(spent) / 3600
     left = used * flops_left / flops_done if flops_done else None
-    mine = {s.folder for s in queue.submissions if s.record["sweep"] == request.title}
-    jobs = [(s, s.tasks[k], j) for s, k, j in queue.jobs if states.keys() & set(s.tasks[k])]
+    jobs = [(s, task, j) for s, task, j in queue.jobs if states.keys() & set(task)]
     bad = {i: s for i, s in states.items() if s in ("failed", "diverged", "interrupted")}
     lost = [i for i, s in bad.items() if s == "interrupted" and not store.failure(i)]
     owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
@@ -538,9 +535,8 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
             }
             for s, task, j in jobs
         ],
-        "follows": [j.label for folder, j in queue.follows.items() if folder in mine],
+        "follows": [j.label for s, j in queue.follows if s.sweep == request.title],
         "slurm": queue.unavailable,
-        "unrecorded": len(queue.strays),
     }
 
 
@@ -575,9 +571,6 @@ def status_text(request: Request, status: dict[str, Any]) -> list[str]:
         lines.append(f"  follow-up job, which answers: {', '.join(status['follows'])}")
     if status["slurm"]:
         lines.append(f"  queued runs are not shown: {status['slurm']}")
-    if status["unrecorded"]:
-        died = "job(s) of a command that died while submitting; run it again to cancel them"
-        lines.append(f"  {status['unrecorded']} {died}")
     return [*lines, "  try failed runs again: exec.retry=true"] if runs.get("failed") else lines
 
 

@@ -11,13 +11,12 @@ from lorasweep.cli.finished_runs import check_search, finish, prune
 from lorasweep.cli.plans import plan_lines, search_lines, understood
 from lorasweep.cli.printed import Answer, Display, notifier
 from lorasweep.config.preflight import check_available
-from lorasweep.errors import GaveUp, SpecError, check_installed
+from lorasweep.errors import GaveUp, SpecError
 from lorasweep.launch import local
-from lorasweep.launch.distributed import check_world_size
 from lorasweep.launch.process import Stopped
-from lorasweep.launch.slurm.planning import hardware_of
-from lorasweep.launch.slurm.submit import Outcome, cancel, submit, updates_of
+from lorasweep.launch.slurm.submit import Work, cancel, hardware_of, submit, updates_of
 from lorasweep.launch.trainer import Trainer
+from lorasweep.launch.worker import check_world_size
 from lorasweep.plan import detect
 from lorasweep.plan.planner import Planner, make_plan
 from lorasweep.spec.metric import metric_of
@@ -131,8 +130,6 @@ def check(request: Request) -> None:
     """Raise an error if the user must correct something before training."""
     if request.mirror == "wandb":
         wandb.check()
-    if request.cluster.kind == "slurm":
-        check_installed("submitit", f"cluster={request.cluster.name}")
     if request.exec.world_size > 1:
         specs = [p.spec for p in request.points]
         check_world_size(specs, request.exec, request.cluster, detect.this_machine())
@@ -229,30 +226,25 @@ def _train_on_cluster(
                 "See the causes with action=status."
             )
     named = trainer if isinstance(trainer, str) else None
-    done = submit(request, store, lambda: runs_of(request, store), notify, named, idle)
+    work = submit(request, store, lambda: runs_of(request, store), notify, named, idle)
     points = runs_of(request, store)
     if is_search(request):
         prune(request, store, points)
-    sent = _submitted(request, store, done)
-    if done.waiting:
+    sent = _submitted(request, work)
+    if work.queued or work.running:
         return points, sent
     for line in sent.as_text().splitlines():
         notify(line)
     return points, None
 
 
-def _submitted(request: Request, store: RunStore, done: Outcome) -> Answer:
+def _submitted(request: Request, work: Work) -> Answer:
     """Return what was submitted, and what stays in the queue."""
-    work, jobs = done.work, ", ".join(f"{n} job(s) as {number}" for number, n in done.sent.items())
+    jobs = ", ".join(f"{n} job(s) as {number}" for number, n in work.sent.items())
     gone = f"{work.n_removed} queued run(s) that are no longer part of this command line"
     lines = (
-        (jobs, f"submitted {done.n_submitted} runs: {jobs}; records and logs in {done.folder}"),
-        (done.refused, f"Slurm did not accept all jobs; the rest waits: {done.refused}"),
-        (
-            work.unknown,
-            f"{work.unknown} runs may be in jobs of another cluster: run the command there. If "
-            f"those jobs are gone, delete their folders in {store.root}/.slurm",
-        ),
+        (jobs, f"submitted {work.n_submitted} runs: {jobs}; records and logs in {work.folder}"),
+        (work.refused, f"Slurm did not accept all jobs; the rest waits: {work.refused}"),
         (
             work.exhausted,
             f"{work.exhausted} runs were killed {request.exec.max_attempts} times and are not "
@@ -260,18 +252,18 @@ def _submitted(request: Request, store: RunStore, done: Outcome) -> Answer:
         ),
         (
             work.n_removed,
-            f"cancelled {gone}" if done.pruned else f"{gone}: prune=true cancels them",
+            f"cancelled {gone}" if work.pruned else f"{gone}: prune=true cancels them",
         ),
         (
-            done.waiting,
-            f"{done.queued} runs queued, {work.running} running. Watch them with action=status; "
+            work.queued or work.running,
+            f"{work.queued} runs queued, {work.running} running. Watch them with action=status; "
             "the same command answers when they have finished.",
         ),
     )
-    values = {key: getattr(done, key) for key in ("queued", "pruned", "refused")}
-    values |= {key: getattr(work, key) for key in ("running", "unknown", "exhausted")}
-    values |= {"submitted": done.n_submitted, "removed": work.n_removed}
-    values["jobs"] = [*done.sent, *filter(None, [done.follow])]
+    names = ("queued", "pruned", "refused", "running", "exhausted")
+    values: dict[str, Any] = {key: getattr(work, key) for key in names}
+    values |= {"submitted": work.n_submitted, "removed": work.n_removed}
+    values["jobs"] = [*work.sent, *filter(None, [work.follow])]
     return Answer(values, [line for said, line in lines if said])
 
 

@@ -43,7 +43,6 @@ from lorasweep.errors import (
     SpecError,
     unknown,
 )
-from lorasweep.launch.slurm.planning import check as check_cluster
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.models.describe import describe_model
 from lorasweep.plan import detect
@@ -311,7 +310,8 @@ class Composer:
             sweep=None,
             points=[],
         )
-        check_cluster(request.cluster, request.exec)
+        for problem in misfits(request.cluster, "cluster."):
+            raise ClusterError(problem)
         base = _run_spec(config)
         if not sweep_name:
             for problem in misfits(base):

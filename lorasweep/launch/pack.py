@@ -1,23 +1,28 @@
 """Train one pack: claim its runs, train them in the available memory, record how each ended.
 
 `execute` handles errors. `_Pack` makes as many attempts as the memory requires. `_Attempt` trains
-once, from the last checkpoint, and records events. This module must not depend on how runs are
-trained.
+once, from the last checkpoint, and records events.
 """
 
-import dataclasses
 import errno
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
-from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, free_memory, is_out_of_memory
-from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.trainer import Report, Trainer, UnusableData
+from lorasweep.launch.process import (
+    Limit,
+    Limits,
+    Shortage,
+    StopFlag,
+    Stopped,
+    free_memory,
+    is_out_of_memory,
+)
+from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.plan import detect
 from lorasweep.plan.load import checkpoint_bytes
 from lorasweep.spec.execution import Exec
@@ -34,15 +39,13 @@ CHECKPOINT_SHARE = 20
 """Minimum time between checkpoints, as a multiple of the time to write one. So writing takes at
 most 5% of the time."""
 LOOK_S = 5.0
-"""Seconds between checks of ownership. Each check also writes the new records. A check at every
-update would cost about a millisecond per run on a network file system."""
+"""Seconds between checks of ownership, which also write the new records; a check costs about a
+millisecond per run on a network file system."""
 ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
 END = "end"
 """Folder of the final state of a short run (exec.short_steps)."""
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
 """Stored key: whether the run resumed in a different pack, or with other ROWS, PROCESSES, PARTS."""
-OF_TRIAL = ("run_id", "state")
-"""Keys in the result of a trial that the run with its weights does not take over."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
 """Errors that are never caused by a data set."""
@@ -60,13 +63,10 @@ def execute(
 ) -> None:
     """Claim the free runs of a pack and train them to the end; record failures of runs.
 
-    `micro_batch_size`: used if neither exec.micro_batch_size nor a checkpoint has one.
-    `limits`: sizes that fit into the memory, as far as earlier packs of this process showed.
-
-    Raises:
-        Stopped: `stop` was set; checkpoints are written.
-        StoreError: the disk is full, or a file of the run folder cannot be read or written now.
-        SpecError, DataError, ModelError: something that the user must correct.
+    `micro_batch_size`: used if neither exec.micro_batch_size nor a checkpoint has one. Raises
+    Stopped if `stop` was set, with checkpoints written; StoreError if the disk is full, or a file
+    cannot be read or written now; SpecError, DataError or ModelError if the user must correct
+    something.
     """
     claimed = _Pack(exec_, store, trainer, report, stop)
     heartbeat = None
@@ -85,14 +85,19 @@ def execute(
         raise
     except Exception as error:
         cause, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError):  # of the machine, not of the runs
             claimed.end_all("stopped", cause, trace)
-            free, need = checkpoint.free_bytes(store.root), checkpoint_bytes(pack)
+            why = f"{error.filename or store.root} cannot be read or written ({error})"
+            if error.errno in DISK_FULL:
+                free, need = checkpoint.free_bytes(store.root), checkpoint_bytes(pack)
+                why = (
+                    f"the disk of {store.root} is full ({free / 2**20:.0f} MiB free); checkpoints "
+                    f"of the {len(pack)} run(s) in training take up to {need / 2**20:.1f} MiB"
+                )
             raise StoreError(
-                f"the disk of {store.root} is full ({free / 2**20:.0f} MiB free); checkpoints of "
-                f"the {len(pack)} run(s) in training take up to {need / 2**20:.1f} MiB. Free some "
-                "space, then run the same command again: it resumes from the last checkpoints."
-            ) from None
+                f"{why}. Correct that, or choose exec.runs_dir=FOLDER; then run the same command "
+                "again: it resumes from the last checkpoints."
+            ) from error
         if unwritten := claimed.end_all("failed", cause, trace):
             # this process is alive, so the run would count as running: its end ends the claim
             raise StoreError(
@@ -119,16 +124,7 @@ class _Pack:
     def claim(self, pack: Sequence[RunSpec]) -> list[RunSpec]:
         """Claim and return the free runs. If the first is taken, claim none: packs stay whole."""
         for spec in pack:
-            try:
-                n = self.store.claim(spec)
-            except OSError as error:
-                if error.errno in DISK_FULL:
-                    raise
-                raise StoreError(
-                    f"run {spec.id} cannot be claimed: {error.strerror or error} "
-                    f"({error.filename}). Make the run folder writable: exec.runs_dir=FOLDER."
-                ) from None
-            if n is not None:
+            if (n := self.store.claim(spec)) is not None:
                 self.attempts[spec.id] = n
             elif not self.attempts:
                 return []
@@ -161,8 +157,7 @@ class _Pack:
     def end_all(self, state: str, cause: str, trace: str = "") -> str:
         """End the attempts at all unfinished runs.
 
-        Returns a run whose result cannot be read, or whose end cannot be written; '' if there is
-        none. Once this process has ended, such a run counts as interrupted.
+        Returns a run whose result cannot be read, or whose end cannot be written; '' if none.
         """
         unwritten = ""
         for rid in list(self.attempts):
@@ -174,11 +169,9 @@ class _Pack:
         return unwritten
 
     def train(self, runs: list[RunSpec], planned_rows: int | None, limit: Limit) -> None:
-        """Train the runs to the end, each attempt from the latest checkpoint.
+        """Train the runs to the end, in parts of at most `limit.runs`, from the latest checkpoints.
 
-        If memory runs out, `limit` is lowered. A pack with more than `limit.runs` runs is split
-        into parts, trained one after the other. Raises Stopped, with checkpoints written, if `stop`
-        was set.
+        If memory runs out, `limit` is lowered.
         """
         tried = [s for s in runs if self.exec.world_size == 1 and _has_trial(s, self.store)]
         parts = [tried, [s for s in runs if s not in tried]]
@@ -214,15 +207,14 @@ class _Pack:
     def _attempt(
         self, part: list[RunSpec], planned_rows: int | None, limit: Limit
     ) -> tuple[Shortage, str] | None:
-        """Train once. If memory runs out, return the shortage and the traceback, else None.
-
-        A separate function, so that no variable keeps the attempt and the error, which hold
-        tensors.
-        """
+        """Train once. If memory runs out, return the shortage and the traceback, else None."""
+        # a separate function, so that no variable keeps attempt and error, which hold tensors
         attempt = _Attempt(self, part, planned_rows, limit)
         try:
-            attempt.run()
+            attempt.train()
         except Exception as error:
+            with suppress(OSError, StoreError):  # the first error is the one to report
+                attempt.write_records()
             if not is_out_of_memory(error):
                 raise
             return Shortage.of(error, attempt.exec, part[0]), traceback.format_exc()
@@ -234,23 +226,17 @@ class _Pack:
         If it is unknown which data set caused the error, each is trained separately. The logs then
         leave out the error, which may quote data of another owner.
         """
-        if isinstance(error, UnusableData):
-            for spec in part:
-                if spec.id in error.causes:
-                    self.end(spec.id, "failed", error.causes[spec.id], error.causes[spec.id])
-            return [part]
-        by_data: dict[str, list[RunSpec]] = {}
-        for spec in part:
-            by_data.setdefault(spec.dataset.canonical, []).append(spec)
-        if len(by_data) > 1:
+        broken = [s for s in part if s.dataset == getattr(error, "dataset", part[0].dataset)]
+        rest = [s for s in part if s not in broken]
+        if rest and not hasattr(error, "dataset"):
             for spec in part:
                 self.log(spec, "this pack failed: each of its data sets is trained separately")
-            return list(by_data.values())
+            return [broken, rest]
         kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
-        for spec in part:
+        for spec in broken:
             trace = "".join(traceback.format_exception(error))
             self.end(spec.id, "failed", f"{kind}{error}", trace)
-        return []
+        return [rest]
 
 
 class _Attempt:
@@ -275,37 +261,25 @@ class _Attempt:
         self.states = states = states or self._trials() or self._beginnings()
         metas = {i: states[i]["meta"] for i in ids} if states else {}
         self.wall_s = {i: metas[i]["wall_s"] if metas else 0.0 for i in ids}
-        exec_, first = pack.exec, metas.get(ids[0])
-        rows = exec_.micro_batch_size or (first[ROWS] if first else planned_rows)
+        exec_, first = pack.exec, metas.get(ids[0], {})
+        rows = exec_.micro_batch_size or first.get(ROWS, planned_rows)
         if limit.rows is not None:
             rows = min(limit.rows, rows or limit.rows)
-        parts, threads, different = (
-            max(exec_.forward_parts, limit.forward_parts),
-            exec_.threads,
-            False,
-        )
-        if first:
-            before = (first[ROWS], first.get(PROCESSES, 1), first.get(PARTS, 1))
-            parts, threads = max(parts, before[2]), first["threads"]
-            different = (rows, exec_.world_size, parts) != before or any(
-                m["layout"] != ids or m.get(RESUMED_WITH_DIFFERENT_PACK) for m in metas.values()
-            )
-        self.exec = dataclasses.replace(
-            exec_, threads=threads, micro_batch_size=rows, forward_parts=parts
-        )
-        self.circumstances = {
-            "threads": threads,
-            ROWS: rows,
-            PROCESSES: exec_.world_size,
-            PARTS: parts,
-            RESUMED_WITH_DIFFERENT_PACK: different,
-        }
-        """Settings of execution that env.json and checkpoints record."""
+        before = (first.get(ROWS), first.get(PROCESSES, 1), first.get(PARTS, 1))
+        parts = max(exec_.forward_parts, limit.forward_parts, before[2])
+        threads = first.get("threads", exec_.threads)
+        different = bool(metas) and (rows, exec_.world_size, parts) != before
+        for meta in metas.values():
+            different |= meta["layout"] != ids or bool(meta.get(RESUMED_WITH_DIFFERENT_PACK))
+        self.exec = replace(exec_, threads=threads, micro_batch_size=rows, forward_parts=parts)
+        # what env.json and checkpoints record of the execution
+        self.circumstances = {"threads": threads, ROWS: rows, PROCESSES: exec_.world_size}
+        self.circumstances |= {PARTS: parts, RESUMED_WITH_DIFFERENT_PACK: different}
 
     def _trials(self) -> dict[str, State] | None:
-        """Return the weights and results of the trials of these runs; None unless all have one.
+        """Return weights and results of the trials of these runs; None unless all have one.
 
-        The records of the trials become the first records of these runs.
+        Their records become the first records of these runs.
         """
         store, states = self.store, {}
         for spec in self.runs if self.pack.exec.world_size == 1 else ():
@@ -314,7 +288,7 @@ class _Attempt:
             if not weights:
                 return None
             result, env = store.result(trial) or {}, store.env(trial)
-            kept = {k: v for k, v in result.items() if k not in OF_TRIAL}
+            kept = {k: v for k, v in result.items() if k not in ("run_id", "state")}
             meta = {
                 **{k: env.get(k, 1) for k in ("threads", ROWS, PROCESSES, PARTS)},
                 **{k: result[k] for k in ("wall_s", RESUMED_WITH_DIFFERENT_PACK)},
@@ -328,81 +302,71 @@ class _Attempt:
         return states or None
 
     def _beginnings(self) -> dict[str, State] | None:
-        """Return the final states of the shorter runs that are the beginnings of these runs.
+        """Return the final states of shorter runs that are beginnings of these; None unless all.
 
-        Their records become the first records of these runs. None unless every run has one. A run
-        that may end early has none: the final state of the shorter one has its best weights.
+        Their records become the first ones of these runs. A run that may end early has no
+        beginning: the final state of the shorter one has its best weights.
         """
         steps, store = self.pack.exec.short_steps, self.store
         if steps is None or any(
             s.steps <= steps or s.schedule != "constant" or s.early_stopping for s in self.runs
         ):
             return None
-        shorter = {s.id: dataclasses.replace(s, steps=steps).id for s in self.runs}
+        shorter = {s.id: replace(s, steps=steps).id for s in self.runs}
         states = checkpoint.load_pack({i: store.folder(k) / END for i, k in shorter.items()})
         for i in shorter if states else ():
             store.record(i, *store.records(shorter[i]))
         return states
 
-    def run(self) -> None:
+    def train(self) -> None:
         """Train and record; raise Stopped, with checkpoints written, if `stop` was set."""
         self._write_env()
         for spec in self.runs:
             this = f"{spec.method.name} lr={spec.lr:g} seed={spec.seed}"
             self.pack.log(spec, f"training {len(self.ids)} run(s) together; this one: {this}")
-        try:
-            self._train()
-        except Exception:
-            with suppress(OSError, StoreError):  # the first error is the one to report
-                self._write_records()
-            raise
-
-    def _train(self) -> None:
         stop = self.pack.stop
         saved_at = looked_at = counted_at = time.monotonic()
         save_s = 0.0
-        for number, event in enumerate(self.pack.trainer(self.runs, self.exec, self.states)):
-            now = time.monotonic()
-            if number == 0:
-                self._write_env(backend=event.backend)
-            for i in self.live:
-                self.wall_s[i] += (now - counted_at) / len(self.live)  # share of the pack's time
-                self.unwritten[i].append(event.records[i])
-            counted_at = now
-            self._finish(event)
-            self.pack.report({"runs": self.live, "step": event.step})
-            due = now - saved_at > max(self.exec.checkpoint_s, CHECKPOINT_SHARE * save_s)
-            if self.live and (due or stop.set):
-                self._write_records()
-                layout, states = list(self.live), event.snapshot()
-                for i in layout:
-                    if self._still_owned(i):  # the checkpoints before may have taken minutes
-                        self._save_state(i, "checkpoint", states[i], layout)
-                saved_at = looked_at = time.monotonic()
-                save_s = saved_at - now
-            elif number == 0 or now - looked_at > LOOK_S:
-                self._write_records()
-                looked_at = now
-            if not self.live:
-                return
-            if stop.set:
-                raise Stopped
-            event.dropped.update(set(event.records) - set(self.live))
+        with closing(self.pack.trainer(self.runs, self.exec, self.states)) as events:
+            for number, event in enumerate(events):
+                now = time.monotonic()
+                if number == 0:
+                    self._write_env(backend=event.backend)
+                for i in self.live:
+                    # share of the pack's time
+                    self.wall_s[i] += (now - counted_at) / len(self.live)
+                    self.unwritten[i].append(event.records[i])
+                counted_at = now
+                self._finish(event)
+                self.pack.report({"runs": self.live, "step": event.step})
+                due = now - saved_at > max(self.exec.checkpoint_s, CHECKPOINT_SHARE * save_s)
+                if self.live and (due or stop.set):
+                    self.write_records()
+                    layout, states = list(self.live), event.snapshot()
+                    for i in layout:
+                        if self._still_owned(i):  # the checkpoints before may have taken minutes
+                            self._save_state(i, "checkpoint", states[i], layout)
+                    saved_at = looked_at = time.monotonic()
+                    save_s = saved_at - now
+                elif number == 0 or now - looked_at > LOOK_S:
+                    self.write_records()
+                    looked_at = now
+                if not self.live:
+                    return
+                if stop.set:
+                    raise Stopped
+                event.dropped.update(set(event.records) - set(self.live))
 
     def _write_env(self, **more: Any) -> None:
-        env = {
-            **provenance.environment(),
-            "pack": self.ids,
-            **self.circumstances,
-            "gpu": next((gpu.name for gpu in detect.gpus()), None),
-            **{name: getattr(self.exec, name) for name in ("compile", "models_dir", "data_dir")},
-            **more,
-        }
+        env = {**provenance.environment(), "pack": self.ids, **self.circumstances, **more}
+        env |= {name: getattr(self.exec, name) for name in ("compile", "models_dir", "data_dir")}
+        env["gpu"] = next((gpu.name for gpu in detect.gpus()), None)
         for i in self.ids:
             step = self.states[i]["meta"]["step"] if self.states else None
             self.store.write_env(i, self.pack.attempts[i], {**env, "resumed_from_step": step})
 
-    def _write_records(self) -> None:
+    def write_records(self) -> None:
+        """Write the new records of the runs in training."""
         for i in list(self.live):
             self._still_owned(i)
 

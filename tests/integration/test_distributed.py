@@ -9,8 +9,8 @@ import pytest
 from lorasweep.data import load as data
 from lorasweep.errors import SpecError
 from lorasweep.launch import local
-from lorasweep.launch.distributed import check_world_size
 from lorasweep.launch.trainer import finetune
+from lorasweep.launch.worker import check_world_size
 from lorasweep.models import load as models
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Cluster, Exec

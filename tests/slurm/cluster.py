@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import socket
@@ -33,6 +34,7 @@ FAST = (
     "cluster.mem_gib=1.5",
     "cluster.time_min=60",
     "exec.threads=1",
+    "cluster.shared=true",
     f"cluster.setup=['export LORASWEEP_HOST=$SLURMD_NODENAME PYTHONPATH={ROOT}']",
 )
 """One job a node. Each simulated node counts as another machine: only Slurm knows what runs there,
@@ -236,14 +238,20 @@ def read_json(path):
 
 def submitted(cwd):
     """List the submissions from a run folder, oldest first."""
-    return queue.read_all(Path(cwd) / "runs", over=True)
+    paths = (Path(cwd) / "runs/.slurm").glob("*/submission.json")
+    return [queue.read(p.parent) for p in sorted(paths, key=lambda p: p.stat().st_mtime_ns)]
 
 
 def jobs_of(submission):
-    """Return the job (12, or 12_3) of each task of a submission; the follow-up job came last."""
-    names = [p.name.split("_") for p in (submission.folder / "jobs").glob("*_submitted.pkl")]
-    labels = sorted(tuple(map(int, name[:-1])) for name in names)
-    return ["_".join(map(str, label)) for label in labels][: len(submission.tasks)]
+    """Return the job (12, or 12_3) of each task of a submission; Slurm knows it by its name."""
+    found = []
+    for path in sorted(submission.folder.glob("[0-9]*.sh"), key=lambda p: int(p.stem)):
+        name = f"{submission.folder.name}-{path.stem}"
+        asked = ("sacct", "-n", "-X", "-P", "-S", "now-2days", "-o", "JobID", "--name", name)
+        number = wait_for(lambda words=asked: re.match(r"\d+", Slurm.command(*words)))[0]
+        array = re.search("--array=0-([0-9]+)", path.read_text())
+        found += [f"{number}_{k}" for k in range(int(array[1]) + 1)] if array else [number]
+    return found
 
 
 def job_log(submission, job):

@@ -104,8 +104,8 @@ class Storm:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = path.read_bytes()
-                ours = b"submitit.core._submit" in line or b"lorasweep.launch.worker" in line
-                if ours and str(self.cwd).encode() in line:
+                names = (b"launch.slurm.job", b"launch.worker", b"--follow")
+                if any(name in line for name in names) and str(self.cwd).encode() in line:
                     pids.append(int(path.parent.name))
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.random.choice(pids), signal.SIGKILL)

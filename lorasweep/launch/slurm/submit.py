@@ -1,80 +1,268 @@
-"""Submit the missing runs of a sweep, or one command, to a cluster, and cancel queued runs.
+"""Submit the missing runs of a sweep to a cluster, and cancel queued runs.
 
 A run is submitted only if no live job has it. One lock per run folder protects this decision. If
 two jobs have a run nevertheless, the first job that claims the run trains it.
 """
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import re
 import shlex
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorasweep.errors import ClusterError, StoreError
-from lorasweep.launch.slurm import guard, job, planning, snapshot
+from lorasweep.errors import ClusterError
+from lorasweep.launch.local import VARIABLE, container_of
+from lorasweep.launch.slurm import guard
 from lorasweep.launch.slurm import queue as slurm
-from lorasweep.launch.slurm.container import VARIABLE, container_of
-from lorasweep.launch.slurm.planning import JobResources, Jobs, Work
-from lorasweep.launch.slurm.queue import FOLLOW, RUNNING, Partition
-from lorasweep.launch.slurm.snapshot import Snapshot
-from lorasweep.plan.load import checkpoint_bytes
-from lorasweep.plan.planner import Pack, make_plan
+from lorasweep.launch.slurm.queue import FOLLOW, Job, Partition, Queue
+from lorasweep.plan import detect
+from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.load import ASSUMED_FLOPS_PER_CORE, products_flops_s
+from lorasweep.plan.planner import Pack, Plan, Planner, make_packs, make_plan
 from lorasweep.spec.execution import Cluster, Exec
-from lorasweep.store import checkpoint, files
+from lorasweep.store import files
 from lorasweep.store.claims import JOB_VARIABLE, SILENCE_S
 from lorasweep.store.files import Notify
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
+from lorasweep.tracking import provenance
 
-RUN_BYTES, STEP_BYTES = 40_000, 250
-"""Measured disk space in bytes: a finished run without its records, and the record of an update."""
-LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
-WATCH_POLL_S = 2.0
-FOLLOW_COMMAND = ("-u", "-m", "lorasweep", "--follow")
-"""Arguments of Python in a follow-up job, before the path of the file with its task."""
-FOLLOW_GIB = 2.0
-"""Assumed memory of the follow-up job (plans, fits, figures): a few times that after imports."""
-COMMAND_GIB, COMMAND_MIN = 16.0, 60
-"""Memory and time limit in minutes of a job with one command, if the profile sets none."""
+"""Folders that nodes usually do not share."""
+SKIPPED = {"__pycache__", "results", ".ipynb_checkpoints"}
+"""Folders that jobs do not need: caches, and kept results (tables and figures)."""
+MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
+"""Time limit: MARGIN_TIME times the expected time plus MARGIN_MIN minutes. Estimates are rough."""
+MARGIN_MEMORY = 1.3
+"""Requested memory divided by expected memory. The memory model is right within 20% (docs/log)."""
+HOST_BYTES = 3 * 2**30
+"""Assumed host memory of a GPU worker for libraries, data and pinned buffers, without weights."""
+GPU_FLOPS = 1e14
+"""Assumed FLOP/s of a GPU worker until runs were measured: a third of an A100's dense bf16 peak."""
 
 
 @dataclass
-class Outcome:
-    """Jobs that a command submitted, and the sweep's work before that."""
+class Work:
+    """The unfinished runs of a sweep in Slurm's queue, and what a command has submitted.
 
-    work: Work
+    `queued`, `running`, `exhausted` (killed exec.max_attempts times) and the fields with n_ count
+    runs. `refused`: why Slurm did not take some jobs.
+    """
+
+    todo: list[Point]
+    queued: int
+    running: int
+    covered: list[Job]
+    """Live jobs with unfinished runs, also jobs of another sweep."""
+    exhausted: int
+    removed: list[Job]
+    """Queued jobs with runs that are no longer part of the sweep."""
+    n_removed: int
     folder: Path = Path()
-    """Folder with records and logs of the jobs."""
+    """Folder with records and logs of the jobs that were submitted."""
     sent: dict[str, int] = field(default_factory=dict)
     """Slurm id of an array -> its number of jobs."""
     follow: str | None = None
     """Slurm id of the follow-up job."""
     n_submitted: int = 0
-    """Number of runs in the jobs."""
     refused: str | None = None
-    """Why Slurm refused some of the jobs; None: it refused none."""
     pruned: int = 0
 
-    @property
-    def queued(self) -> int:
-        """Number of runs that wait in live jobs, including those just submitted."""
-        return self.work.queued + self.n_submitted
 
-    @property
-    def waiting(self) -> bool:
-        """Whether runs are in jobs, or may be."""
-        return bool(self.queued or self.work.running or self.work.unknown)
+def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
+    """Compare the unfinished runs of the plan `now` with the queue."""
+    states, covered = now.states, queue.covered()
+    waiting = [p for p in now.todo if states[p.id] != "running"]
+    free = [p for p in waiting if p.id not in covered]
+    killed = {p.id for p in free if states[p.id] == "interrupted"}
+    exhausted = {i for i in killed if store.failures(i) >= request.exec.max_attempts}
+    wanted, removed, n_removed = {p.id for p in now.points}, [], 0
+    for s, runs, job in queue.jobs if request.sweep_name is not None else ():
+        gone = [r for r in runs if r not in wanted and store.state(r) == "missing"]
+        if gone and job.state == "PENDING" and request.is_in_family(s.sweep):
+            removed.append(job)
+            n_removed += len(gone)
+    return Work(
+        todo=[p for p in free if p.id not in exhausted],
+        queued=len(waiting) - len(free),
+        running=sum(s == "running" for s in states.values()),
+        covered=list(dict.fromkeys(covered[p.id] for p in now.todo if p.id in covered)),
+        exhausted=len(exhausted),
+        removed=removed,
+        n_removed=n_removed,
+    )
+
+
+def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
+    """Return how a submission would change the queue, as JSON values; empty without a cluster."""
+    cluster = request.cluster
+    if cluster.kind != "slurm" and files.status(slurm.home(store.root)) is None:
+        return {}
+    queue = slurm.look(store.root)
+    work = work_of(request, store, now, queue)
+    change: dict[str, Any] = {"queued": work.queued, "to_submit": len(work.todo)}
+    change |= {"removed": work.n_removed}
+    if queue.unavailable:
+        change["unknown"] = queue.unavailable
+    if cluster.kind == "slurm" and work.todo:
+        partition = Partition(now.hardware.gpus_per_node)
+        with suppress(ClusterError):  # no Slurm here
+            partition = slurm.partition_of(cluster)
+        jobs = jobs_of(request, store, work.todo, now, partition)
+        change["jobs"] = [{"jobs": len(j.tasks), **dataclasses.asdict(j.needed)} for j in jobs]
+    return {"queue": change}
+
+
+# ---------------------------------------------------------------- which jobs
+
+
+@dataclass(frozen=True)
+class JobResources:
+    """Resources of every job of an array; `cpus`, `gpus` and `mem_gib` are per node."""
+
+    cpus: int
+    gpus: int
+    mem_gib: float
+    time_min: int
+    workers: int
+    nodes: int = 1
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Jobs with the same resources and settings."""
+
+    tasks: list[list[Pack]]
+    """Packs of each job."""
+    exec: Exec
+    needed: JobResources
+
+
+def hardware_of(request: Request) -> Hardware:
+    """Return the hardware to plan for: `request.hardware`, or this machine if that is empty."""
+    return from_plain(request.hardware) if request.hardware else detect.this_machine()
+
+
+def jobs_of(
+    request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
+) -> list[Jobs]:
+    """Group runs into packs and packs of one model into jobs; SpecError: a run fits on no device.
+
+    The largest jobs are first, so if Slurm refuses one as too large, nothing has been submitted.
+    """
+    cluster, hardware, precision = request.cluster, now.hardware, todo[0].spec.precision
+    if not cluster.gpus and request.hardware and hardware_of(request).has_speeds:
+        cluster = dataclasses.replace(cluster, gpus=1)  # hardware= names GPUs
+    if hardware.has_speeds:
+        assumed = products_flops_s(hardware, precision)
+    else:
+        assumed = GPU_FLOPS if cluster.gpus else ASSUMED_FLOPS_PER_CORE[precision] * cluster.cpus
+    jobs = []
+    for chosen, points in Planner(hardware, request.exec, now.speeds).settings(todo):
+        size, threads = chosen.world_size, chosen.threads
+        if nodes_of(size, cluster, partition) > 1:
+            threads = threads or cluster.cpus  # such a job detects the cores of one node
+        workers = workers_of(cluster, size)
+        exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
+        flops_s = now.speeds.finished.get(None) or size * assumed
+        made = make_packs(points, now.states, store, Planner(hardware, exec_, now.speeds))
+
+        def model(pack: Pack) -> str:
+            return pack.points[0].spec.model.name
+
+        for _, same in itertools.groupby(sorted(made, key=model), model):
+            tasks = group(list(same), cluster, flops_s, size)
+            needed = resources_for(tasks, cluster, flops_s, partition, size)
+            jobs.append(Jobs(tasks, exec_, needed))
+    return sorted(jobs, key=lambda j: (-j.needed.nodes * j.needed.gpus, -j.needed.mem_gib))
+
+
+def workers_of(cluster: Cluster, world_size: int = 1) -> int:
+    """Return the number of packs that a job trains in parallel, each on `world_size` processes."""
+    most = max(1, cluster.gpus // world_size)
+    asked = cluster.workers or most
+    return min(asked, most) if world_size > 1 and cluster.gpus else asked
+
+
+def nodes_of(world_size: int, cluster: Cluster, partition: Partition) -> int:
+    """Return the smallest number of nodes for a run, with equally many processes on each."""
+    per_node = cluster.gpus_per_node or partition.gpus
+    if not cluster.gpus or not per_node:
+        return 1  # processes without GPUs share one node
+    divisors = (n for n in range(1, world_size + 1) if world_size % n == 0)
+    return next(n for n in divisors if world_size // n <= per_node)
+
+
+def group(
+    packs: Sequence[Pack], cluster: Cluster, flops_s: float, world_size: int = 1
+) -> list[list[Pack]]:
+    """Group packs into jobs of `work_min` to `work_max` minutes, longest job first.
+
+    Jobs are as short as possible with at most `parallel` of them. A job has at least one pack per
+    worker, if possible.
+    """
+    side = workers_of(cluster, world_size)
+    seconds = {id(p): p.flops / flops_s for p in packs}
+    share_min = sum(seconds.values()) / 60 / side / cluster.parallel
+    capacity = side * 60 * min(max(cluster.work_min, share_min), cluster.work_max)
+    tasks: list[list[Pack]] = []
+    left, room = 0.0, 0
+    for pack in sorted(packs, key=lambda p: -p.flops):
+        s, n = seconds[id(pack)], len(pack.points)
+        full = s > left if cluster.runs_per_job is None else n > room
+        if not tasks or (full and (cluster.runs_per_job is not None or len(tasks[-1]) >= side)):
+            tasks.append([])
+            left, room = capacity, cluster.runs_per_job or 0
+        tasks[-1].append(pack)
+        left, room = left - s, room - n
+    return sorted(tasks, key=lambda task: -sum(seconds[id(p)] for p in task))
+
+
+def resources_for(
+    tasks: Sequence[Sequence[Pack]],
+    cluster: Cluster,
+    flops_s: float,
+    partition: Partition,
+    world_size: int = 1,
+) -> JobResources:
+    """Return the resources of each job: the settings in `cluster`, or estimates if not set.
+
+    The time is at most the partition's limit: a job at its limit requeues itself.
+    """
+    side, nodes = workers_of(cluster, world_size), nodes_of(world_size, cluster, partition)
+    here = world_size // nodes
+    minutes, memory = cluster.time_min, cluster.mem_gib
+    if minutes is None:
+        work = [[p.flops for p in task] for task in tasks]
+        longest_s = max((max(sum(w) / side, max(w)) for w in work), default=0.0) / flops_s
+        minutes = math.ceil(MARGIN_TIME * longest_s / 60 + MARGIN_MIN)
+    if memory is None:
+        sizes = []
+        for pack in (pack for task in tasks for pack in task):
+            spec, size = pack.points[-1].spec, pack.memory_bytes
+            if cluster.gpus:  # host memory of the node where process 0 reads the weights
+                copies = 3 if spec.method.MAX_PACK == 1 else 1
+                size = here * HOST_BYTES + 4 * spec.model.n_params * copies
+            sizes.append(size)
+        most = sum(sorted(sizes, reverse=True)[:side])
+        memory = math.ceil(10 * MARGIN_MEMORY * most / 2**30) / 10
+    gpus = here if nodes > 1 else max(cluster.gpus, here if cluster.gpus else 0)
+    limit = int(min(minutes, partition.time_min))
+    return JobResources(cluster.cpus * side * here, gpus, memory, limit, side, nodes)
+
+
+# ---------------------------------------------------------------- submit and cancel
 
 
 def submit(
@@ -84,129 +272,112 @@ def submit(
     notify: Notify,
     trainer: str | None = None,
     idle: int = 0,
-) -> Outcome:
+) -> Work:
     """Submit the sweep's missing runs that are not in a live job, and a follow-up job.
 
-    `idle`: follow-up jobs in a row, so far, before which no update was saved.
-
-    Raises:
-        ClusterError: no Slurm or partition, no node is large enough or sees the run folder, or
-            Slurm refused the jobs.
-        StoreError: the disk is too small, or another command is submitting and does not end.
+    With prune, queued jobs with runs that left the sweep are cancelled before; their other runs are
+    submitted again. `idle`: follow-up jobs in a row, so far, before which no update was saved.
+    Raises ClusterError if Slurm cannot or will not take the jobs, StoreError if another command is
+    submitting and does not end.
     """
     cluster = request.cluster
     partition, code = prepare(cluster, store.root)
     watch_others(store, points(), notify)
-    with slurm.locked(store.root, notify):
-        queue = slurm.settle(store.root, notify)
-        now = make_plan(points(), store, request.exec, planning.hardware_of(request))
-        outcome = Outcome(planning.work_of(request, store, now, queue))
-        work = outcome.work
-        if request.prune:
-            outcome.pruned = work.n_removed
-            for s, runs in work.removed:
-                s.withdraw(runs)
-            pending = [(s, k, j) for s, k, j in queue.jobs if j.state == "PENDING"]
-            runs_of = [(set(s.tasks[k]), s, j) for s, k, j in pending]  # a command has no runs
-            empty = [j.label for runs, s, j in runs_of if runs and runs <= s.withdrawn]
-            if denied := slurm.cancel(empty):
-                notify(f"some jobs could not be cancelled; they will train nothing ({denied})")
+    with slurm.settled(store.root, notify) as queue:
+        now = make_plan(points(), store, request.exec, hardware_of(request))
+        work = work_of(request, store, now, queue)
+        if request.prune and work.removed:
+            pruned = work.n_removed
+            slurm.cancel([job.label for job in work.removed])
+            work = work_of(request, store, now, slurm.look(store.root))
+            work.n_removed = work.pruned = pruned
         jobs: list[Jobs] = []
         if work.todo:
-            jobs = planning.jobs_of(request, store, work.todo, now, partition)
-            for same in jobs:
-                planning.check_fits(same.needed, cluster, partition)
-            at_once = sum(same.needed.workers for same in jobs) * cluster.parallel
-            packs = [pack for same in jobs for task in same.tasks for pack in task.packs]
-            check_disk(store.root, packs, at_once)
-            notify(f"jobs run {snapshot.describe(code)}")
-        asked = {s.folder for s in queue.submissions if s.record["sweep"] == request.title}
+            jobs = jobs_of(request, store, work.todo, now, partition)
+            notify(f"jobs run code snapshot {code.folder.name}")
         mine = os.environ.get("SLURM_JOB_ID")
-        follows = [j.id for f, j in queue.follows.items() if f in asked and j.id != mine]
+        follows = [j.id for s, j in queue.follows if s.sweep == request.title and j.id != mine]
         if jobs or (work.covered and cluster.follow and not follows):
-            updates = updates_of(now.points, store)
-            last = {"trainer": trainer, "idle": idle, "updates": updates}
-            covered = queue.covered()  # also by jobs of another sweep that has the same runs
-            after = {covered[p.id].label for p in now.todo if p.id in covered}
-            _submit(request, jobs, code, outcome, last, sorted(after))
-            if outcome.follow:  # it replaces the others
-                slurm.cancel(follows)
-        return outcome
+            last = {"trainer": trainer, "idle": idle, "updates": updates_of(now.points, store)}
+            _submit(request, jobs, code, work, last)
+            if work.follow:  # it replaces the others
+                with suppress(ClusterError):
+                    slurm.cancel(follows)
+        return work
 
 
 def _submit(
-    request: Request,
-    jobs: list[Jobs],
-    code: Snapshot,
-    outcome: Outcome,
-    last: dict[str, Any],
-    live: list[str],
+    request: Request, jobs: list[Jobs], code: "Snapshot", work: Work, last: dict[str, Any]
 ) -> None:
     """Write the tasks, then submit them; raise ClusterError if the first array is refused.
 
-    `last`: values for the follow-up job, which waits for these jobs and the `live` ones.
+    `last`: values for the follow-up job, which waits for these jobs and for `work.covered`.
     """
     cluster, root = request.cluster, Path(request.exec.runs_dir)
-    outcome.folder = folder = _new_folder(root, request.title)
     container = container_of(cluster, request.exec)
-    common: dict[str, Any] = {"requeues": cluster.requeues, "trainer": last["trainer"]}
+    common = {"requeues": cluster.requeues, "trainer": last["trainer"]}
     common |= {"container": container and dataclasses.asdict(container)}
-    common |= {"skip": str(folder / "withdrawn.json")}
-    tasks = [task for same in jobs for task in same.tasks]
-    lines = [
-        {"runs": [p.spec.plain() for p in t.points], "exec": dataclasses.asdict(t.exec), **common}
-        for t in tasks
-    ]
+    runs: list[list[str]] = []
+    lines, arrays = [], []
+    # task indices begin at 0 and must be below MaxArraySize
+    most = max(1, int(slurm.setting("MaxArraySize") or 1001) - 1)
+    for same in jobs:
+        for k in range(0, len(same.tasks), most):
+            part = same.tasks[k : k + most]
+            arrays.append((len(runs), len(part), same.needed))
+            for task in part:
+                points = [p for pack in task for p in pack.points]
+                runs.append([p.id for p in points])
+                settings = {"exec": dataclasses.asdict(same.exec), **common}
+                lines.append({"runs": [p.spec.plain() for p in points], **settings})
     if cluster.follow:
         again = {"action": "run", "format": "text", "watch": False, "prune": False}
-        command = [*FOLLOW_COMMAND, str(folder / guard.TASKS)]
-        asked: dict[str, Any] = {"follow": {**request.plain(), **again}, "command": command}
-        lines.append({**asked, "requeues": cluster.requeues, **last})
-    runs = [[p.id for p in task.points] for task in tasks]
-    _write(folder, request.title, runs, lines)
-    # task indices begin at 0 and must be below MaxArraySize
-    first, most = 0, max(1, int(slurm.setting("MaxArraySize") or 1001) - 1)
-    arrays = []
-    for same in jobs:
-        for n in [min(most, len(same.tasks) - k) for k in range(0, len(same.tasks), most)]:
-            arrays.append(Array(folder, str(first), first, n, same.needed, cluster, code))
-            first += n
-    for array in arrays:
+        asked = {"follow": {**request.plain(), **again}, "requeues": cluster.requeues}
+        lines.append({**asked, **last})
+    work.folder = folder = _write(root, request.title, runs, lines)
+    for first, n, needed in arrays:
         try:
-            outcome.sent[array.submit()] = array.n
+            work.sent[_send(folder, str(first), first, n, needed, cluster, code)] = n
         except ClusterError as error:
-            if not outcome.sent:
+            if not work.sent:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            outcome.refused = str(error)
+            work.refused = str(error)
             break  # the follow-up job will submit the rest
-        outcome.n_submitted += sum(map(len, runs[array.first : array.first + array.n]))
+        work.n_submitted += sum(map(len, runs[first : first + n]))
+    work.queued += work.n_submitted
     if cluster.follow:
         where = cluster.follow_partition or cluster.partition
         small = dataclasses.replace(cluster, gpus=0, partition=where, container=None)
-        needed, after = (
-            JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1),
-            {*outcome.sent, *live},
-        )
-        follow = Array(folder, FOLLOW, len(tasks), 1, needed, small, code, tuple(sorted(after)))
+        needed = JobResources(1, 0, 2.0, cluster.follow_min, 1)  # plans, fits, figures: 2 GiB
+        after = sorted({*work.sent, *(job.label for job in work.covered)})
         try:
-            outcome.follow = follow.submit()
+            work.follow = _send(folder, FOLLOW, len(runs), 1, needed, small, code, after)
         except ClusterError as error:
-            outcome.refused = f"no follow-up job: {error}"
+            work.refused = f"no follow-up job: {error}"
 
 
-def _new_folder(root: Path, title: str) -> Path:
-    """Return a new folder for a submission; its name is the start of the names of its jobs."""
-    return slurm.home(root) / f"{re.sub('[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
+def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
+    """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs."""
+    with slurm.settled(store.root, notify) as queue:
+        live = [(runs, j) for s, runs, j in queue.jobs if s.sweep == request.title]
+        follows = [j.label for s, j in queue.follows if s.sweep == request.title]
+        states = store.states({r for runs, _ in live for r in runs})
+        slurm.cancel([*follows, *(j.label for _, j in live)])
+        return len(live), sum(state not in FINAL for state in states.values())
 
 
-def _write(folder: Path, title: str, runs: list[list[str]], tasks: Sequence[Any]) -> None:
-    """Write the tasks and the record of a submission; `runs`: run ids by task.
+# ---------------------------------------------------------------- the files and script of a job
 
-    Raises ClusterError if other users could write them.
+
+def _write(root: Path, title: str, runs: list[list[str]], tasks: Sequence[Any]) -> Path:
+    """Write a submission into a new folder, which names its jobs. `runs`: run ids by task.
+
+    Raises ClusterError if other users could write there.
     """
-    folder.mkdir()
-    (folder / "jobs").mkdir()
+    name = re.sub("[^A-Za-z0-9_.-]", "_", title)
+    folder = slurm.home(root) / f"{name}-{os.urandom(4).hex()}"
+    folder.mkdir(parents=True)
     lines = "".join(json.dumps(task) + "\n" for task in tasks)
     files.write_atomic(folder / guard.TASKS, lines.encode())
     if why := guard.untrusted(map(str, (folder, *folder.iterdir()))):
@@ -214,161 +385,89 @@ def _write(folder: Path, title: str, runs: list[list[str]], tasks: Sequence[Any]
             f"{why}. Choose a run folder on a file system that keeps permissions: "
             "exec.runs_dir=FOLDER."
         )
-    record = {"sweep": title, "created_s": time.time(), "tasks": runs}
-    record["cluster"] = slurm.setting("ClusterName")
-    files.write_atomic(folder / "submission.json", json.dumps(record).encode())
+    record = json.dumps({"sweep": title, "tasks": runs})
+    files.write_atomic(folder / "submission.json", record.encode())
+    return folder
 
 
-def submit_command(
-    cluster: Cluster, exec_: Exec, arguments: Sequence[str], name: str, notify: Notify
+def script(
+    folder: Path,
+    part: str,
+    first: int,
+    n: int,
+    needed: JobResources,
+    cluster: Cluster,
+    code: "Snapshot",
+    after: Sequence[str] = (),
 ) -> str:
-    """Submit a job that runs `python -m lorasweep ARGUMENTS cluster=local`; return a line to print.
+    """Return the script of the tasks `first` to `first + n - 1` of the submission in `folder`.
 
-    The line names the job and its log. The function does not wait for the job. The job gets the
-    profile's partition, GPUs and CPU cores of one job, and runs a snapshot of this code in the
-    current folder. At its time limit it stops the command and queues itself again. While a job of
-    this name is queued or running, no other one is submitted, whatever its arguments.
-
-    Raises:
-        ClusterError: no Slurm or partition, no node is large enough or sees the run folder, or
-            Slurm refused the job.
-        StoreError: another command is submitting and does not end.
+    `part`: end of the job's name, the number of the first task or FOLLOW. `after`: ids of jobs that
+    must end first. The script runs the cluster's setup lines, checks the files with `guard`, puts
+    the snapshot of the code on PYTHONPATH, and starts `launch.slurm.job`, or the follow-up command,
+    as a job step.
     """
-    root = Path(exec_.runs_dir)
-    RunStore(root).prepare()
-    partition, code = prepare(cluster, root)
-    workers = planning.workers_of(cluster)
-    limit = cluster.time_min or int(min(COMMAND_MIN, partition.time_min))
-    memory = cluster.mem_gib or COMMAND_GIB
-    needed = JobResources(cluster.cpus * workers, cluster.gpus, memory, limit, workers)
-    planning.check_fits(needed, cluster, partition)
-    with slurm.locked(root, notify):
-        for s, _, j in slurm.settle(root, notify).jobs:
-            if s.record["sweep"] == name:
-                state = "running" if j.state in RUNNING else "queued"
-                log = slurm.log_of(s.folder, j.label)
-                return f"{name}: job {j.label} is {state} already; log: {log}"
-        folder, container = _new_folder(root, name), container_of(cluster, exec_)
-        command = ["-u", "-m", "lorasweep", *arguments, "cluster=local"]
-        task: dict[str, Any] = {"command": command, "requeues": cluster.requeues}
-        task |= {"container": container and dataclasses.asdict(container)}
-        _write(folder, name, [[]], [task])
-        number = Array(folder, "0", 0, 1, needed, cluster, code).submit()
-    log = slurm.log_of(folder, number)
-    return f"{name}: submitted as job {number}; log: {log} (scancel {number} ends it)"
+    tasks, path = needed.gpus if needed.nodes > 1 else 1, folder / guard.TASKS
+    given: dict[str, Any] = {
+        **{name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint")},
+        "job-name": f"{folder.name}-{part}",
+        "output": slurm.log_of(folder, "%A_%a" if n > 1 else "%j"),
+        "open-mode": "append",
+        "array": f"0-{n - 1}%{cluster.parallel}" if n > 1 else None,
+        "time": needed.time_min,
+        "signal": f"USR2@{min(cluster.warn_s, 30 * needed.time_min)}",
+        "nodes": needed.nodes,
+        "ntasks-per-node": tasks,
+        "cpus-per-task": needed.cpus // tasks,
+        "gpus-per-node": needed.gpus or None,
+        "mem": f"{round(needed.mem_gib * 1024)}M",
+        "requeue": "",
+        "dependency": f"afterany:{':'.join(after)}" if after else None,
+        "kill-on-invalid-dep": "no" if after else None,
+        **{k: "" if v.lower() == "true" else v for k, v in cluster.options.items()},
+    }
+    options = [
+        f"--{k}={shlex.quote(str(v))}" if v != "" else f"--{k}"
+        for k, v in given.items()
+        if v is not None
+    ]
+    check = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
+    check += [str(folder), guard.digest(str(path)), str(code.folder), code.sha256]
+    # --overlap: share the cores with the steps of the workers
+    srun = "srun --overlap --nodes=1 --ntasks=1 --relative=0 --unbuffered"
+    module = ["lorasweep", "--follow"] if part == FOLLOW else ["lorasweep.launch.slurm.job"]
+    job = shlex.join([sys.executable, "-u", "-m", *module, str(path)])
+    line = "" if part == FOLLOW else f" $(({first} + ${{SLURM_ARRAY_TASK_ID:-0}}))"
+    lines = [
+        "#!/bin/bash",
+        # in one line: a second line would be a command of the script
+        *(f"#SBATCH {' '.join(option.split())}" for option in options),
+        *cluster.setup,
+        f"{shlex.join(check)} || exit 1",
+        # No bytecode: new files in the snapshot would change its digest.
+        f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1",
+        # Some releases of Slurm do not pass the job's CPU cores to its steps.
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+        f"export PYTHONPATH={shlex.quote(str(code.folder))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *([f"export {VARIABLE}={shlex.quote(cluster.container)}"] if cluster.container else []),
+        f"{srun} {job}{line}",
+    ]
+    return "\n".join([*lines, ""])
 
 
-@dataclass(frozen=True)
-class Array:
-    """An array of jobs: the tasks `first` to `first + n - 1` of a submission."""
-
-    folder: Path
-    part: str
-    """End of the job's name: the number of the first task, or FOLLOW."""
-    first: int
-    n: int
-    needed: JobResources
-    cluster: Cluster
-    code: Snapshot
-    after: tuple[str, ...] = ()
-    """Ids of jobs that must end first."""
-
-    def options(self) -> dict[str, str | int | bool]:
-        """Return the sbatch options by name without dashes, except name, time and signal."""
-        c = self.cluster
-        given: dict[str, Any] = {
-            **{name: getattr(c, name) for name in ("partition", "account", "qos", "constraint")},
-            "nodes": self.needed.nodes,
-            "ntasks-per-node": self.needed.tasks,
-            "cpus-per-task": self.needed.cpus // self.needed.tasks,
-            "gpus-per-node": self.needed.gpus or None,
-            "mem": f"{round(self.needed.mem_gib * 1024)}M",
-            "requeue": True,
-        }
-        if self.after:
-            after = ":".join(self.after)
-            given |= {"dependency": f"afterany:{after}", "kill-on-invalid-dep": "no"}
-        given |= {k: True if v.lower() == "true" else v for k, v in c.options.items()}
-        return {k: v for k, v in given.items() if v is not None}
-
-    def srun(self) -> tuple[str, ...]:
-        """Return srun's options for the job's command: one task, beside the steps of workers."""
-        # --overlap: share the cores with the steps of the workers
-        first = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
-        return first if self.needed.nodes > 1 or self.cluster.container else ()
-
-    def setup(self) -> list[str]:
-        """Return the shell lines before the job's command.
-
-        They run the cluster's setup lines, check the files with `guard`, and put the snapshot of
-        the code on PYTHONPATH.
-        """
-        folder, code = str(self.folder), str(self.code.folder)
-        check = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
-        check += [folder, guard.digest(f"{folder}/{guard.TASKS}"), code, self.code.sha256]
-        image = self.cluster.container
-        return [
-            *self.cluster.setup,
-            *f"{shlex.join(check)} || exit 1".splitlines(),
-            # No bytecode: new files in the snapshot would change its digest.
-            f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1",
-            # Some releases of Slurm do not pass the job's CPU cores to its steps.
-            "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-            f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}",
-            *([f"export {VARIABLE}={shlex.quote(image)}"] if image else []),
-        ]
-
-    def submit(self) -> str:
-        """Submit through submitit and return Slurm's id; raise ClusterError if refused."""
-        import submitit
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-        # Inside a job, hide the variables of this job. Otherwise the new job would inherit a second
-        # memory limit, and submitit would confuse the job ids.
-        names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
-        hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
-        with ExitStack() as stack:
-            stack.callback(os.environ.update, hidden)
-            executor = submitit.SlurmExecutor(folder=self.folder / "jobs")
-            executor.update_parameters(
-                job_name=f"{self.folder.name}-{self.part}",
-                time=self.needed.time_min,
-                signal_delay_s=self.cluster.warn_s,
-                array_parallelism=self.cluster.parallel,
-                setup=self.setup(),
-                stderr_to_stdout=True,
-                additional_parameters=self.options(),
-                srun_args=self.srun(),
-            )
-            tasks, path = range(self.first, self.first + self.n), str(self.folder / guard.TASKS)
-            try:
-                jobs = executor.map_array(job.run, [path] * self.n, tasks)
-            except (FailedJobError, FailedSubmissionError) as error:  # contains sbatch's message
-                text = str(error)
-                lines = [line.strip() for line in text.splitlines() if "error:" in line.lower()]
-                complaint = "; ".join(dict.fromkeys(lines)) or text.strip()
-                raise ClusterError(f"Slurm refused the jobs: {complaint}") from None
-        return jobs[0].job_id.partition("_")[0]
-
-
-def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
-    """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
-
-    Raises ClusterError if there is no Slurm here, or it did not cancel some jobs.
-    """
-    if files.status(slurm.home(store.root)) is None:  # nothing was submitted
-        return 0, 0
-    slurm.require()
-    with slurm.locked(store.root, notify):
-        queue = slurm.settle(store.root, notify)
-        mine = {s.folder for s in queue.submissions if s.record["sweep"] == request.title}
-        live = [(s, k, j) for s, k, j in queue.jobs if s.folder in mine]
-        runs = {r for s, k, _ in live for r in s.tasks[k] if r not in s.withdrawn}
-        ending = [r for r in runs if store.state(r) not in FINAL]
-        follows = [j.label for folder, j in queue.follows.items() if folder in mine]
-        if denied := slurm.cancel([*follows, *(j.label for _, _, j in live)]):
-            raise ClusterError(f"some jobs could not be cancelled: {denied}.")
-        return len(live), len(ending)
+def _send(folder: Path, part: str, first: int, n: int, needed: JobResources, *more: Any) -> str:
+    """Submit the tasks of a `script`; return Slurm's id, or raise ClusterError if it refuses."""
+    path = folder / f"{part}.sh"
+    files.write_atomic(path, script(folder, part, first, n, needed, *more).encode())
+    try:
+        return slurm.run("sbatch", "--parsable", str(path)).strip().partition(";")[0]
+    except ClusterError as error:
+        raise ClusterError(
+            f"Slurm refused the jobs: {error}. Each asks for {needed.nodes} node(s) with "
+            f"{needed.cpus} CPU core(s), {needed.gpus} GPU(s), {needed.mem_gib:g} GiB and "
+            f"{needed.time_min} min: lower cluster.gpus, .cpus or .mem_gib, leave out large runs "
+            "(exec.max_gpus=N), or choose another cluster.partition."
+        ) from None
 
 
 # ---------------------------------------------------------------- before submitting
@@ -381,78 +480,84 @@ def updates_of(points: Sequence[Point], store: RunStore) -> int:
     return sum(p.spec.steps if p.id in ended else store.saved_step(p.id) for p in points)
 
 
-def prepare(cluster: Cluster, root: Path) -> tuple[Partition, Snapshot]:
-    """Check that this machine can submit and the nodes see the run folder; copy the code there.
-
-    Raises ClusterError if not.
-    """
+def prepare(cluster: Cluster, root: Path) -> tuple[Partition, "Snapshot"]:
+    """Check that jobs can use the run folder (else ClusterError), and copy the code there."""
+    place, owner = root.resolve(), files.status(root)
     if os.pathsep in str(root):
         raise ClusterError(
             f"exec.runs_dir={root} has a '{os.pathsep}' in its name, at which the jobs' PYTHONPATH "
             "splits. Choose a folder without it."
         )
-    owner = files.status(root)
     if owner and owner.st_uid != os.geteuid():  # root: `jobs_of` would not show its jobs
         raise ClusterError(f"exec.runs_dir={root} is of user {owner.st_uid}: submit as this user.")
-    slurm.require()
-    partition = slurm.partition_of(cluster, slurm.partitions())
-    if not cluster.shared:
-        check_visible(root, partition.hosts, mounts())
-    home = slurm.home(root)
-    (home / "code").mkdir(parents=True, exist_ok=True)
-    return partition, snapshot.take(home / "code")
-
-
-def mounts() -> list[tuple[str, str]]:
-    """List this machine's (mount point, type of file system); empty if the system hides them."""
-    try:
-        lines = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return []
-    return [(f[1].replace("\\040", " "), f[2]) for f in map(str.split, lines) if len(f) > 2]
-
-
-def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[str, str]]) -> None:
-    """Check that the nodes `hosts` see the run folder; raise ClusterError if not."""
-    if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
-        return
-    folder = folder.resolve()
-    above = [m for m in mounted if folder.is_relative_to(m[0])]
-    file_system = max(above, key=lambda m: len(m[0]), default=("/", ""))[1]
-    local = [f for f in LOCAL_FOLDERS if folder.is_relative_to(f)]
-    local = [f"its {file_system}"] if file_system in LOCAL_FILE_SYSTEMS else local
-    if local:
+    if not cluster.shared and any(place.is_relative_to(folder) for folder in LOCAL_FOLDERS):
         raise ClusterError(
-            f"run folder {folder}: {local[0]} is local to this machine, so the nodes "
-            f"({', '.join(sorted(hosts)[:3])}, ...) cannot see it. Set exec.runs_dir=FOLDER (or "
-            "LORASWEEP_RUNS) on a shared file system. If it is on one, set cluster.shared=true."
+            f"run folder {place}: nodes usually cannot see it, as it is local to a machine. Set "
+            "exec.runs_dir=FOLDER (or LORASWEEP_RUNS) on a shared file system. If the nodes do see "
+            "it, set cluster.shared=true."
         )
-
-
-def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
-    """Raise StoreError if the disk is too small for all results, and checkpoints of some packs.
-
-    `at_once`: number of packs that have checkpoints at the same time.
-    """
-    checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
-    results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
-    need, free = sum(checkpoints[:at_once]) + results, checkpoint.free_bytes(root)
-    if free < need:
-        raise StoreError(
-            f"the disk of {root} has {free / 2**30:.2f} GiB free; results and checkpoints need up "
-            f"to {need / 2**30:.2f} GiB. Choose exec.runs_dir=FOLDER, or lower cluster.parallel."
-        )
+    partition = slurm.partition_of(cluster)
+    home = slurm.home(root) / "code"
+    home.mkdir(parents=True, exist_ok=True)
+    return partition, take(home)
 
 
 def watch_others(store: RunStore, points: list[Point], notify: Notify) -> None:
     """Watch heartbeats until it is clear which owners on other machines are alive."""
-    running = [i for i, s in store.states(p.id for p in points).items() if s == "running"]
-    if unsure := store.unsure(running):
+    states = store.states(p.id for p in points)
+    if unsure := store.unsure(i for i, state in states.items() if state == "running"):
         notify(
             f"watching {len(unsure)} run(s) that another machine seems to train, for at most "
             f"{SILENCE_S + 1:.0f} s"
         )
     end = time.monotonic() + SILENCE_S + 1
     while unsure and time.monotonic() < end:
-        time.sleep(WATCH_POLL_S)
+        time.sleep(2)
         unsure = store.unsure(i for i in unsure if store.state(i) == "running")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the code in a folder, so that later edits do not change queued jobs."""
+
+    folder: Path
+    sha256: str  # its `guard.digest`
+
+
+def take(root: Path) -> Snapshot:
+    """Copy the running code into a folder in `root`, named by its digest, if it is not there.
+
+    conf/ is at the top, as in a checkout; permissions are those of this user. Running code that is
+    a snapshot is not copied. Raises ClusterError if others changed it or could change it.
+    """
+    here = folder = Path(__file__).resolve().parents[3]
+    if (here / guard.ABOUT).is_file():
+        sha256 = guard.digest(str(here))
+    else:
+        partial = root / f".copy.{os.getpid()}.{os.urandom(3).hex()}"
+        inside = here / "lorasweep"
+        conf = next(c for c in (here / "conf", inside / "conf") if (c / "config.yaml").is_file())
+        for top in (inside, here / "analysis", conf):
+            for path, inner, names in os.walk(top, followlinks=True):
+                skipped = SKIPPED | ({"conf"} if Path(path) == inside else set())
+                inner[:] = set(inner) - skipped
+                target = partial / top.name / Path(path).relative_to(top)
+                target.mkdir(parents=True)
+                for name in names:
+                    shutil.copyfile(Path(path) / name, target / name)
+        sha256 = guard.digest(str(partial))
+        folder = root / sha256[:12]
+        about = {**provenance.code(), "snapshot": folder.name}
+        files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
+        try:
+            os.rename(partial, folder)
+        except OSError:  # it is there
+            shutil.rmtree(partial)
+    problem = guard.problem(str(folder), sha256)
+    if problem or folder.name != sha256[:12]:
+        raise ClusterError(
+            f"code snapshot {folder} is refused: {problem or 'it was changed'}. Another user could "
+            f"run code as you. Find out who caused this, then delete the snapshot (rm -r {folder}) "
+            "and run the command again."
+        )
+    return Snapshot(folder, sha256)

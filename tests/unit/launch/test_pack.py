@@ -107,7 +107,7 @@ def test_a_run_that_cannot_be_claimed_is_an_error_and_no_failure_of_others(pair,
         return claim(spec)
 
     monkeypatch.setattr(store, "claim", of_another_user)
-    with pytest.raises(StoreError, match=rf"{specs[1].id} cannot be claimed: .*attempts/1"):
+    with pytest.raises(StoreError, match="attempts/1 cannot be read or written"):
         train(store, specs, Scripted(1))
     assert store.end(specs[0].id, 1)["state"] == "stopped"
 
@@ -125,9 +125,9 @@ def test_a_stop_during_the_pretraining_of_a_base_takes_effect_after_one_update(t
 
 def test_waiting_threads_of_a_worker_sleep_unless_the_user_wants_them_to_spin(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert process.worker_environment(2)["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert process.worker_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
+    for given in ("PASSIVE", "ACTIVE"):
+        assert process.worker_environment(2)["OMP_WAIT_POLICY"] == given
+        monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
 
 
 def test_a_longer_run_starts_where_its_beginning_ended(tmp_path):

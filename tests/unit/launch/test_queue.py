@@ -1,9 +1,9 @@
 """The jobs of a run folder: what Slurm's output says, submissions, follow-up jobs."""
 
-import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +13,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from submitit.core.utils import FailedJobError
 
 from lorasweep.cli import actions
-from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError
-from lorasweep.launch.slurm import guard, job, planning, queue, snapshot, submit
-from lorasweep.launch.slurm.container import VARIABLE
+from lorasweep.errors import ClusterError, GaveUp, SpecError, StoreError
+from lorasweep.launch.local import VARIABLE
+from lorasweep.launch.slurm import guard, job, queue, submit
 from lorasweep.launch.slurm.queue import Partition, RunningJobs
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import claims
@@ -26,22 +25,18 @@ from lorasweep.store.run_store import RunStore
 from tests.world import ROOT, wait_for
 
 
-def listed(*jobs, script=""):
-    """Give squeue's output: jobs as (id, array, task, state, name)."""
-    rows = ((i, a, t, state, "None", "0", "n1", name, script) for i, a, t, state, name in jobs)
-    return "".join("|".join([*row, "\n"]) for row in rows)
+def listed(folder, *jobs):
+    """Give squeue's output: jobs as (id, array, task, state, name), submitted from `folder`."""
+    rows = ((i, a, t, state, "None", "0", "n1", name, folder) for i, a, t, state, name in jobs)
+    return "".join("|".join([*row[:-1], f"{row[-1]}/x.sh", "\n"]) for row in rows)
 
 
 @pytest.fixture
 def folder(tmp_path, slurm):
     """A submission of two runs in two jobs, 20_0 and 20_1, and a follow-up job, 23."""
     slurm("here")
-    folder = submit._new_folder(tmp_path, "lr ratio/x")
-    assert "/" not in folder.name and queue.read_all(tmp_path) == []
-    folder.parent.mkdir()
-    submit._write(folder, "x", [["r1"], ["r2"]], [{}, {}])
-    for label in ("20_0", "20_1", "23"):
-        (folder / "jobs" / f"{label}_submitted.pkl").touch()
+    folder = submit._write(tmp_path, "lr ratio/x", [["r1"], ["r2"]], [{}, {}])
+    assert folder.parent.name == ".slurm"
     return folder
 
 
@@ -49,23 +44,19 @@ def test_the_names_of_jobs_say_which_runs_wait(folder, tmp_path, slurm):
     name, none = folder.name, "N/A"
     jobs = [("21", "20", "0", "RUNNING", f"{name}-0"), ("22", "20", "1", "PENDING", f"{name}-0")]
     jobs += [("23", "23", none, "PENDING", f"{name}-follow"), ("9", "9", none, "RUNNING", "mine")]
-    # without submitit's file: neither can start, or the file of one that trains is not visible yet
-    jobs += [("24", "24", none, "PENDING", f"{name}-1"), ("25", "25", none, "RUNNING", f"{name}-1")]
-    given = slurm("here", squeue=listed(*jobs, script=f"{folder}/jobs/x.sh"))
+    given = slurm("here", squeue=listed(folder, *jobs))
     found = queue.look(tmp_path)
     assert {run: j.label for run, j in found.covered().items()} == {"r1": "20_0", "r2": "20_1"}
-    assert [j.label for j in found.strays] == ["24"] and found.follows[folder].id == "23"
-    assert all(
-        words[words.index("-u") + 1] == str(os.geteuid()) for words in given if "-u" in words
-    )
-    found.submissions[0].withdraw(["r2"])
-    assert set(queue.look(tmp_path).covered()) == {"r1"}
-    queue.settle(tmp_path, print)
-    assert [words[1:] for words in given if words[0] == "scancel"] == [("24",)]
+    assert [(s.folder, j.id) for s, j in found.follows] == [(folder, "23")]
+    (asked,) = [words for words in given if words[0] == "squeue"]
+    assert asked[asked.index("-u") + 1] == str(os.geteuid())
     # a copy of the run folder has these names, but not these jobs
     shutil.copytree(tmp_path / ".slurm", tmp_path / "copy/.slurm")
-    copy = queue.settle(tmp_path / "copy", print)
-    assert not (copy.jobs or copy.follows or copy.strays) and len(queue.read_all(tmp_path)) == 1
+    with queue.settled(tmp_path / "copy", print) as copy:
+        assert not (copy.jobs or copy.follows)
+    slurm("here", squeue=Mock(side_effect=ClusterError("no Slurm here")))
+    found = queue.look(tmp_path)
+    assert found.unavailable == "no Slurm here" and found.covered() == {}
 
 
 def test_a_task_waits_as_long_as_slurm_may_run_it(folder, tmp_path, slurm):
@@ -75,154 +66,110 @@ def test_a_task_waits_as_long_as_slurm_may_run_it(folder, tmp_path, slurm):
         tasks = [("21", "20", "0", "RUNNING", f"{folder.name}-0")]
         tasks += [("22", "20", "1", state, f"{folder.name}-0")] if state else []
         tasks += [("23", "23", "N/A", state, f"{folder.name}-follow")] if state else []
-        slurm("here", squeue=listed(*tasks))
-        found, alive = queue.settle(tmp_path, print), state in (*waits, *queue.RUNNING)
+        slurm("here", squeue=listed(folder, *tasks))
+        found, alive = queue.look(tmp_path), state in (*waits, *queue.RUNNING)
         assert set(found.covered()) == ({"r1", "r2"} if alive else {"r1"}), state
         assert bool(found.follows) == alive, state
-    slurm("here")
-    queue.settle(tmp_path, print)
-    assert queue.read_all(tmp_path) == [] and len(queue.read_all(tmp_path, over=True)) == 1
-
-
-def test_a_queue_that_says_nothing_about_a_submission(folder, tmp_path, slurm):
-    """Of another cluster; without Slurm; of a command that has not called sbatch; damaged."""
-    slurm("there")
-    found = queue.settle(tmp_path, print)
-    assert found.elsewhere == {"r1", "r2"} and found.submissions == []
-    slurm("here", squeue=Mock(side_effect=ClusterError("no Slurm here")))
-    found = queue.look(tmp_path)
-    assert found.unavailable == "no Slurm here" and found.covered() == {}
-    assert len(found.submissions) == 1
-    for path in (folder / "jobs").iterdir():
-        path.unlink()
-    slurm("here")
-    queue.settle(tmp_path, print)
-    assert len(queue.read_all(tmp_path)) == 1
-    (folder / "submission.json").write_text("{")
-    with pytest.raises(ClusterError, match="damaged"):
-        queue.read_all(tmp_path)
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", ["before sbatch", "no file", "one file", "at the end"])
+@pytest.mark.parametrize("moment", ["before sbatch", "after sbatch"])
 def test_a_command_killed_at_any_sbatch_is_completed_by_the_next(
     compose, tmp_path, slurm, monkeypatch, moment
 ):
-    """Each run is in one job that can start; no job is cancelled that has submitit's file, and the
-    queued job of a command is not pruned, though it has no runs."""
+    """Each run is in one job, and none is cancelled."""
     given = ("cluster=slurm", "cluster.runs_per_job=1", "exec.pack_size=1", "prune=true")
     asked = compose("+sweep=lr_ratio", "scale=smoke", *given)
-    where = Partition("main", True, 64, 512_000, 0, 2880.0, frozenset({"n1"}))
-    taken, rows, calls = snapshot.take(tmp_path), {}, []
-    monkeypatch.setattr(submit, "prepare", lambda *_: (where, taken))
+    taken, rows, calls = submit.take(tmp_path), {}, []
+    monkeypatch.setattr(submit, "prepare", lambda *_: (Partition(0, 2880.0), taken))
 
-    def sbatch(array):
-        calls.append(array)
-        now = moment if len(calls) == at else ""
-        if now == "before sbatch":
+    def sbatch(_, path):
+        text, number = Path(path).read_text(), str(100 * len(calls) + 100)
+        calls.append(text)
+        if len(calls) == at and moment == "before sbatch":
             raise Killed
-        number = str(100 * len(calls))
-        for k in range(array.n):
-            label, task = (f"{number}_{k}", str(k)) if array.n > 1 else (number, "N/A")
-            name = f"{array.folder.name}-{array.part}"
-            rows[label] = (f"{int(number) + k}", number, task, "PENDING", name)
-            if k >= {"no file": 0, "one file": 1}.get(now, array.n):
-                continue
-            (array.folder / "jobs" / f"{label}_submitted.pkl").touch()
-        if now:
+        array = re.search("--array=0-([0-9]+)%", text)
+        name = re.search("--job-name=(.*)", text)[1]
+        for k in range(int(array[1]) + 1 if array else 1):
+            label, task = (f"{number}_{k}", str(k)) if array else (number, "N/A")
+            job = (str(int(number) + k), number, task, "PENDING", name)
+            rows[label] = listed(Path(path).parent, job)
+        if len(calls) == at:
             raise Killed
-        return number
+        return f"{number};here\n"
 
-    monkeypatch.setattr(submit.Array, "submit", sbatch)
-    cancel = Mock(side_effect=lambda *labels: [rows.pop(label) for label in labels] and "")
-    slurm("here", squeue=lambda *_: listed(*rows.values()), scancel=cancel)
+    cancel = Mock(side_effect=lambda _, *labels: [rows.pop(label) for label in labels] and "")
+    slurm("here", squeue=lambda *_: "".join(rows.values()), scancel=cancel, sbatch=sbatch)
     for at in range(1, 5):  # three arrays of two jobs, then the follow-up job
         root = tmp_path / f"runs{at}"
         exec_ = dataclasses.replace(asked.exec, runs_dir=str(root))
         request, store = dataclasses.replace(asked, exec=exec_), RunStore(root)
         store.prepare()
-        check = submit._new_folder(root, "check_gpu")
-        check.parent.mkdir()
-        submit._write(check, "check_gpu", [[]], [{}])
-        (check / "jobs/7_submitted.pkl").touch()
         calls.clear()
         rows.clear()
-        rows["7"] = ("7", "7", "N/A", "PENDING", f"{check.name}-0")
         with pytest.raises(Killed):
             submit.submit(request, store, lambda: asked.points, print)
-        can_start = {j.label for _, _, j in queue.look(root).jobs}
         submit.submit(request, store, lambda: asked.points, print)
         n_calls = len(calls)
         submit.submit(request, store, lambda: asked.points, print)
         assert len(calls) == n_calls
         found = queue.look(root)
-        runs = sorted(r for s, k, _ in found.jobs for r in s.tasks[k])
-        assert runs == sorted(p.id for p in asked.points) and can_start <= rows.keys()
-        assert len(found.follows) == 1 and not found.strays and len(rows) == 6 + 1 + 1
-    assert cancel.called == moment.endswith("file")
+        runs = sorted(r for _, runs, _ in found.jobs for r in runs)
+        assert runs == sorted(p.id for p in asked.points)
+        assert len(found.follows) == 1 and len(rows) == 6 + 1
+    assert not cancel.called
     # the follow-up job of another sweep with some of these runs waits for their jobs
     other = compose("+sweep=lr_ratio", "scale=smoke", *given[:-1], "~sweep.arms.fullft")
     submit.submit(dataclasses.replace(other, exec=exec_), store, lambda: other.points, print)
     waits = {queue.look(root).covered()[p.id].label for p in other.points}
-    assert calls[-1].part == "follow" and set(calls[-1].after) == waits and 0 < len(waits) < 6
+    after = re.search("--dependency=afterany:(.*)", calls[-1])[1].split(":")
+    assert "-follow" in calls[-1] and set(after) == waits and 0 < len(waits) < 6
+    # without these runs, the jobs that have them are cancelled, and no other
+    fewer = dataclasses.replace(request, points=[p for p in asked.points if p not in other.points])
+    work = submit.submit(fewer, store, lambda: fewer.points, print)
+    assert work.pruned == len(other.points) and set(cancel.call_args_list[0].args[1:]) == waits
+    assert {*queue.look(root).covered()} == {p.id for p in fewer.points}
 
 
 @pytest.mark.parametrize(("n", "image"), [(1, None), (3, "docker://x#y")])
-def test_what_sbatch_is_asked_for(tmp_path, monkeypatch, n, image):
-    from submitit.slurm.slurm import SlurmExecutor
-
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    for name in ("srun", "sbatch"):
-        (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setattr(job, "run", max)  # any function can be pickled
-    texts = []
-
-    def submit_command(executor, command):
-        texts.append(executor._make_submission_file_text(command, "x"))
-        raise FailedJobError("error: seen")
-
-    monkeypatch.setattr(SlurmExecutor, "_submit_command", submit_command)
+def test_what_sbatch_is_asked_for(tmp_path, slurm, n, image):
     given = {"partition": "gpu", "account": "a b", "qos": "q", "constraint": "c", "gpus": 2}
     more = {"setup": ["module load x"], "options": {"exclusive": "true", "exclude": "n17"}}
     cluster = Cluster(kind="slurm", container=image, **given, **more)
     (tmp_path / guard.TASKS).write_text("{}")
-    code, needed = snapshot.Snapshot(tmp_path, "0"), planning.JobResources(4, 2, 7.3, 33, 2)
-    array = submit.Array(tmp_path, "2", 2, n, needed, cluster, code, ("5", "6"))
-    with pytest.raises(ClusterError, match="error: seen"):
-        array.submit()
-    lines = [x.removeprefix("#SBATCH --") for x in texts[0].splitlines() if "#SBATCH" in x]
+    code, needed = submit.Snapshot(tmp_path, "0"), submit.JobResources(4, 2, 7.3, 3, 2)
+    slurm("here", sbatch=Mock(side_effect=ClusterError("error: seen")))
+    with pytest.raises(ClusterError, match=r"error: seen.* 2 GPU\(s\), 7\.3 GiB .*cluster\.gpus"):
+        submit._send(tmp_path, "2", 2, n, needed, cluster, code, ("5", "6"))
+    text = (tmp_path / "2.sh").read_text()
+    lines = [x.removeprefix("#SBATCH --") for x in text.splitlines() if "#SBATCH" in x]
     given = dict(line.partition("=")[::2] for line in lines)
     assert given["mem"] == "7475M" and given["exclusive"] == "" and given["account"] == "'a b'"
     assert given["dependency"] == "afterany:5:6" and ("array" in given) == (n > 1)
     assert given["job-name"] == f"{tmp_path.name}-2"
-    assert set(array.setup()) <= set(texts[0].splitlines())
-    # the check and the job run outside of the container, in which the workers start
-    outside = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
-    assert array.srun() == (outside if image else ())
-    assert (
-        (f"export {VARIABLE}='{image}'" in array.setup()) == (VARIABLE in texts[0]) == bool(image)
-    )
+    assert given["signal"] == "USR2@90"  # a job of 3 minutes is not warned at once
+    assert (f"export {VARIABLE}='{image}'" in text) == (VARIABLE in text) == bool(image)
+    assert text.index("module load x") < text.index("-I -c") < text.index("\nsrun ")
 
 
 def test_partitions_are_read_and_known_by_name(slurm):
-    lines = ["gpu*|64|512000|gpu:a100:8(S:0-1)|2-00:00:00|n1|"]
-    lines += ["gpu*|32|256000|gpu:4|2-00:00:00|n2|", "long|64|9|(null)|infinite|n3|"]
-    limits = {"30": 30, "30:00": 30, "1:30:00": 90, "1-12": 2160, "1-00:30:00": 1470}
-    lines += [f"p{n}|1|1|(null)|{limit}|n4|" for n, limit in enumerate(limits)]
+    lines = [
+        "gpu*|gpu:a100:8(S:0-1)|2-00:00:00|",
+        "gpu*|gpu:4|2-00:00:00|",
+        "long|(null)|infinite|",
+    ]
+    limits = {"30:00": 30, "1:30:00": 90, "1-00:30:00": 1470}
+    lines += [f"p{n}|gpu:a:1,gpu:b:2|{limit}|" for n, limit in enumerate(limits)]
     slurm("here", sinfo="\n".join(lines))
-    found = queue.partitions()
-    gpu = Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1", "n2"}), 2)
-    assert found["gpu"] == gpu
-    assert found["long"].gpus == 0 and found["long"].time_min == float("inf")
-    assert [found[f"p{n}"].time_min for n in range(len(limits))] == list(limits.values())
-    assert queue.partition_of(Cluster(), found) is found["gpu"]
+    assert queue.partition_of(Cluster()) == Partition(8, 2880.0)
+    assert queue.partition_of(Cluster(partition="long")) == Partition(0, float("inf"))
+    for n, minutes in enumerate(limits.values()):
+        assert queue.partition_of(Cluster(partition=f"p{n}")) == Partition(3, minutes)
     with pytest.raises(ClusterError, match=r"'gpx'.*'gpu'"):
-        queue.partition_of(Cluster(partition="gpx"), found)
+        queue.partition_of(Cluster(partition="gpx"))
 
 
 def job_of(number, restart=0, cluster="here"):
@@ -231,7 +178,7 @@ def job_of(number, restart=0, cluster="here"):
 
 def test_the_worst_step_decides_how_a_job_ended(folder, tmp_path, slurm):
     name = f"{folder.name}-0"
-    (folder / "jobs/7_1_0_log.out").touch()
+    (folder / "7_1.log").touch()
     lines = [f"11|7_1|{name}|FAILED|1:0|n1", "11.batch|7_1.batch|batch|FAILED|1:0|n1"]
     lines += ["11.0|7_1.0|python|OUT_OF_MEMORY|0:125|n1", f"12|7_2|{name}|CANCELLED by 5|0:0|n2"]
     lines += [f"13|7_3|{name}|RUNNING|0:0|n2", f"14|7_4|{name}|FAILED|9:0|n2"]
@@ -239,7 +186,7 @@ def test_the_worst_step_decides_how_a_job_ended(folder, tmp_path, slurm):
     owners = {str(k): job_of(k) for k in (11, 12, 13, 14)}
     found = queue.causes(tmp_path, {**owners, "other": {}, "there": job_of(12, cluster="there")})
     assert found.keys() == {"11", "12", "14"} and "CANCELLED" in found["12"]
-    assert "cluster.mem_gib" in found["11"] and "7_1_0_log.out" in found["11"]
+    assert "cluster.mem_gib" in found["11"] and "7_1.log" in found["11"]
     assert "memory" in found["14"] and "memory" not in found["12"]
 
 
@@ -248,7 +195,7 @@ def test_the_worst_step_decides_how_a_job_ended(folder, tmp_path, slurm):
 
 def test_slurm_decides_whether_an_owner_that_is_a_job_is_alive(slurm, tmp_path, monkeypatch):
     running = [("12", "12", "N/A", "RUNNING", "x")]
-    asked = slurm("here", squeue=lambda *_: listed(*running))
+    asked = slurm("here", squeue=lambda *_: listed("", *running))
     alive = RunningJobs(tmp_path)
     assert alive("here", "12", 0, 0) is True and alive("here", "13", 0, 0) is False
     assert alive("here", "12", 1, 0) is False  # a later execution
@@ -272,17 +219,12 @@ def test_slurm_decides_whether_an_owner_that_is_a_job_is_alive(slurm, tmp_path, 
     asked.clear()
     liveness.prepare(many)  # one query is enough for any number of dead jobs
     assert not any(map(liveness.alive, many)) and sum(c[0] == "squeue" for c in asked) == 1
-
-
-def test_a_slurm_that_does_not_answer_is_not_asked_again_for_each_run(tmp_path, monkeypatch):
+    # a Slurm that does not answer is not asked again for each run
     tries = Mock(side_effect=ClusterError("Unable to contact slurm controller"))
-    queue.setting.cache_clear()
     monkeypatch.setattr(queue, "run", tries)
-    alive = RunningJobs(tmp_path)
-    found = {alive("here", str(k), 0, time.monotonic()) for k in range(50)}
-    assert found == {None} and tries.call_count == 1
-    monkeypatch.setattr(queue, "FRESH_S", -1.0)  # later
-    assert alive("here", "1", 0, 0) is None and tries.call_count == 2
+    silent = RunningJobs(tmp_path)
+    assert {silent("here", str(k), 0, time.monotonic()) for k in range(50)} == {None}
+    assert tries.call_count == 1
 
 
 def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeypatch):
@@ -294,75 +236,55 @@ def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeyp
     assert not any(map(claims.restarted, (job_of(12, restart=1), job_of(13), {})))
 
 
-def test_a_machine_that_cannot_submit_says_what_to_do(monkeypatch):
-    monkeypatch.delenv("SLURM_CONF", raising=False)
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    with pytest.raises(ClusterError, match=r"no Slurm here.*cluster=local"):
-        queue.require()
-    monkeypatch.setattr(queue.shutil, "which", str)
-    monkeypatch.setattr(queue, "run", Mock(side_effect=ClusterError("failed: no configuration")))
-    with pytest.raises(ClusterError, match=r"failed: no configuration\n.*login node.*action=plan"):
-        queue.require()
-    monkeypatch.setenv("SLURM_CONF", "/nowhere.conf")
-    with pytest.raises(ClusterError, match=r"/nowhere\.conf: there is no such file"):
-        queue.require()
+def test_a_machine_without_slurm_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClusterError, match=r"no Slurm here.*login node.*cluster=local"):
+        queue.partition_of(Cluster())
 
 
 # ---------------------------------------------------------------- follow-up jobs
 
 
-@pytest.mark.parametrize("codes", [[0], [job.TRY_AGAIN, 0], [job.TRY_AGAIN] * 5, [2]])
-def test_a_follow_up_command_is_tried_again_where_that_may_help(tmp_path, monkeypatch, codes):
-    """`codes`: the exit status of each try, and of none after them."""
-    given, left = [], iter(codes)
-
-    def start(command):
-        given.append(command)
-        return Mock(wait=lambda: next(left))
-
-    monkeypatch.setattr(job.subprocess, "Popen", start)
-    monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
-    path = tmp_path / "tasks.jsonl"
-    path.write_text(json.dumps({"command": ["-m", "lorasweep"]}))
-    fails = pytest.raises(LorasweepError, match="status")
-    with fails if codes[-1] else contextlib.nullcontext():
-        job.run(str(path), 0)
-    assert given == [[sys.executable, "-m", "lorasweep"]] * len(codes)
-
-
-def test_the_exit_status_says_whether_to_try_again(compose, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("errors", "status"),
+    [
+        ([None], 0),
+        ([ClusterError("busy"), StoreError("held"), None], 0),
+        ([ClusterError("busy")] * 5, 2),
+        ([GaveUp("idle")], 2),
+        ([SpecError("wrong")], 2),
+        ([KeyboardInterrupt()], 0),
+    ],
+)
+def test_a_follow_up_job_tries_again_where_that_may_help(
+    compose, tmp_path, monkeypatch, errors, status
+):
     asked = compose("+sweep=lr_ratio", "scale=smoke", "cluster=slurm")
-    task = {"follow": asked.plain(), "trainer": "a.b:c", "idle": 1, "updates": 4}
+    task = {"follow": asked.plain(), "trainer": "a.b:c", "idle": 1, "updates": 4, "requeues": 0}
     path = tmp_path / "tasks.jsonl"
     path.write_text(f"{{}}\n{json.dumps(task)}\n")
-    monkeypatch.setattr(actions, "Signals", lambda: None)
-    again = [(ClusterError("busy"), job.TRY_AGAIN), (StoreError("held"), job.TRY_AGAIN)]
-    ends = [(None, 0), (GaveUp("idle"), 2), (SpecError("wrong"), 2)]
-    for error, code in (*again, *ends, (KeyboardInterrupt(), job.INTERRUPTED)):
-        act = Mock(side_effect=error)
-        monkeypatch.setattr(actions, "act", act)
-        assert actions.follow_up(str(path)) == code, error
-        (request, trainer), more = act.call_args
-        assert (request.title, trainer, more["follow"]["idle"]) == (asked.title, "a.b:c", 1)
+    monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    act = Mock(side_effect=errors)
+    monkeypatch.setattr(actions, "act", act)
+    assert actions.follow_up(str(path)) == status and act.call_count == len(errors)
+    (request, trainer), more = act.call_args
+    assert (request.title, trainer, more["follow"]["idle"]) == (asked.title, "a.b:c", 1)
 
 
-def test_a_follow_up_job_that_is_stopped_releases_its_lock_first(tmp_path):
-    """It is not killed while it holds the lock, or between an sbatch and submitit's file."""
+def test_a_job_that_is_stopped_releases_its_lock_first(tmp_path):
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from lorasweep.launch.slurm.job import Signals\n"
+        "from lorasweep.launch.slurm.job import stoppable\n"
         "from lorasweep.store.files import locked\n"
-        "Signals(); folder = Path(sys.argv[1]).parent\n"
-        "with locked(folder / 'lock', 9):\n"
+        "folder = Path(sys.argv[1])\n"
+        "with stoppable(0), locked(folder / 'lock', 9):\n"
         "    (folder / 'held').touch()\n"
         "    try: time.sleep(60)\n"
         "    finally: time.sleep(1); (folder / 'released').touch()\n"
     )
-    path = tmp_path / "tasks.jsonl"
-    path.write_text(json.dumps({"command": ["-c", code, str(path)], "requeues": 0}))
-    command = [sys.executable, "-m", "lorasweep.launch.slurm.job", str(path), "0"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
     following = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     wait_for(lambda: (tmp_path / "held").exists() or following.poll() is not None)
     following.send_signal(signal.SIGTERM)

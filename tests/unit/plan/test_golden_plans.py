@@ -29,7 +29,7 @@ def plans_of(scale, root):
     """Return the plan of each sweep at a scale as JSON values."""
     found, store = {}, RunStore(root)
     with composer() as compose:
-        from lorasweep.launch.slurm.planning import hardware_of
+        from lorasweep.launch.slurm.submit import hardware_of
 
         h100 = hardware_of(compose(["hardware=h100", "action=plan"]))
         for sweep in SWEEPS:

@@ -11,7 +11,7 @@ import torch
 
 from lorasweep.config.compose import shipped_model
 from lorasweep.errors import SpecError
-from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan import load as shapes

@@ -11,7 +11,7 @@ import pytest
 from lorasweep.cli.plans import plan_lines
 from lorasweep.errors import SpecError
 from lorasweep.launch.local import devices_of
-from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from

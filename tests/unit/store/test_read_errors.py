@@ -13,14 +13,13 @@ import pytest
 from lorasweep.errors import StoreError
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.slurm import queue
-from lorasweep.launch.worker import skipped
 from lorasweep.store import checkpoint, claims, files, looks
 from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.unit.store.conftest import save
 from tests.world import tiny_spec
 
 RESULT = {"test_nll": 2.5, "curve": [], "base_sha256": "x"}
-FOLDERS = ("attempts", "jobs", ".slurm")
+FOLDERS = ("attempts", ".slurm")
 
 
 @pytest.fixture
@@ -70,12 +69,9 @@ def runs(store, monkeypatch):
     slots = store.folder(specs["running"].id) / "checkpoint"
     save(slots, 3, 4)
     folder = queue.home(store.root) / "s"
-    (folder / "jobs").mkdir(parents=True)
-    record = {"sweep": "t", "tasks": [["x"]], "created_s": 0, "cluster": "here"}
-    (folder / "submission.json").write_text(json.dumps(record))
-    queue.read(folder).withdraw(["x"])
-    job = queue.Job("12", "12", 0, "RUNNING", "", 0, "", "s-0")
-    monkeypatch.setattr(queue, "setting", lambda name: "here")
+    folder.mkdir(parents=True)
+    (folder / "submission.json").write_text(json.dumps({"sweep": "t", "tasks": [["x"]]}))
+    job = queue.Job("12", "12", 0, "RUNNING", "", 0, "", "s-0", f"{folder}/0.sh")
     monkeypatch.setattr(queue, "jobs_of", lambda runs_dir: [job])
     paths = {"slots": slots, "submission": folder}
     found = SimpleNamespace(store=store, specs=specs, looks=store.root / "looks.json", **paths)
@@ -105,11 +101,8 @@ READERS = [
     ("a.json", lambda r: checkpoint.layout(r.slots)),
     ("b.safetensors", lambda r: checkpoint.load(r.slots, 4)),
     ("submission.json", lambda r: queue.read(r.submission)),
-    ("withdrawn.json", lambda r: queue.read(r.submission)),
-    ("withdrawn.json", lambda r: skipped(str(r.submission / "withdrawn.json"))),
-    ("over", lambda r: queue.read_all(r.store.root)),
-    (".slurm", lambda r: queue.read_all(r.store.root)),
-    ("jobs", lambda r: queue.look(r.store.root)),
+    ("submission.json", lambda r: queue.look(r.store.root)),
+    (".slurm", lambda r: queue.look(r.store.root)),
     ("looks.json", lambda r: looks.read(r.looks)),
     ("looks.json", lambda r: looks.note_look(r.looks, "x", 1)),
 ]
