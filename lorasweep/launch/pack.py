@@ -76,9 +76,8 @@ def execute(
             heartbeat = Heartbeat(
                 lambda: [store.attempt(rid, n) for rid, n in list(claimed.attempts.items())]
             )
-            claimed.train(
-                runs, micro_batch_size, (Limits() if limits is None else limits).of(runs[0])
-            )
+            limit = (Limits() if limits is None else limits).of(runs[0])
+            claimed.train(runs, micro_batch_size, limit)
     except Stopped:
         claimed.end_all("stopped", "asked to stop")
         raise

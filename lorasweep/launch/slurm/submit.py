@@ -38,8 +38,7 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 from lorasweep.tracking import provenance
 
-LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
-"""Folders that nodes usually do not share."""
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")  # nodes usually do not share them
 SKIPPED = {"__pycache__", "results", ".ipynb_checkpoints"}
 """Folders that jobs do not need: caches, and kept results (tables and figures)."""
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
@@ -359,6 +358,8 @@ def _submit(
 
 def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
     """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs."""
+    if files.status(slurm.home(store.root)) is None:  # nothing was submitted
+        return 0, 0
     with slurm.settled(store.root, notify) as queue:
         live = [(runs, j) for s, runs, j in queue.jobs if s.sweep == request.title]
         follows = [j.label for s, j in queue.follows if s.sweep == request.title]
