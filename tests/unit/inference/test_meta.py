@@ -9,7 +9,6 @@ from scipy import optimize, stats
 from analysis.inference.meta import (
     censored_slope,
     drift,
-    meta_regression,
     pseudo_values,
     random_effects,
 )
@@ -87,9 +86,3 @@ def test_a_planted_drift_is_found_and_a_flat_one_is_not():
     assert flat.slope.low < 0 < flat.slope.high and flat.p_slope > 0.05 and flat.p_equal > 0.05
     assert drift([4], [draws(0, 1, 0)], 1).slope.value is None
     assert drift([4, 4], [draws(0, 1, 0), draws(0, 1, 1)], 1).slope.value is None
-
-
-def test_meta_regression_without_spread_is_weighted_least_squares():
-    x = np.array([0.0, 1, 2, 3])
-    fit = meta_regression(1 + 2 * x, np.array([0.1, 0.2, 0.1, 0.3]), np.stack([np.ones(4), x], 1))
-    assert fit.beta == pytest.approx([1, 2]) and fit.tau == 0
