@@ -278,6 +278,10 @@ class Lengths(base.TwoArms):
     whole: pd.DataFrame
     """The uncut runs, whose norms are measured."""
     horizons: list[Horizon]
+    short: Horizon
+    """The first horizon of at least `long.step` / SHORT updates."""
+    long: Horizon
+    """The longest horizon."""
 
     @property
     def missing(self) -> str:
@@ -286,16 +290,6 @@ class Lengths(base.TwoArms):
     @property
     def shown(self) -> bool:
         return True
-
-    @property
-    def long(self) -> Horizon:
-        """The longest horizon."""
-        return self.horizons[-1]
-
-    @property
-    def short(self) -> Horizon:
-        """The first horizon of at least `long.step` / SHORT updates."""
-        return next(h for h in self.horizons if h.step >= self.long.step / SHORT)
 
     @property
     def rests(self) -> list[Optimum]:
@@ -356,7 +350,9 @@ def short_conditions(table: pd.DataFrame) -> list[Lengths]:
         full, lora = base.full_of(optima), base.lora_of(optima, MIN_RANK)
         ratio = ratio_of(lora, full) if full and lora else base.UNKNOWN
         horizons.append(Horizon(step, full, lora, ratio))
-    return [Lengths(optima[0].curve.group, part, optima, note, table, horizons)]
+    short = next(h for h in horizons if h.step >= last / SHORT)
+    ends = (short, horizons[-1])
+    return [Lengths(optima[0].curve.group, part, optima, note, table, horizons, *ends)]
 
 
 def short_report(asked: base.Asked, c: Lengths) -> tuple[dict[str, Any], list[base.Section]]:
