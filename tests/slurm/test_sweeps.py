@@ -9,8 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm.queue import cancel
@@ -113,9 +111,6 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.full
 def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, folder):
-    places = ("exec.reports_dir=here", "exec.runs_dir=here_runs")
-    here = ("exec.pack_size=3", "exec.workers=1", *places)
-    cli(*FLEET, *here, cwd=folder, check=False)
     with queue.closed():
         said = ask(folder, *FLEET, *JOBS, trainer=None)
         assert "submitted 7 runs" in said and "7 runs queued" in said
@@ -137,19 +132,6 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, f
     assert "but the revision" in page and "gone.jsonl" in page
     again = [s for s in submitted(folder) if s.folder != first.folder]
     assert {r for s in again for task in s.tasks for r in task} >= set(first.tasks[lost])
-    for path in (folder / "here/fleet-customers").glob("[af]*/adapter_model.safetensors"):
-        name = path.parent.name
-        mine = folder / "reports/fleet-customers" / name
-        one, other = load_file(path), load_file(mine / path.name)
-        # a further learning rate is in another pack, as bob has no runs
-        assert all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
-        facts = [json.loads((p / "facts.json").read_text()) for p in (path.parent, mine)]
-        assert facts[0]["run"] == facts[1]["run"]
-        assert len(facts[0]["tried"]) == len(facts[1]["tried"])
-        if name == "ann":
-            assert facts[0]["gain"] == pytest.approx(facts[1]["gain"], abs=1e-3)
-            assert not facts[0]["edge"] and len(facts[0]["tried"]) > 3
-
     before = attempts(folder)
     last = ask(folder, *FLEET, *JOBS, trainer=None)
     assert "submitted 3 runs" in last  # bob's, of the rows that are there now; then further rates
@@ -200,10 +182,11 @@ def test_a_sweep_is_cancelled_and_an_edited_one_takes_back_what_is_gone(queue, t
     with queue.closed():  # nothing starts for now
         ask(tmp_path, *SMOKE, *FAST, "cluster.runs_per_job=3")
         assert len(queue.jobs()) == 3  # two and the one that follows
+        jobs = list(queue.jobs())
         said = ask(tmp_path, *SMOKE, *FAST, "action=cancel")
         assert "cancelled 2 job(s) with 6 unfinished run(s)" in said
         queue.drain()
-        cancel([*jobs_of(submitted(tmp_path)[0]), "999999"])  # they have ended: no error
+        cancel([*jobs, "999999"])  # they have ended: no error
         ask(tmp_path, *SMOKE, *ALONE, "cluster.runs_per_job=1", "exec.pack_size=1")
         edited = (*SMOKE, "sweep.arms.fullft.lr=[1e-3,3e-3]", "~sweep.arms.lora")
         plan = ask(tmp_path, *edited, *ALONE, "action=plan")

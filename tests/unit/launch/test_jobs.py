@@ -101,16 +101,10 @@ def test_jobs_train_each_run_as_the_plan_places_it(compose, tmp_path):
         planned("exec.compile=true", "sweep.axes.model=[qwen3-32b]")
 
 
-def test_settings_without_a_meaning_are_refused(compose):
-    wrong = {
-        **{"kind": "pbs", "container_kind": "docker", "cpus": "0", "gpus": "-1", "work_min": "0"},
-        **{"runs_per_job": "0"},
-    }
-    for name, given in wrong.items():
-        with pytest.raises(ClusterError, match=rf"^cluster.{name}\b"):
-            compose(
-                "+sweep=lr_ratio", "cluster=slurm", f"{'+' * ('.' in name)}cluster.{name}={given}"
-            )
+@pytest.mark.parametrize("given", ["kind=pbs", "container_kind=docker", "cpus=0", "work_min=0"])
+def test_settings_without_a_meaning_are_refused(compose, given):
+    with pytest.raises(ClusterError, match=f"^cluster.{given.partition('=')[0]}="):
+        compose("+sweep=lr_ratio", "cluster=slurm", f"cluster.{given}")
 
 
 def test_the_profiles_compose(tmp_path):
