@@ -142,8 +142,8 @@ class StackedExperts(nn.Module):
         self.base = base
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
-    def forward(self, *given: Any) -> torch.Tensor:
-        return experts_forward(self.base, *given, adapters=self)
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return experts_forward(self.base, x, chosen, weight, self)
 
 
 def _adapted(
