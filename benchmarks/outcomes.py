@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks.harness import RESULTS, render
-from lorasweep.advise.advice import Advice, advise
-from lorasweep.advise.evidence import Case, Known
+from lorasweep.advise.advice import advise
+from lorasweep.advise.evidence import Known
 from lorasweep.advise.read import customer_of
-from lorasweep.advise.rules.rates import STEP, rate_of
+from lorasweep.advise.rules import STEP, Advice, rate_of
 from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
 
@@ -50,19 +50,29 @@ def _known() -> Known:
     return Known(catalogue.models(folders), catalogue.machines(folders))
 
 
-def _advice(entry: dict[str, Any]) -> tuple[Advice, Known]:
-    """Return the adviser's answer to a row, and the evidence used, without the row's source."""
-    world = replace(_known(), published=_known().published.without([entry["source"]]))
+def without(figures: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return published figures that are not from a source; a single entry becomes None."""
+    kept = {}
+    for name, entry in figures.items():
+        if isinstance(entry, list):
+            entry = [e for e in entry if e["source"] != source]
+        kept[name] = None if isinstance(entry, dict) and entry.get("source") == source else entry
+    return kept
+
+
+def _advice(entry: dict[str, Any]) -> Advice:
+    """Return the adviser's answer to a row, without the row's source."""
+    world = replace(_known(), published=without(_known().published, entry["source"]))
     shape = read()["shapes"].get(entry["customer"]["model"], {})
     c = customer_of({"name": entry["source"], **entry["customer"], **shape})
-    return advise(c, world), world
+    return advise(c, world)
 
 
 def outcomes() -> Iterator[Judged]:
     """Judge every published outcome of LoRA at a rank."""
     for entry in read()["outcomes"]:
-        advice, _ = _advice(entry)
-        says = SAYS[advice.conditions[0].state]
+        advice = _advice(entry)
+        says = SAYS[advice.conditions[0]["state"]]
         verdict = "open" if says == "open" else "hit" if says == entry["came"] else "miss"
         yield Judged(entry, advice, says, verdict)
 
@@ -70,9 +80,8 @@ def outcomes() -> Iterator[Judged]:
 def rates() -> Iterator[Judged]:
     """Judge for every published best LR whether it lies in the adviser's interval."""
     for entry in read()["rates"]:
-        advice, world = _advice(entry)
-        case = Case(advice.customer, advice.model, world)
-        found = rate_of(case, entry["method"], advice.choice.rank, advice.work)
+        advice = _advice(entry)
+        found = rate_of(advice, entry["method"])
         verdict = "hit" if found.low <= entry["rate"] <= found.high else "miss"
         says = f"{found.rate:.2g} ({found.low:.2g} to {found.high:.2g})"
         yield Judged(entry, advice, says, verdict)
@@ -84,13 +93,13 @@ def rates() -> Iterator[Judged]:
 def page() -> str:
     """Return the page in Markdown."""
     judged, found = list(outcomes()), list(rates())
-    names = _known().published.values["sources"] | read()["sources"]
+    names = _known().published["sources"] | read()["sources"]
     used = dict.fromkeys(j.entry["source"] for j in judged + found)
     outcome_rows, rate_rows = [OUTCOME_HEAD.split("|")], [RATE_HEAD.split("|")]
     for j in judged:
         e, c = j.entry, j.entry["customer"]
         setting = [e["source"], e["what"], c["model"], str(c["rank"]), f"{e['came']}: {e['said']}"]
-        said = [j.says, j.advice.conditions[0].why, _shown(j.verdict)]
+        said = [j.says, j.advice.conditions[0]["why"], _shown(j.verdict)]
         outcome_rows.append([*setting, *said])
     for j in found:
         e, c = j.entry, j.entry["customer"]

@@ -1,27 +1,25 @@
-"""The advice for one customer, and for a table of customers."""
+"""The advice for one customer, and for a table of customers, with the costs of both methods."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
-from lorasweep.advise.evidence import Case, Known, Row, Sure, line_of, shown
-from lorasweep.advise.read import Customer, Failed, RowError, shape_of
-from lorasweep.advise.rules.capacity import FULL, LAYERS, ROOM, Choice, choose, load_at, trained
-from lorasweep.advise.rules.costs import Arm, Costs, costs_of, hardware_of
-from lorasweep.advise.rules.rates import ALPHA, Rate, rate_of
-from lorasweep.advise.rules.workload import (
-    SAFE,
-    Batches,
-    Workload,
-    batches_of,
-    regret_of_batch,
-    workload_of,
-)
-from lorasweep.errors import SpecError
+from lorasweep.advise import rules
+from lorasweep.advise.evidence import Known, Row, Sure, line_of, shown
+from lorasweep.advise.read import Customer, RowError, shape_of
+from lorasweep.advise.rules import FULL, LAYERS, ROOM, Advice, Arm, trained
+from lorasweep.errors import SpecError, unknown
+from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.spec.method import parse_layers
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import Load, load_of, served_s, step_parts, step_seconds
+from lorasweep.plan.planner import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Placement, place
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.method import Method, parse_layers
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec
 
 KEYS = (
     *("name", "method", "layers", "rank", "lr", "lr_low", "lr_high", "lr_source"),
@@ -36,139 +34,49 @@ SURE_OF = (
 """Fields reported with confidence and source."""
 OF_ARM = ("gpus", "fits", "peak_gib", "hours", "cost_usd", "serving_gib")
 """Fields of both methods, such as gpus_lora and gpus_full."""
-
-PAPER_RANK = 64
-HUGE_BATCH = 512
+PAPER_RANK, HUGE_BATCH = 64, 512
 FULL_RATE = 3.0
 """Planned learning rates below the advised one by this factor or more suit full fine-tuning."""
 EXCESS = 4
 """A planned rank above the advised one by this factor or more is excessive."""
-STATES = {True: "met", False: "missed", None: "unknown"}
+HARDWARE = "h100"
+"""GPU of customers who state none."""
+WORD = 2
+"""Bytes of a weight in served and shipped models, which are in bf16."""
+NOT_FASTER = 0.95
+"""LoRA counts as not faster above this share of full fine-tuning's GPU time."""
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One condition of the regime without regret; `state`: met, missed or unknown."""
-
-    name: str
-    state: str
-    why: str
-    evidence: tuple[str, ...]
-    sure: Sure
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice(Case):
-    """The advice for one customer. If the method is undecided, rate and costs are those of LoRA."""
-
-    work: Workload
-    choice: Choice
-    lora: Rate
-    """LoRA's learning rate."""
-    rate: Rate
-    """The learning rate of the advised method."""
-    batches: Batches
-    costs: Costs
-
-    @property
-    def name(self) -> str:
-        """The customer's name."""
-        return self.customer.name
-
-    @property
-    def chosen(self) -> Arm:
-        """The costs of the advised method."""
-        return self.costs.full if self.choice.method == "full" else self.costs.lora
-
-    @cached_property
-    def conditions(self) -> list[Condition]:
-        """The conditions for LoRA without regret, judged by the plan, else by the advice."""
-        return _conditions(self)
-
-    def plain(self) -> dict[str, Any]:
-        """Return the advice as JSON values."""
-        costs, choice, rate, work = self.costs, self.choice, self.rate, self.work
-        arms = {"lora": costs.lora, "full": costs.full}
-        both = {f"{key}_{name}": getattr(arm, key) for name, arm in arms.items() for key in OF_ARM}
-        reasons = [r for name, r in self.reasons.items() if name in SURE_OF]
-        regime = [{**vars(c), "sure": c.sure.name.lower()} for c in self.conditions]
-        return {
-            "name": self.name,
-            "model": self.model.name,
-            "task": self.customer.task,
-            **vars(choice),
-            "layers": LAYERS,
-            "alpha": ALPHA,
-            **{"lr": rate.rate, "lr_low": rate.low, "lr_high": rate.high, "lr_source": rate.source},
-            **{key: getattr(work, key) for key in ("batch_size", "steps", "bits")},
-            "batch_size_max": self.batches.largest,
-            "steps_min": self.batches.steps_min,
-            "gpu": costs.hardware.name,
-            **{key: getattr(self.chosen, key) for key in ("gpus", "hours", "cost_usd")},
-            "serving_gib": self.chosen.serving_gib,
-            "flops_ratio": costs.flops_ratio,
-            "adapter_mib": costs.lora.file_mib,
-            "model_gib": costs.full.file_mib / 1024,
-            **both,
-            "regime": [
-                {("condition" if k == "name" else k): v for k, v in c.items()} for c in regime
-            ],
-            "warnings": self.warnings,
-            "evidence": list(dict.fromkeys(f"{r.name}: {r.source}" for r in reasons)),
-            "sure": {r.name: r.sure.name.lower() for r in reasons},
-            "error": None,
-        }
-
-
-def _conditions(a: Advice) -> list[Condition]:
-    c, kept, work, rate = a.customer, a.known.kept, a.work, a.lora
-    steps, most = work.steps, a.batches.largest
-    if c.task == "rl":
-        regime = kept.about("rl", "rank_1", "top_rank")
-    else:
-        regime = kept.about("regime", "low", "fits", "beyond")
-    layers = kept.about("layers", "attention_worse", "mlp_is_enough")
-    rates = kept.about("lr_ratio", "ratio", "ten_times")
-    sizes = kept.about("batch_size", "penalty", "below_256")
-    found: list[Condition] = []
-
-    def judge(name: str, met: bool | None, why: str, cited: list[Row], sure: Sure) -> None:
-        found.append(Condition(name, STATES[met], why, tuple(map(line_of, cited)), sure))
-
-    rank, load, fits = (
-        c.rank or a.choice.rank,
-        "not known, as the amount of data is not stated",
-        None,
-    )
-    low, high = (load_at(b, a.model, rank) for b in (work.bits_low, work.bits_high))
-    if low is not None and high is not None:
-        load = f"{low:.2g} to {high:.2g}; up to {ROOM} surely fits, above {FULL:g} does not"
-        fits = True if high <= ROOM else False if low > FULL else None
-    sure = Sure.WEAK if regime else Sure.ONCE
-    judge("capacity for the data", fits, f"load of rank {rank}: {load}", regime, sure)
-    has_mlp = "mlp" in parse_layers(c.layers or LAYERS)
-    why = f"{'planned' if c.layers else 'as advised'}: {c.layers or LAYERS}"
-    name = "adapters on all matrices, the MLP's above all"
-    judge(name, has_mlp, why, layers, Sure.PUBLISHED)
-    within = None if c.lr is None else rate.low <= c.lr <= rate.high
-    why = "no sweep was run" if c.lr is None else f"planned {c.lr:.2g}"
-    why += f"; the sources: {rate.low:.2g} to {rate.high:.2g}"
-    judge("LoRA's own learning rate", within, why, rates, Sure.ONCE)
-    batch, why = work.batch_size, "planned" if c.batch_size else "as advised"
-    small = False if batch > most else True if batch <= SAFE or c.task == "rl" else None
-    why += f": {batch:,}, at most {most:,}{' by results on small models only' * (small is None)}"
-    judge("a small batch", small, why, sizes, Sure.WEAK)
-    enough = None if steps is None else steps >= a.batches.steps_min
-    why = f"{shown(steps)}, at least {a.batches.steps_min} needed"
-    judge("enough updates", enough, why, [], Sure.ONCE)
-    return found
-
-
-def plain_of(found: Advice | Failed) -> dict[str, Any]:
+def plain_of(a: Advice | RowError) -> dict[str, Any]:
     """Return an answer as JSON values; the answer for a wrong row has only KEYS."""
-    if isinstance(found, Advice):
-        return found.plain()
-    return {**dict.fromkeys(KEYS), "name": found.name, "warnings": [], "error": found.error}
+    if isinstance(a, RowError):
+        return {**dict.fromkeys(KEYS), "name": a.name, "warnings": [], "error": a.error}
+    arms = {"lora": a.lora, "full": a.full}
+    reasons = [r for name, r in a.reasons.items() if name in SURE_OF]
+    return {
+        "name": a.name,
+        "model": a.model.name,
+        "task": a.customer.task,
+        **{key: getattr(a, key) for key in ("method", "rank", "load", "by", "why")},
+        "layers": LAYERS,
+        "alpha": rules.ALPHA,
+        **dict(zip(("lr", "lr_low", "lr_high", "lr_source"), a.rate, strict=True)),
+        **{key: getattr(a, key) for key in ("batch_size", "steps")},
+        "bits": a.bits and a.bits[0],
+        "batch_size_max": a.largest_batch,
+        "steps_min": rules.UPDATES[a.customer.task],
+        "gpu": a.hardware.name,
+        **{k: getattr(a.chosen, k) for k in ("gpus", "hours", "cost_usd", "serving_gib")},
+        "flops_ratio": a.flops_ratio,
+        "adapter_mib": a.lora.file_mib,
+        "model_gib": a.full.file_mib / 1024,
+        **{f"{key}_{name}": getattr(arm, key) for name, arm in arms.items() for key in OF_ARM},
+        "regime": [{**c, "sure": c["sure"].name.lower()} for c in a.conditions],
+        "warnings": a.warnings,
+        "evidence": list(dict.fromkeys(f"{r.name}: {r.source}" for r in reasons)),
+        "sure": {r.name: r.sure.name.lower() for r in reasons},
+        "error": None,
+    }
 
 
 def advise(c: Customer, known: Known) -> Advice:
@@ -178,95 +86,234 @@ def advise(c: Customer, known: Known) -> Advice:
         RowError: model, hardware or data are not known, or the model cannot have the planned rank
             or layers.
     """
-    case = Case(c, shape_of(c, known.models), known)
+    a = Advice(c, shape_of(c, known.models), known, _hardware_of(c, known))
     if c.rank is not None or c.layers is not None:
         layers = c.layers or LAYERS
-        smallest = max(1, case.model.n_active_experts) if "mlp" in parse_layers(layers) else 1
+        smallest = max(1, a.model.n_active_experts) if "mlp" in parse_layers(layers) else 1
         try:
-            LoRA(rank=c.rank or smallest, layers=layers).check(case.model)
+            LoRA(rank=c.rank or smallest, layers=layers).check(a.model)
         except SpecError as error:
             text = str(error).replace("method.", "")
             raise RowError(f"column {'rank' if c.rank else 'layers'}: {text}") from None
-    hardware = hardware_of(case)
-    work = workload_of(case)
-    choice = choose(case, work)
-    lora = rate_of(case, "lora", choice.rank, work)
-    rate = rate_of(case, "full", choice.rank, work) if choice.method == "full" else lora
-    batches = batches_of(case, work)
-    costs = costs_of(case, choice.rank, work, hardware)
-    found: dict[str, Any] = {"work": work, "choice": choice, "lora": lora, "rate": rate}
-    advice = Advice(**vars(case), **found, batches=batches, costs=costs)
-    note_habits(advice)
-    return advice
+    rules.count_data(a)
+    rules.choose(a)
+    a.lora_rate = a.rate = rules.rate_of(a, "lora")
+    if a.method == "full":
+        a.rate = rules.rate_of(a, "full")
+    rules.limit_batch(a)
+    a.lora, a.full = _arm(a, a.rank), _arm(a, 0)
+    a.flops_ratio = _method(a.rank).step_flops(a.model, 1) / _method(0).step_flops(a.model, 1)
+    a.note("flops_ratio", a.flops_ratio)
+    gpu_s = [arm.step_s * arm.gpus if arm.step_s and arm.gpus else 0 for arm in (a.lora, a.full)]
+    if gpu_s[1] and gpu_s[0] > NOT_FASTER * gpu_s[1]:
+        a.warn("not_faster", times=gpu_s[0] / gpu_s[1])
+    if c.task == "rl" and (a.lora.hours or a.full.hours):
+        a.warn("with_sampling")
+    a.conditions = _conditions(a)
+    _judge_habits(a)
+    return a
 
 
-def note_habits(a: Advice) -> None:
+# ---------------------------------------------------------------- costs
+
+
+def _hardware_of(c: Customer, known: Known) -> Hardware:
+    """Return a customer's hardware; RowError: it is unknown, or no speed of a GPU is known."""
+    name = (c.hardware or HARDWARE).lower()
+    if c.hardware is None and known.hardware is not None:
+        found = known.hardware
+    elif name in known.machines:
+        found = known.machines[name]()
+    else:
+        raise RowError(
+            f"column hardware: {unknown('hardware', name, known.machines)} Your own card is a file "
+            "in DIR/hardware with --config-dir DIR."
+        )
+    if not found.has_speeds:
+        raise RowError(f"column hardware: {found.name} has no GPU whose speed is known.")
+    return replace(found, price_per_gpu_h=c.price_per_gpu_h or found.price_per_gpu_h)
+
+
+def _arm(a: Advice, rank: int) -> Arm:
+    """Return the costs of LoRA at a rank (0: full fine-tuning); record reasons and warnings."""
+    c, base, hardware = a.customer, a.model.n_params, a.hardware
+    model = replace(a.model, weights_dtype="bf16")  # frozen weights on GPUs
+    n = trained(a.model, rank) if rank else base
+    served = base * bool(rank) + c.adapters_served * n
+    arm = Arm(n, WORD * n / 2**20, WORD * served / 2**30)
+    price, unpriced = hardware.price_per_gpu_h, replace(hardware, price_per_gpu_h=None)
+    place_on = partial(_place, model, a.batch_size, a.max_length, unpriced, rank)
+    found = place_on(None)
+    if not found.why:  # use all available GPUs if they hold the run
+        gpus = found.layout.gpus
+        while 2 * gpus <= (c.gpus or 1) and a.batch_size % (2 * gpus) == 0:
+            gpus *= 2
+        found = place_on(gpus)
+    name, method = ("lora", "LoRA") if rank else ("full", "full fine-tuning")
+    if found.why:
+        remedy = found.remedy.replace("dataset.", "")
+        a.warn("no_fit", method=method, why=f"{found.why}. Give {remedy}")
+    else:
+        arm.gpus = gpus = found.layout.gpus
+        arm.fits, arm.peak_gib = gpus <= (c.gpus or MOST_GPUS), found.memory_gib
+        parts = step_parts(_load(model, rank), found.layout, a.row_tokens, hardware)
+        arm.step_s = step_seconds(parts)
+        if c.task == "rl":  # a serving engine on the same GPUs samples an update's completions
+            group = min(rules.GROUP, a.batch_size)
+            lengths = (a.row_tokens - a.tokens, a.tokens)
+            arm.step_s += served_s(model, hardware, gpus, a.batch_size, group, *lengths)
+        if a.steps is not None:
+            arm.hours = arm.step_s * a.steps / 3600
+            arm.cost_usd = None if price is None else arm.hours * gpus * price
+        if not arm.fits:
+            available = f"{c.gpus} {'is' if c.gpus == 1 else 'are'}"
+            words = {"gpus": gpus, "card": hardware.name, "available": available}
+            a.warn("too_few_gpus", method=method, **words)
+    batch = {"trained": n, "rows_an_update": a.batch_size, "max_length": a.max_length}
+    steps = {"updates": a.steps, "seconds": arm.step_s, "tokens_a_row": a.row_tokens}
+    sampled = "; and sampling by a serving engine, at best" if c.task == "rl" else ""
+    words = {"card": hardware.name, "error": SPEED_ERROR, "sampled": sampled}
+    shipped = {"adapters_served": c.adapters_served, "mib_each": arm.file_mib}
+    a.note(f"peak_gib_{name}", arm.peak_gib, name, batch, error=MEMORY_ERROR)
+    a.note(f"hours_{name}", arm.hours, "", {**steps, "gpus": arm.gpus}, **words)
+    a.note(f"cost_usd_{name}", arm.cost_usd, "", {"price_per_gpu_h": price}, **words)
+    a.note(f"serving_gib_{name}", arm.serving_gib, name, shipped)
+    return arm
+
+
+def _method(rank: int) -> Method:
+    """Return LoRA at a rank; rank 0 stands for full fine-tuning."""
+    return LoRA(rank=rank, layers=LAYERS) if rank else FullFT()
+
+
+@lru_cache(maxsize=1024)
+def _load(model: ModelSpec, rank: int) -> Load:
+    return load_of(model, _method(rank))
+
+
+@lru_cache(maxsize=4096)
+def _place(
+    model: ModelSpec, batch: int, length: int, hardware: Hardware, rank: int, gpus: int | None
+) -> Placement:
+    """Place one method on `gpus` GPUs; None: on the fewest that hold the run."""
+    dataset = DatasetSpec(name="customer", source="jsonl", location="customer", max_length=length)
+    spec = RunSpec(
+        model=model, dataset=dataset, method=_method(rank), batch_size=batch, precision="bf16"
+    )
+    return place(spec, hardware, gpus=gpus, checkpointing=(False, True))
+
+
+# ---------------------------------------------------------------- conditions and habits
+
+
+def _conditions(a: Advice) -> list[dict[str, Any]]:
+    c, kept, rate, batch = a.customer, a.known.kept, a.lora_rate, a.batch_size
+    found: list[dict[str, Any]] = []
+
+    def judge(name: str, met: bool | None, why: str, cited: list[Row], sure: Sure) -> None:
+        state = {True: "met", False: "missed", None: "unknown"}[met]
+        lines = tuple(map(line_of, cited))
+        judged = {"condition": name, "state": state, "why": why, "evidence": lines, "sure": sure}
+        found.append(judged)
+
+    sweep, *claims = ("rl", "rank_1", "top_rank")
+    if c.task == "sft":
+        sweep, *claims = ("regime", "low", "fits", "beyond")
+    regime, rank = kept.about(sweep, *claims), c.rank or a.rank
+    loads, load, fits = a.load_at(rank), "not known, as the amount of data is not stated", None
+    if loads is not None:
+        _, low, high = loads
+        load = f"{low:.2g} to {high:.2g}; up to {ROOM} surely fits, above {FULL:g} does not"
+        fits = True if high <= ROOM else False if low > FULL else None
+    sure = Sure.WEAK if regime else Sure.ONCE
+    judge("capacity for the data", fits, f"load of rank {rank}: {load}", regime, sure)
+    why = f"{'planned' if c.layers else 'as advised'}: {c.layers or LAYERS}"
+    layers = kept.about("layers", "attention_worse", "mlp_is_enough")
+    name = "adapters on all matrices, the MLP's above all"
+    judge(name, "mlp" in parse_layers(c.layers or LAYERS), why, layers, Sure.PUBLISHED)
+    within = None if c.lr is None else rate.low <= c.lr <= rate.high
+    why = "no sweep was run" if c.lr is None else f"planned {c.lr:.2g}"
+    why += f"; the sources: {rate.low:.2g} to {rate.high:.2g}"
+    rates = kept.about("lr_ratio", "ratio", "ten_times")
+    judge("LoRA's own learning rate", within, why, rates, Sure.ONCE)
+    most, why = a.largest_batch, "planned" if c.batch_size else "as advised"
+    small = False if batch > most else True if batch <= rules.SAFE or c.task == "rl" else None
+    why += f": {batch:,}, at most {most:,}{' by results on small models only' * (small is None)}"
+    sizes = kept.about("batch_size", "penalty", "below_256")
+    judge("a small batch", small, why, sizes, Sure.WEAK)
+    least = rules.UPDATES[c.task]
+    why = f"{shown(a.steps)}, at least {least} needed"
+    judge("enough updates", None if a.steps is None else a.steps >= least, why, [], Sure.ONCE)
+    return found
+
+
+def _judge_habits(a: Advice) -> None:
     """Warn of habits in a customer's plan that the study calls wrong, with their expected cost."""
-    c, model, published, work = a.customer, a.model, a.known.published, a.work
-    choice, rate = a.choice, a.lora
+    c, model, published, rate = a.customer, a.model, a.known.published, a.lora_rate
 
     def cited(sweep: str, *claims: str) -> str:
         return "; ".join(map(line_of, a.known.kept.about(sweep, *claims))) or "nothing kept"
 
     if "mlp" not in parse_layers(c.layers or LAYERS):
-        gaps = [e["nats"] for e in published.entries("attention_gaps")] or [float("nan")]
+        gaps = [e["nats"] for e in published["attention_gaps"]] or [float("nan")]
         cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models, published"
-        share = trained(model, choice.rank, c.layers) / trained(model, choice.rank)
+        share = trained(model, a.rank, c.layers or LAYERS) / trained(model, a.rank)
         here = cited("layers", "attention_worse")
         a.warn("attention_only", layers=c.layers, cost=cost, share=share, here=here)
-    if c.rank is not None and c.rank != choice.rank:
-        load = load_at(work.bits_high, model, c.rank) or 0.0
-        lacks = load > ROOM and c.rank < choice.rank
-        extra_mib = 2 * (trained(model, c.rank) - trained(model, choice.rank)) / 2**20
-        flops = [LoRA(rank=r, layers=LAYERS).step_flops(model, 1) for r in (c.rank, choice.rank)]
-        more = f"{flops[0] / flops[1] - 1:+.1%} of operations"
-        price = cost = f"{extra_mib:+,.0f} MiB per adapter, {more}"
-        if lacks:
-            cost = f"capacity: its load is up to {load:.2g}, above {ROOM}"
+    if c.rank is not None and c.rank != a.rank:
+        loads = a.load_at(c.rank)
+        lacks = loads is not None and loads[2] > ROOM and c.rank < a.rank
+        extra_mib = 2 * (trained(model, c.rank) - trained(model, a.rank)) / 2**20
+        more = _method(c.rank).step_flops(model, 1) / _method(a.rank).step_flops(model, 1) - 1
+        price = cost = f"{extra_mib:+,.0f} MiB per adapter, {more:+.1%} of operations"
+        if loads is not None and lacks:
+            cost = f"capacity: its load is up to {loads[2]:.2g}, above {ROOM}"
         if c.rank == PAPER_RANK:
-            wanted = "full fine-tuning" if choice.method == "full" else f"rank {choice.rank}"
+            wanted = "full fine-tuning" if a.method == "full" else f"rank {a.rank}"
             a.warn("paper_rank", rank=c.rank, wanted=wanted, cost=cost)
         elif lacks:
             a.warn("low_capacity", rank=c.rank, cost=cost)
-        if c.rank >= EXCESS * choice.rank:
+        if c.rank >= EXCESS * a.rank:
             gain = "; ".join(
                 f"{e['model']}: rank 16 to 128 gained {e['gaps'][16]:.4f} nats"
-                for e in published.entries("rank_gaps")
+                for e in published["rank_gaps"]
             )
-            words = {"times": c.rank / choice.rank, "cost": price, "gain": gain or "not known"}
+            words = {"times": c.rank / a.rank, "cost": price, "gain": gain or "not known"}
             a.warn(f"high_rank.{c.task}", rank=c.rank, **words)
     if c.lr is not None and c.lr < rate.low and c.lr <= rate.rate / FULL_RATE:
-        entries = published.entries("low_rate_gaps") if c.task == "sft" else []
+        entries = published["low_rate_gaps"] if c.task == "sft" else []
         cost = "; ".join(f"{e['nats']:.3f} nats on {e['model']} at 4e-5" for e in entries)
         here = cited("recipes", "attention_at_full_lr", "original")
         words = {"times": rate.rate / c.lr, "advised": rate.rate, "cost": cost or "not known"}
         a.warn("full_rate", lr=c.lr, here=here, **words)
     elif c.lr is not None and c.lr > rate.high:
         a.warn("high_rate", lr=c.lr, advised=rate.rate, high=rate.high)
-    batch = work.batch_size
-    if c.task == "sft" and c.batch_size and batch >= HUGE_BATCH:
-        regret = regret_of_batch(batch, work.rows or 1000.0 * batch, a.batches.per_doubling)
-        a.warn("large_batch", batch=batch, cost=regret)
+    if c.task == "sft" and c.batch_size and c.batch_size >= HUGE_BATCH:
+        regret = rules.regret_of_batch(c.batch_size, a.rows or 1000.0 * c.batch_size, a.effect)
+        a.warn("large_batch", batch=c.batch_size, cost=regret)
 
 
-def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice | Failed]:
+# ---------------------------------------------------------------- a table
+
+
+def answers(customers: Iterable[Customer | RowError], known: Known) -> list[Advice | RowError]:
     """Advise every customer; an error does not affect other customers."""
-    found: list[Advice | Failed] = []
+    found: list[Advice | RowError] = []
     for c in customers:
         try:
-            found.append(c if isinstance(c, Failed) else advise(c, known))
+            found.append(c if isinstance(c, RowError) else advise(c, known))
         except RowError as error:
-            found.append(Failed(c.where, c.name, error.problems))
+            found.append(error.of(c))
     return found
 
 
-def totals(found: Sequence[Advice | Failed]) -> dict[str, Any]:
+def totals(found: Sequence[Advice | RowError]) -> dict[str, Any]:
     """Count customers by method, and add up the costs as advised, with LoRA and with FullFT."""
     good = [a for a in found if isinstance(a, Advice)]
-    counts = Counter(a.choice.method for a in good)
-    both = [a for a in good if None not in (a.costs.lora.cost_usd, a.costs.full.cost_usd)]
-    bases = {a.model: a.costs.full.file_mib for a in good}
-    adapters = sum(a.customer.adapters_served * a.costs.lora.file_mib for a in good)
+    counts = Counter(a.method for a in good)
+    both = [a for a in good if None not in (a.lora.cost_usd, a.full.cost_usd)]
+    bases = {a.model: a.full.file_mib for a in good}
+    adapters = sum(a.customer.adapters_served * a.lora.file_mib for a in good)
     return {
         "customers": len(found),
         **{method: counts[method] for method in ("lora", "full", "open")},
@@ -274,8 +321,8 @@ def totals(found: Sequence[Advice | Failed]) -> dict[str, Any]:
         "cost_usd": sum((a.chosen.cost_usd or 0.0 for a in good), 0.0),
         "comparable": len(both),
         "cost_usd_of_these": sum((a.chosen.cost_usd or 0.0 for a in both), 0.0),
-        "cost_usd_lora": sum((a.costs.lora.cost_usd or 0.0 for a in both), 0.0),
-        "cost_usd_full": sum((a.costs.full.cost_usd or 0.0 for a in both), 0.0),
+        "cost_usd_lora": sum((a.lora.cost_usd or 0.0 for a in both), 0.0),
+        "cost_usd_full": sum((a.full.cost_usd or 0.0 for a in both), 0.0),
         "serving_gib_lora": (sum(bases.values()) + adapters) / 1024,
-        "serving_gib_full": sum(a.costs.full.serving_gib for a in good),
+        "serving_gib_full": sum(a.full.serving_gib for a in good),
     }

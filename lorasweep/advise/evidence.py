@@ -6,18 +6,23 @@ Every number of an answer is noted with its formula, inputs, source and confiden
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from lorasweep.advise.read import Customer, Models
+from lorasweep.advise.read import Models
 from lorasweep.plan.hardware import Hardware
-from lorasweep.spec.model import ModelSpec
+
+INFORMATION = "information"
+"""Folder of the results of action=measure, below the reports and the kept results."""
+Row = Mapping[str, Any]
+"""A kept result: text, but numbers or None for value, low and high (the 95% interval). It is a
+verdict if it has a claim, and applies to its base model."""
 
 
 class Sure(StrEnum):
@@ -46,93 +51,43 @@ class Reason:
 
 def shown(value: Any) -> str:
     """Format a value for people: three digits, thousands separated."""
-    if value is None:
-        return "not known"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
     if isinstance(value, float) and (abs(value) >= 1e9 or abs(value) < 1000):
         return f"{value:.3g}"
-    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
-
-
-# ---------------------------------------------------------------- published figures
-
-
-@dataclass(frozen=True)
-class Published:
-    """The entries of published.yaml."""
-
-    values: dict[str, Any]
-
-    def without(self, sources: Iterable[str]) -> "Published":
-        """Return the entries that come from none of `sources`."""
-        gone = set(sources)
-
-        def left(entry: Any) -> Any:
-            if isinstance(entry, list):
-                return [e for e in entry if e["source"] not in gone]
-            return None if isinstance(entry, dict) and entry.get("source") in gone else entry
-
-        return Published({name: left(entry) for name, entry in self.values.items()})
-
-    def entries(self, name: str, **wanted: Any) -> list[dict[str, Any]]:
-        """List the entries of a kind with the wanted values."""
-        return [e for e in self.values[name] if all(e.get(k) == v for k, v in wanted.items())]
+    if isinstance(value, int | float):
+        return f"{value:,.0f}"
+    return "not known" if value is None else str(value)
 
 
 @cache
-def published() -> Published:
-    """Read published.yaml."""
-    return Published(yaml.safe_load(Path(__file__).with_name("published.yaml").read_text()))
+def texts(name: str) -> dict[str, Any]:
+    """Read a YAML file of this package: published figures, formulas or warnings."""
+    return yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text())
+
+
+def published() -> dict[str, Any]:
+    """Return the figures of published.yaml: lists of entries, and single entries, with sources."""
+    return texts("published")
 
 
 # ---------------------------------------------------------------- kept results
 
-ROWS = "rows.csv"
-"""The table of all kept verdicts and measurements, in the folder of the kept results."""
-Row = Mapping[str, str]
-"""A row of it: a quantity, and with a claim the verdict about it. It applies to its base model."""
 
-
-class Interval(NamedTuple):
-    """A value with its 95% interval; None: not known."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def text(self) -> str:
-        """Format the value and interval."""
-        if self.low is None or self.high is None:
-            return f"{self.value:.3g} (no interval)"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-
-def interval_of(row: Row) -> Interval | None:
-    """Return the measured value of a row, if there is one."""
-    ends = [float(row[k]) if row[k] else None for k in ("value", "low", "high")]
-    return None if ends[0] is None else Interval(ends[0], ends[1], ends[2])
+def interval(value: float, low: float | None, high: float | None) -> str:
+    """Format a value with its interval."""
+    if low is None or high is None:
+        return f"{value:.3g} (no interval)"
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def line_of(row: Row) -> str:
     """Return a verdict as text."""
     found = " (exploratory)" if row["exploratory"] else ""
-    found += f" {e.text()}" if (e := interval_of(row)) else ""
+    if row["value"] is not None:
+        found += f" {interval(row['value'], row['low'], row['high'])}"
     verdict = f"{row['sweep']}: {row['claim']} {row['outcome']}{found}"
     return f"{verdict} at {row['scale']} ({row['task']})"
-
-
-class Regret(NamedTuple):
-    """The regret of a rank in percent of full fine-tuning's gain.
-
-    The bits of the load are counted in the study's way, as the loss in the first epoch.
-    """
-
-    rank: int
-    load: float
-    regret: Interval
 
 
 @dataclass(frozen=True)
@@ -144,87 +99,75 @@ class Kept:
     """Hidden size of each model."""
 
     def about(self, sweep: str, *claims: str) -> list[Row]:
-        """List the verdicts on some claims of a sweep, without withdrawn ones."""
-        mine = (r for r in self.rows if r["sweep"] == sweep and r["claim"] in claims)
-        return [r for r in mine if "WITHDRAWN" not in r["gates"].split()]
+        """List the verdicts on some claims of a sweep."""
+        return [r for r in self.rows if r["sweep"] == sweep and r["claim"] in claims]
 
-    def measured(self, sweep: str, quantity: str) -> list[tuple[Row, Interval]]:
+    def measured(self, sweep: str, quantity: str) -> list[Row]:
         """List a sweep's measurements of a quantity, without verdicts."""
         wanted = (sweep, quantity, "")
         mine = (r for r in self.rows if (r["sweep"], r["quantity"], r["claim"]) == wanted)
-        return [(r, e) for r in mine if (e := interval_of(r))]
+        return [r for r in mine if r["value"] is not None]
 
-    def covering(self, hidden: int) -> list[Regret]:
-        """List regrets at the measured hidden size nearest to `hidden`; empty outside the range."""
+    def covering(self, hidden: int) -> dict[int, list[tuple[float, ...]]]:
+        """Return rank -> (load, regret, ends of its interval), at the width nearest to `hidden`.
+
+        The regret is in percent of full fine-tuning's gain. The bits of the load are counted in the
+        study's way, as the loss in the first epoch. Empty outside the measured range of widths.
+        """
         loads = self.measured("regime", "load, first_pass")
-        load = {(r["task"], r["rank"]): e.value for r, e in loads}
-        points = [
-            (self.hidden[r["base"]], Regret(int(r["rank"]), load[r["task"], r["rank"]], e))
-            for r, e in self.measured("regime", "regret_percent")
-            if (r["task"], r["rank"]) in load and r["base"] in self.hidden and e.low is not None
-        ]
-        widths = sorted({width for width, _ in points})
-        if not widths or not widths[0] <= hidden <= widths[-1]:
-            return []
-        nearest = min(widths, key=lambda w: abs(math.log(w / hidden)))
-        return [point for width, point in points if width == nearest]
+        load = {(r["task"], r["rank"]): r["value"] for r in loads}
+        found: dict[int, dict[int, list[tuple[float, ...]]]] = {}
+        for r in self.measured("regime", "regret_percent"):
+            at, width = load.get((r["task"], r["rank"])), self.hidden.get(r["base"])
+            if at is not None and width is not None and r["low"] is not None:
+                of_width = found.setdefault(width, {}).setdefault(int(r["rank"]), [])
+                of_width.append((at, r["value"], r["low"], r["high"]))
+        if not found or not min(found) <= hidden <= max(found):
+            return {}
+        return found[min(sorted(found), key=lambda width: abs(math.log(width / hidden)))]
 
-    def batch_effects(self) -> list[tuple[str, float]]:
-        """List scales, and the change of ln(rho) of the highest rank per doubling of the batch."""
+    def batch_effects(self) -> dict[str, float]:
+        """Return the change of ln(rho) of the highest rank per doubling of the batch, by scale."""
         found = self.measured("batch_size", "batch_effect")
-        by_rank = sorted((int(r["rank"]), r["scale"], e.value) for r, e in found)
-        return list({scale: effect for _, scale, effect in by_rank}.items())
+        by_rank = sorted((int(r["rank"]), r["scale"], r["value"]) for r in found)
+        return {scale: effect for _, scale, effect in by_rank}
 
 
 def read_kept(folder: Path, hidden: Mapping[str, int]) -> Kept:
-    """Read `folder`/rows.csv, if it is there; `hidden`: hidden size of each known model."""
-    path = folder / ROWS
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    """Read `folder`/rows.csv, if it is there, without withdrawn verdicts."""
+    path, rows = folder / "rows.csv", []
+    for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
+        if "WITHDRAWN" not in row["gates"].split():
+            ends = {k: float(row[k]) if row[k] else None for k in ("value", "low", "high")}
+            rows.append({**row, **ends})
     return Kept(rows, hidden)
 
 
 # ---------------------------------------------------------------- measured data sets
 
-INFORMATION = "information"
-"""Folder of the results of action=measure, below the reports and the kept results."""
 
-
-class Measured(NamedTuple):
-    """The information in a file of rows under a model."""
-
-    tokens_per_example: float
-    bits: float
-    """Code length of all rows, online during training; `low` and `high`: its 95% interval."""
-    low: float
-    high: float
-    where: str
-    """The file of the measurement, and the number of rows measured."""
-
-
-def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]:
+def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Any]]:
     """Read the measurements, by (first digits of the SHA-256 of the rows' file, model).
 
-    The first folder with a measurement counts. Measurements without a value for all rows (endless
-    data, too few rows) are left out.
+    Each has `tokens_per_example`; the code length of all rows in bits, online during training, as
+    `value`, with its 95% interval from `low` to `high`; and `where` it was read. The first folder
+    with a measurement counts. Those without a value for all rows (endless data, too few rows) are
+    left out.
     """
-    found: dict[tuple[str, str], Measured] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in (p for folder in folders for p in sorted((folder / INFORMATION).glob("*.json"))):
         try:
             value = json.loads(path.read_text())
-            whole = value["prequential"]["bits"]["all"]
-            rows, tokens = value["rows"], value["loss_tokens"]
+            whole, rows = value["prequential"]["bits"]["all"], value["rows"]
             if whole["value"] is None or not value["rows_sha256"]:
                 continue
             where = f"action=measure, {rows['measured']:,} of {rows['all']:,} rows ({path})"
-            mean = tokens["all"] / rows["all"]
-            measured = Measured(mean, whole["value"], whole["low"], whole["high"], where)
+            tokens = value["loss_tokens"]["all"] / rows["all"]
+            measured = {**whole, "tokens_per_example": tokens, "where": where}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # being written, or broken
         found.setdefault((value["rows_sha256"], value["model"]), measured)
     return found
-
-
-# ---------------------------------------------------------------- the input of the rules
 
 
 @dataclass(frozen=True)
@@ -235,49 +178,8 @@ class Known:
     machines: Mapping[str, Callable[[], Hardware]]
     """Name in conf/hardware -> function that reads the file."""
     kept: Kept = field(default_factory=Kept)
-    published: Published = field(default_factory=published)
+    published: Mapping[str, Any] = field(default_factory=published)
     hardware: Hardware | None = None
     """Hardware for customers who name none."""
-    information: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
+    information: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     """The result of `read_information`."""
-
-
-@cache
-def _texts(name: str) -> dict[str, Any]:
-    return yaml.safe_load((Path(__file__).parent / f"rules/{name}.yaml").read_text())
-
-
-@dataclass(frozen=True)
-class Case:
-    """One customer, passed to all rules. The rules add reasons and warnings."""
-
-    customer: Customer
-    model: ModelSpec
-    known: Known
-    reasons: dict[str, Reason] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def note(
-        self,
-        name: str,
-        value: Any,
-        variant: str = "",
-        inputs: Mapping[str, Any] | None = None,
-        **words: Any,
-    ) -> None:
-        """Record the reason of a number, from the entry `name.variant` of rules/formulas.yaml.
-
-        peak_gib_lora and peak_gib_full use the entry peak_gib. `inputs`: values in the formula.
-        `words`: texts for the {placeholders} in formula and source.
-        """
-        key = name.removesuffix("_lora").removesuffix("_full")
-        entry = _texts("formulas")[f"{key}.{variant}" if variant else key]
-        words = {**self.known.published.values["sources"], **words}
-        formula, source = (entry[k].format(**words) for k in ("formula", "source"))
-        self.reasons[name] = Reason(name, value, formula, inputs or {}, source, Sure[entry["sure"]])
-
-    def warn(self, name: str, /, **words: Any) -> None:
-        """Record a warning of rules/warnings.yaml, unless it was recorded before."""
-        text = _texts("warnings")[name].format(**words)
-        if text not in self.warnings:
-            self.warnings.append(text)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.advise.pages import render
-from lorasweep.advise.rules.rates import APART, MOST_RATES
+from lorasweep.advise.rules import MOST_RATES
 from lorasweep.data import own, sources
 from lorasweep.data.examples import Data
 from lorasweep.errors import SpecError, TrainingError
@@ -25,8 +25,9 @@ from lorasweep.sweep.request import Request
 
 HELD_OUT, CURVE = 32, 8
 """Held-out rows in the last evaluation and in earlier ones: few, as only training is measured."""
-TOGETHER = 1024
-"""Rows whose loss tokens are counted at once."""
+NAMES = {"as_is": "under the base model", "prequential": "online, during training"}
+UNITS = {"bits": math.log(2), "nats": 1.0}
+"""Unit -> nats in it."""
 CodeLength = Callable[..., list[dict[str, float | None]]]
 """(nats under the base and online, loss tokens, each by batch; tokens left) -> nats of all rows."""
 
@@ -37,18 +38,14 @@ def run_of(request: Request) -> RunSpec:
     Raises:
         SpecError: nothing can be measured with the settings of the request.
     """
-    spec = request.points[0].spec
-    if not 1 <= request.rates <= MOST_RATES:
+    spec, dataset = request.points[0].spec, request.points[0].spec.dataset
+    if not 1 <= request.rates <= MOST_RATES or request.cluster.kind == "slurm":
         raise SpecError(
-            f"rates={request.rates}: expected 1 to {MOST_RATES}, a factor {APART:g} apart."
-        )
-    if request.cluster.kind == "slurm":
-        raise SpecError(
-            "action=measure trains here. In a job: cluster=local, by srun python -m ..."
+            f"rates={request.rates} cluster={request.cluster.kind}: expected 1 to {MOST_RATES} "
+            "learning rates, and cluster=local (in a job: srun python -m ...)."
         )
     if spec.objective != "sft":
         raise SpecError(f"objective={spec.objective}: a reward has one bit. Leave objective out.")
-    dataset = spec.dataset
     if request.data:
         named = ("format", "prompt_field", "completion_field")
         stated = {n: getattr(dataset, n) for n in named if f"dataset.{n}" in request.given}
@@ -85,7 +82,7 @@ def information(
     Raises:
         TrainingError: a run failed, or all diverged.
     """
-    spec, codes = specs[0], []
+    spec, dataset, codes = specs[0], specs[0].dataset, []
     for run in specs:
         result = store.result(run.id)
         if result is None:
@@ -97,12 +94,9 @@ def information(
         raise TrainingError(f"all {len(specs)} runs diverged. Set lr below {spec.lr:g}.")
     shortest, nats = min(codes, key=lambda code: sum(code[1]))
     rows, tokens = spec.steps * spec.batch_size, sum(b.tokens for b in base)
-    settings = {key: getattr(spec, key) for key in ("batch_size", "precision")}
     all_tokens = None  # endless generated data
     if data.n_train is not None:
-        starts = range(0, data.n_train, TOGETHER)
-        parts = (data.train(spec.seed, k, min(TOGETHER, data.n_train - k)) for k in starts)
-        all_tokens = sum(int(row.loss.sum()) for part in parts for row in part)
+        all_tokens = sum(int(r.loss.sum()) for r in data.train(spec.seed, 0, data.n_train))
     left = None if all_tokens is None else all_tokens - tokens
     which = math.log(len(specs))  # the shortest code also has to name the learning rate
     as_is = [b.nats for b in base]
@@ -117,17 +111,29 @@ def information(
         ratio = above["prequential"] / bits["generator"] if bits["generator"] else None
         costs = {f"{k}_above_entropy": v for k, v in above.items()}
         known = {"bits": bits, **costs, "ratio": ratio}
-    rows_sha256, dataset = None, spec.dataset  # set if the rows are a whole file
+    rows_sha256 = None  # set if the rows are a whole file
     if dataset.source in FILES and dataset.n_train is None:
         found = sources.find_file(dataset, dataset.train_split, request.exec.data_dir)
         rows_sha256 = found[1][: own.DIGITS]
+    settings = {key: getattr(spec, key) for key in ("batch_size", "precision")}
+    lengths = {
+        key: {
+            unit: {
+                "per_token": sums[key] / tokens / size,
+                "per_example": sums[key] / rows / size,
+                "measured": sums[key] / size,
+                "all": {k: None if v is None else v / size for k, v in whole.items()},
+            }
+            for unit, size in UNITS.items()
+        }
+        for key, whole in (("as_is", plain), ("prequential", online))
+    }
     return {
         "model": spec.model.name,
-        "dataset": spec.dataset.name,
+        "dataset": dataset.name,
         "rows": {"measured": rows, "all": data.n_train},
         "loss_tokens": {"measured": tokens, "all": all_tokens},
-        "as_is": _units(sums["as_is"], plain, rows, tokens),
-        "prequential": _units(sums["prequential"], online, rows, tokens),
+        **lengths,
         "known": known,
         "settings": {"method": spec.method.plain(), **settings, "lr": shortest.lr},
         "runs": [{"run": run.id, "lr": run.lr, "nats": sum(code)} for run, code in codes],
@@ -136,32 +142,14 @@ def information(
     }
 
 
-def _units(nats: float, length: dict[str, float | None], rows: int, tokens: int) -> dict[str, Any]:
-    """Return a summed loss in nats and bits: per token, per row, of measured and of all rows."""
-    return {
-        name: {
-            "per_token": nats / tokens * factor,
-            "per_example": nats / rows * factor,
-            "measured": nats * factor,
-            "all": {k: None if v is None else v * factor for k, v in length.items()},
-        }
-        for name, factor in (("nats", 1.0), ("bits", 1 / math.log(2)))
-    }
-
-
-NAMES = {"as_is": "under the base model", "prequential": "online, during training"}
-
-
 def text_of(found: dict[str, Any], path: Path) -> str:
     """Return the result as text; `path`: the file that keeps it."""
     rows = [["", "", "per token", "per row", "measured rows", "all rows [95%]"]]
-    for key, unit in itertools.product(NAMES, ("bits", "nats")):
+    for key, unit in itertools.product(NAMES, UNITS):
         values = found[key][unit]
         whole, text = values["all"], "-"
         if whole["value"] is not None:
-            text = f"{whole['value']:,.0f}"
-            if whole["low"] != whole["high"]:
-                text += f" [{whole['low']:,.0f}, {whole['high']:,.0f}]"
+            text = "{value:,.0f} [{low:,.0f}, {high:,.0f}]".format(**whole)
         each = f"{values['per_token']:.3f}", f"{values['per_example']:,.1f}"
         rows.append([NAMES[key], unit, *each, f"{values['measured']:,.0f}", text])
     table = "\n".join(aligned(rows))

@@ -4,15 +4,16 @@ The template engine escapes HTML. `plain_text` escapes Markdown in texts of cust
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from lorasweep.advise.advice import Advice, totals
+from lorasweep.advise.advice import plain_of, totals
 from lorasweep.advise.evidence import Sure, shown
-from lorasweep.advise.read import Failed
+from lorasweep.advise.read import RowError
+from lorasweep.advise.rules import Advice
 from lorasweep.errors import check_installed
 from lorasweep.plan.planner import MEMORY_ERROR, SPEED_ERROR
 
@@ -41,12 +42,6 @@ def amount(value: float | None) -> str:
     return "<0.01" if value is not None and value < 0.01 else short(value)
 
 
-def counted(counts: Mapping[str, int | None]) -> str:
-    """Format the number measured, and if known the total: '10 of 200'."""
-    of = "" if counts["all"] is None else f" of {counts['all']:,}"
-    return f"{counts['measured']:,}{of}"
-
-
 @cache
 def _environment() -> Any:
     check_installed("jinja2", "a plan for GPUs, or a page or card of customers")
@@ -60,8 +55,8 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "counted": counted}
-    found.filters |= {**filters, "repr": repr, "dollars": "${:,.0f}".format, "json": json.dumps}
+    filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "repr": repr}
+    found.filters |= {**filters, "dollars": "${:,.0f}".format, "json": json.dumps}
     return found
 
 
@@ -82,69 +77,56 @@ def plain_text(text: str) -> str:
     return escape(" ".join(text.split()), quote=False)
 
 
-def name_of(found: Advice | Failed) -> str:
-    """Return a customer's name, else the place of its row."""
-    return found.name or (found.where if isinstance(found, Failed) else "")
-
-
-def cells(advice: Advice | Failed) -> list[str]:
+def cells(advice: Advice | RowError) -> list[str]:
     """Return the customer's row of the table with the columns HEAD."""
-    if isinstance(advice, Failed):
-        return [name_of(advice), "", "error", *[""] * (len(HEAD) - 3)]
-    p = advice.plain()
+    if isinstance(advice, RowError):
+        return [advice.name or advice.where, "", "error", *[""] * (len(HEAD) - 3)]
+    a, chosen = advice, advice.chosen
     memory = []  # of each GPU, and their number if it is not one
-    for method in ("lora", "full"):
-        gpus = p[f"gpus_{method}"] or 1
-        memory.append(short(p[f"peak_gib_{method}"]) + f" (x {gpus})" * (gpus > 1))
+    for arm in (a.lora, a.full):
+        memory.append(short(arm.peak_gib) + f" (x {arm.gpus})" * ((arm.gpus or 1) > 1))
     return [
-        p["name"],
-        p["model"],
-        METHODS[p["method"]],
-        str(p["rank"]) if p["method"] != "full" else "-",
-        f"{p['lr']:.1e} ({p['lr_low']:.1e} to {p['lr_high']:.1e})",
-        f"{p['batch_size_max']:,}",
-        short(p["load"]),
-        f"{p['gpus'] or '?'} x {p['gpu']}",
-        amount(p["hours"]),
-        amount(p["cost_usd"]),
+        a.name,
+        a.model.name,
+        METHODS[a.method],
+        str(a.rank) if a.method != "full" else "-",
+        f"{a.rate.rate:.1e} ({a.rate.low:.1e} to {a.rate.high:.1e})",
+        f"{a.largest_batch:,}",
+        short(a.load),
+        f"{chosen.gpus or '?'} x {a.hardware.name}",
+        amount(chosen.hours),
+        amount(chosen.cost_usd),
         *memory,
-        str(len(p["warnings"])),
+        str(len(a.warnings)),
     ]
 
 
-def summary_lines(found: Sequence[Advice | Failed]) -> list[str]:
+def summary_lines(found: Sequence[Advice | RowError]) -> list[str]:
     """Return lines with the counts and costs of all customers."""
-    t = totals(found)
-    return render("summary.txt", t=t, comparable=_comparable(t)).splitlines()
+    return render("summary.txt", t=totals(found)).splitlines()
 
 
-def _comparable(t: Mapping[str, Any]) -> str:
-    whom = "1 customer" if t["comparable"] == 1 else f"{t['comparable']} customers"
-    return f"The {whom} for whom both methods fit and have a price"
-
-
-def html(found: Sequence[Advice | Failed], title: str) -> str:
+def html(found: Sequence[Advice | RowError], title: str) -> str:
     """Return the page in HTML: one file without scripts."""
-    t = totals(found)
-    good = [a for a in found if isinstance(a, Advice)]
-    numbers = {(r.name, r.source, r.sure) for a in good for r in a.reasons.values()}
-    states = {(c.name, e, c.sure) for a in good for c in a.conditions for e in c.evidence}
-    cards = []
-    for a in found:
-        card: dict[str, Any] = {"name": name_of(a), "kind": "error", "answer": a}
+    rows, cards = [cells(a) for a in found], []
+    numbers: set[tuple[str, ...]] = set()
+    states: set[tuple[str, ...]] = set()
+    for a, (name, *_) in zip(found, rows, strict=True):
+        card: dict[str, Any] = {"name": name, "kind": "error", "answer": a}
         if isinstance(a, Advice):
             measured = "bits" in a.reasons and a.reasons["bits"].sure is Sure.MEASURED
-            card |= {"kind": a.choice.method, "p": a.plain(), "measured": measured}
+            card |= {"kind": a.method, "p": plain_of(a), "measured": measured}
+            numbers |= {(r.name, r.source, r.sure) for r in a.reasons.values()}
+            states |= {(c["condition"], e, c["sure"]) for c in a.conditions for e in c["evidence"]}
         cards.append(card)
     return render(
         "advice.html",
         title=title,
         basis=BASIS,
-        totals=t,
-        comparable=_comparable(t),
+        totals=totals(found),
         head=HEAD,
         numbers=NUMBERS,
-        rows=[cells(a) for a in found],
+        rows=rows,
         cards=cards,
         sources=[
             ("Sources", [": ".join(e) for e in sorted(numbers)]),

@@ -8,10 +8,11 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -21,32 +22,25 @@ from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.values import ABOVE_0, Field, Is, fields, problems_of
 
-LONGEST_EXAMPLE = 131_072
+LONGEST = 131_072
 """Largest accepted number of tokens of an example: no public row is longer."""
-MOST_TOKENS = 1e13
-"""Largest accepted number of tokens in total: base models are pretrained on fewer."""
-SLACK = 0.1
-"""Accepted relative difference of steps x batch size from examples x epochs, for skipped rows."""
 FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
 """Matches cells that a spreadsheet would compute (OWASP, CSV injection)."""
-THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
 AMBIGUOUS = re.compile(r"^[+-]?[1-9]\d{0,2}([.,]\d{3})+$")
 """Matches cells with a separator of thousands in one country, and of decimals in another."""
 WORDS = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0"), False)}
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The columns of a row, with types. None: not stated."""
+class Customer:
+    """One row: its columns, with types. None: not stated."""
 
     name: Annotated[str, Is("any name")]
     model: Annotated[str, Is("a name of conf/model or the hub, or a config.json")]
     task: Annotated[Literal["sft", "rl"], Is("answers, or rewards")]
     examples: Annotated[int | None, Is("rows; in RL, problems", 1)] = None
-    tokens_per_example: Annotated[float | None, Is("mean tokens of a row that bear loss", 1)] = None
-    bits_per_token: Annotated[float | None, Is("mean, of tokens that bear loss", ABOVE_0, 20)] = (
-        None
-    )
+    tokens_per_example: Annotated[float | None, Is("with loss, not the total", 1, LONGEST)] = None
+    bits_per_token: Annotated[float | None, Is("mean of tokens with loss", ABOVE_0, 20)] = None
     max_length: Annotated[int | None, Is("tokens of the longest row", 4)] = None
     data: Annotated[str | None, Is("a file, a folder with train and test, or a hub name")] = None
     validation: Annotated[str | None, Is("a file of held-out rows beside the file data")] = None
@@ -72,56 +66,43 @@ class Columns:
     tied: Annotated[bool | None, Is("embedding and unembedding are one matrix")] = None
     n_experts: Annotated[int | None, Is("experts of a layer", 0, 1e4)] = None
     n_active_experts: Annotated[int | None, Is("experts for a token", 0, 1e4)] = None
-
-
-@dataclass(frozen=True)
-class Customer(Columns):
-    """One row, with its place in the table."""
-
     where: str = "customer"
+    """Place in the table for people, such as 'row 3', which is line 3 of a CSV; no column."""
 
 
-COLUMNS = {f.key: f for f in fields(Columns)}
+COLUMNS = {f.key: f for f in fields(Customer) if f.key != "where"}
 REQUIRED = tuple(name for name, f in COLUMNS.items() if f.required)
 SHAPE = tuple(COLUMNS)[tuple(COLUMNS).index("hidden_size") :]
 NEEDED = SHAPE[: SHAPE.index("tied")]
 """The columns that describe a model, and those of them without which it is not known."""
+EXPECTED = (
+    f"Expected a header with the columns {', '.join(REQUIRED)} and any of "
+    f"{', '.join(c for c in COLUMNS if c not in REQUIRED)}, and a row for each customer."
+)
 
 
 class RowError(Exception):
-    """A wrong row. Each of `problems` is a sentence that names a column."""
+    """A wrong row, raised or kept in place of its answer. Each problem names a column."""
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, where: str = "", name: str = "") -> None:
         super().__init__("; ".join(problems))
-        self.problems = list(problems)
-
-
-class Row(NamedTuple):
-    """One row of the file, unchecked."""
-
-    where: str
-    """Place for people: 'row 3' of a CSV is line 3 of the file."""
-    values: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A row that cannot be used."""
-
-    where: str
-    name: str
-    problems: list[str]
+        self.problems, self.where, self.name = list(problems), where, name
 
     @property
     def error(self) -> str:
         """The place of the row, and its problems."""
         return f"{self.where}: " + " ".join(self.problems)
 
+    def of(self, row: "Customer | RowError") -> "RowError":
+        """Return the same problems with a customer's place and name."""
+        return RowError(*self.problems, where=row.where, name=row.name)
 
-# ---------------------------------------------------------------- the table
+
+Row = tuple[str, Mapping[str, Any]]
+"""Place of a row, and column -> value, unchecked."""
 
 
-def read_customers(path: Path) -> list[Customer | Failed]:
+def read_customers(path: Path) -> list[Customer | RowError]:
     """Read a table of customers.
 
     Raises:
@@ -130,63 +111,54 @@ def read_customers(path: Path) -> list[Customer | Failed]:
     path = path.expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-        is_yaml = path.suffix.lower() in (".yaml", ".yml")
-        rows = [*(_yaml(text) if is_yaml else _csv(text))]
+        rows = [*(_yaml(text) if path.suffix.lower() in (".yaml", ".yml") else _csv(text))]
         if not rows:
-            raise SpecError(f"no customers in it. {expected()}")
-    except FileNotFoundError:
+            raise SpecError(f"no customers in it. {EXPECTED}")
+    except (OSError, UnicodeDecodeError, SpecError) as error:
         raise SpecError(
-            f"customers={path}: no such file {path.absolute()}. Give a CSV or YAML table, such as "
-            "docs/customers.csv; docs/advice.md describes its columns."
+            f"customers={path}: {error} (A table is CSV or YAML in UTF-8, such as "
+            "docs/customers.csv; docs/advice.md describes its columns.)"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"customers={path}: expected text in UTF-8: {error}") from None
-    except SpecError as error:
-        raise SpecError(f"customers={path}: {error}") from None
     return check_rows(rows)
 
 
-def expected() -> str:
-    """Describe a valid table."""
-    optional = [c for c in COLUMNS if c not in REQUIRED]
-    return (
-        f"Expected a header with the columns {', '.join(REQUIRED)} and any of "
-        f"{', '.join(optional)}, and a row for each customer."
-    )
-
-
-def _csv(text: str) -> Iterator[Row | Failed]:
+def _csv(text: str) -> Iterator[Row | RowError]:
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)  # spreadsheets in some languages use ; or tabs
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True, restkey="")
     try:
-        lines = [(f"row {reader.line_num}", cells) for cells in reader if "".join(cells).strip()]
+        header = reader.fieldnames = [cell.strip() for cell in reader.fieldnames or ()]
+        rows = [(f"row {reader.line_num}", row) for row in reader]
     except csv.Error as error:
-        raise SpecError(f"row {reader.line_num}: {error}") from None
-    if not lines:
-        return
-    header = [cell.strip() for cell in lines[0][1]]
+        raise SpecError(f"row {reader.reader.line_num}: {error}") from None
     # a misspelt column would count as not stated
     if odd := [name for name in header if name not in COLUMNS]:
         raise SpecError(unknown("column", odd[0], COLUMNS))
-    twice = [f"column {name} twice" for name in sorted({*header}) if header.count(name) > 1]
-    if wrong := twice + [f"no column {name}" for name in REQUIRED if name not in header]:
-        raise SpecError(f"{', '.join(wrong)}. {expected()}")
-    for where, cells in lines[1:]:
-        values = dict(zip(header, cells, strict=False))
+    wrong = [f"column {name} twice" for name in sorted({*header}) if header.count(name) > 1]
+    wrong += [f"no column {name}" for name in REQUIRED if name not in header]
+    if wrong and text.strip():
+        raise SpecError(f"{', '.join(wrong)}. {EXPECTED}")
+    for where, row in rows:
         problems = [
             f"column {name}: {cell.strip()!r} means different numbers in different countries. "
             "Write 50000 or 2.95: no separators of thousands, and a decimal point."
-            for name, cell in values.items()
-            if delimiter == ";" and COLUMNS[name].kind in (int, float)
-            if AMBIGUOUS.match(cell.strip())
+            for name, cell in row.items()
+            if name
+            and cell
+            and COLUMNS[name].kind in (int, float)
+            and AMBIGUOUS.match(cell.strip())
+            if delimiter == ";" or (COLUMNS[name].kind is int and "." in cell)
         ]
-        if any(cell.strip() for cell in cells[len(header) :]):
-            problems.append(f"{len(cells)} cells under {len(header)} columns. Quote commas.")
-        yield Failed(where, values["name"].strip(), problems) if problems else Row(where, values)
+        if "".join(rest := row.pop("", [])).strip():
+            n = len(header) + len(rest)
+            problems.append(f"{n} cells under {len(header)} columns. Quote commas.")
+        if problems:
+            yield RowError(*problems, where=where, name=row["name"].strip())
+        elif any(cell and cell.strip() for cell in row.values()):
+            yield where, row
 
 
-def _yaml(text: str) -> Iterator[Row | Failed]:
+def _yaml(text: str) -> Iterator[Row | RowError]:
     try:
         found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -197,31 +169,27 @@ def _yaml(text: str) -> Iterator[Row | Failed]:
         raise SpecError("expected a list with an entry for each customer.")
     for k, entry in enumerate(found or [], 1):
         if isinstance(entry, dict):
-            yield Row(f"entry {k}", entry)
+            yield f"entry {k}", entry
         else:
-            yield Failed(f"entry {k}", "", [f"expected columns and values, got {entry!r}."])
+            yield RowError(f"expected columns and values, got {entry!r}.", where=f"entry {k}")
 
 
-# ---------------------------------------------------------------- a row
-
-
-def check_rows(rows: Iterable[Row | Failed]) -> list[Customer | Failed]:
-    """Return a Customer for each row, or a Failed with the problems of the row."""
-    found: list[Customer | Failed] = []
+def check_rows(rows: Iterable[Row | RowError]) -> list[Customer | RowError]:
+    """Return a Customer for each row, or the problems of the row."""
+    found: list[Customer | RowError] = []
     seen: set[str] = set()
     for row in rows:
-        if isinstance(row, Failed):
-            found.append(row)
-            continue
         try:
-            c = customer_of(row.values, row.where)
+            if isinstance(row, RowError):
+                raise row
+            c = customer_of(row[1], row[0])
             if c.name in seen:
-                raise RowError(f"column name: an earlier row has {c.name!r}. Use a unique name.")
+                problem = f"column name: an earlier row has {c.name!r}. Use a unique name."
+                raise RowError(problem, where=c.where, name=c.name)
             seen.add(c.name)
             found.append(c)
         except RowError as error:
-            name = str(row.values.get("name") or "").strip()
-            found.append(Failed(row.where, name, error.problems))
+            found.append(error)
     return found
 
 
@@ -231,22 +199,27 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
     Raises:
         RowError: all problems of the row.
     """
-    filled = {k: raw for k, raw in row.items() if raw is not None and str(raw).strip() != ""}
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for column, raw in filled.items():
+    for column, raw in row.items():
         try:
-            values[column] = _cell(COLUMNS[column], raw) if column in COLUMNS else raw
-        except ValueError as error:
-            problems.append(f"column {column}: {error}")
-    problems += problems_of(Columns, values, "column ")
-    if problems or (problems := [*_contradictions(c := Customer(**values, where=where))]):
-        raise RowError(*problems)
+            if raw is not None and str(raw).strip() != "":
+                values[column] = _cell(COLUMNS[column], raw) if column in COLUMNS else raw
+        except (ValueError, SpecError) as error:
+            problems.append(f"column {column}: {str(error).replace('method.', '')}")
+    values["where"] = where
+    problems += problems_of(Customer, values, "column ")
+    if problems or (problems := [*_contradictions(c := Customer(**values))]):
+        raise RowError(*problems, where=where, name=str(row.get("name") or "").strip())
     return c
 
 
 def _cell(column: Field, raw: Any) -> Any:
-    """Convert a cell to the type of its column as far as that is clear; else ValueError."""
+    """Convert a cell to the type of its column as far as that is clear.
+
+    Raises:
+        ValueError, SpecError: it is a formula, or names no layers.
+    """
     text = str(raw).strip()
     if isinstance(raw, str) and FORMULA.match(raw):
         raise ValueError(
@@ -254,54 +227,27 @@ def _cell(column: Field, raw: Any) -> Any:
             "copy, paste special, values)."
         )
     if column.key == "layers":
-        try:
-            parse_layers(text)
-        except SpecError as error:
-            raise ValueError(str(error).replace("method.", "")) from None
+        parse_layers(text)
     if column.kind is str:
         return text.lower() if column.allowed else text
     if column.kind is bool:
         return WORDS.get(text.lower(), raw)
-    try:
-        number = float(text.replace(",", "") if THOUSANDS.match(text) else text)
-    except ValueError:
-        return raw
-    if column.kind is int and isinstance(raw, str) and "." in text and AMBIGUOUS.match(text):
-        whole = text.replace(".", "")
-        raise ValueError(f"{text!r} may be {number:g} or {whole}. Write {number:g} or {whole}.")
-    return number if isinstance(raw, str) else raw
+    if isinstance(raw, str):
+        with suppress(ValueError):
+            return float(text.replace(",", "") if AMBIGUOUS.match(text) else text)
+    return raw
 
 
 def _contradictions(c: Customer) -> Iterator[str]:
-    """Yield contradictions between columns, and values that seem to belong to another column."""
+    """Yield contradictions between columns."""
     if c.task == "sft" and c.episodes is not None:
         yield "column episodes: only with task=rl. Leave it out, or set task to rl."
     if c.validation is not None and c.data is None:
         yield "column validation: only with data. Give the training rows, or leave it out."
-    tokens = c.tokens_per_example or 0
-    if tokens > LONGEST_EXAMPLE:
+    if c.max_length is not None and (c.tokens_per_example or 0) > c.max_length:
         yield (
-            f"column tokens_per_example: {tokens:,.0f} tokens in one example? If that is the "
-            "total, divide it by the number of examples."
-        )
-    elif tokens > (c.max_length or LONGEST_EXAMPLE):
-        yield (
-            f"columns tokens_per_example and max_length: a mean of {tokens:,.0f} tokens in rows of "
-            f"at most {c.max_length:,}. Correct one of them."
-        )
-    if (c.examples or 0) * tokens > MOST_TOKENS:
-        yield (
-            f"columns examples and tokens_per_example: {c.examples} x {tokens:,.0f} tokens, more "
-            "than base models are pretrained on. Is one of them the total of tokens?"
-        )
-    planned, names = c.episodes, "episodes"
-    if c.task == "sft":
-        planned, names = int((c.examples or 0) * (c.epochs or 0)), "examples x epochs"
-    trained = (c.steps or 0) * (c.batch_size or 0)
-    if planned and trained and abs(trained - planned) > max(SLACK * planned, c.batch_size or 0):
-        yield (
-            f"columns steps and batch_size: {c.steps:,} x {c.batch_size:,} = {trained:,}, but "
-            f"{names} = {planned:,}. Leave one of them out, or correct it."
+            f"columns tokens_per_example and max_length: a mean of {c.tokens_per_example:,.0f} "
+            f"tokens in rows of at most {c.max_length:,}. Correct one of them."
         )
 
 
@@ -319,12 +265,10 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
     """
     stated = {n: value for n in SHAPE if (value := getattr(c, n)) is not None}
     missing = ", ".join(n for n in NEEDED if n not in stated)
+    remedy = f"Or fill the columns {missing}: that needs no network."
     try:
         path = Path(c.model).expanduser()
         config = path / "config.json" if path.is_dir() else path
-    except (OSError, RuntimeError) as error:  # a name too long for a path, or an unknown ~user
-        raise RowError(f"column model: {c.model[:80]!r} is no path and no name: {error}") from None
-    try:
         if config.suffix == ".json":
             model = _of_config(config)
         elif c.model.lower() in models:
@@ -332,28 +276,24 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
         elif not missing:
             model = ModelSpec(c.model, "hub", c.model, weights_dtype="bf16", **stated)
             if model.problem:
-                raise RowError(f"columns of the shape: {model.problem}")
+                raise SpecError(model.problem)
         elif config.suffix == ".gguf" or describe.HUB_NAME.fullmatch(c.model):
             found = _described(c.model)
             if isinstance(found, str):
-                raise ModelError(f"{found} Or fill the columns {missing}: that needs no network.")
+                raise ModelError(f"{found} {remedy}")
             model = found
         else:
             names = (name for name in models if "/" not in name)
-            raise ModelError(
-                f"{unknown('model', c.model, names)} Give the path of its config.json as model, or "
-                f"fill the columns {missing}."
-            )
-    except (ModelError, SpecError) as error:
+            raise ModelError(f"{unknown('model', c.model, names)} Or give a config.json. {remedy}")
+    except (ModelError, SpecError, OSError, RuntimeError) as error:
+        # OSError: no such file, or a name too long for a path; RuntimeError: an unknown ~user
         raise RowError(f"column model: {error}") from None
-    wrong = [
-        f"column {n}: {v}, but {c.model} has {getattr(model, n)}. Leave it out, or give the model "
-        "another name."
-        for n, v in stated.items()
-        if getattr(model, n) != v
-    ]
-    if wrong:
-        raise RowError(*wrong)
+    for n, v in stated.items():
+        if getattr(model, n) != v:
+            raise RowError(
+                f"column {n}: {v}, but {c.model} has {getattr(model, n)}. Leave it out, or give "
+                "the model another name."
+            )
     return model
 
 
@@ -368,12 +308,10 @@ def _described(given: str) -> ModelSpec | str:
 
 
 def _of_config(path: Path) -> ModelSpec:
+    text = path.read_text()
     try:
-        text = path.read_text()
         config = json.loads(text)
-    except FileNotFoundError:
-        raise ModelError(f"no file {path}.") from None
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     if path.name != "config.json" or not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.advise.evidence import published
-from lorasweep.advise.rules.rates import family_of, law_rate
+from lorasweep.advise.rules import family_of, law_rate
 from lorasweep.errors import SpecError, StoreError, unknown
-from lorasweep.fleet.outcome import with_further
+from lorasweep.fleet.adapters import with_further
 from lorasweep.plan.budget import parse_budget
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks

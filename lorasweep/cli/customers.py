@@ -15,8 +15,8 @@ from lorasweep.advise import measure as measuring
 from lorasweep.advise import pages
 from lorasweep.advise.advice import answers, plain_of
 from lorasweep.advise.evidence import INFORMATION, Known, read_information, read_kept
-from lorasweep.advise.read import Customer, Failed, Row, check_rows, expected, read_customers
-from lorasweep.advise.rules.rates import APART
+from lorasweep.advise.read import EXPECTED, Customer, RowError, check_rows, read_customers
+from lorasweep.advise.rules import APART
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points
 from lorasweep.cli.finished_runs import write_adapter
@@ -26,13 +26,11 @@ from lorasweep.cli.train import STOPPED, train
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
 from lorasweep.data.examples import Data, Example
-from lorasweep.data.messages import rows_line
 from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
-from lorasweep.fleet import adapters, runs, served
-from lorasweep.fleet.outcome import Outcome, outcome_of, with_further
+from lorasweep.fleet import adapters, runs, serving
+from lorasweep.fleet.adapters import Outcome, outcome_of, with_further
 from lorasweep.fleet.runs import Member
-from lorasweep.fleet.served import Server
-from lorasweep.fleet.serving import problems
+from lorasweep.fleet.serving import Server, problems
 from lorasweep.launch import local
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.submit import hardware_of
@@ -79,19 +77,19 @@ def advise(request: Request, store: RunStore) -> Answer:
         raise SpecError(
             "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
             "+customer.model=llama-3.1-8b +customer.task=sft +customer.examples=50000. "
-            + ("Give one of the two." if request.customers else expected())
+            + ("Give one of the two." if request.customers else EXPECTED)
         )
     if request.customers:
         rows = read_customers(Path(request.customers))
     else:
-        rows = check_rows([Row("customer", {"name": "customer", **request.customer})])
+        rows = check_rows([("customer", {"name": "customer", **request.customer})])
     found = answers(rows, known(request))
     if request.why:
         mine = next((a for a in found if a.name == request.why), None)
         if mine is None:
             names = unknown("customer", request.why, (a.name for a in found))
             raise SpecError(f"{names} Write a name with blanks as 'why=\"Big Co\"'.")
-        if isinstance(mine, Failed):
+        if isinstance(mine, RowError):
             raise SpecError(mine.error)
         reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
         return Answer(reasons, pages.render("reasons.txt", a=mine).rstrip())
@@ -101,7 +99,7 @@ def advise(request: Request, store: RunStore) -> Answer:
         raise SpecError(f"out={path}: expected a file that ends in .html.")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(pages.html(found, title))
-    errors = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
+    errors = [f"error in {a.error}" for a in found if isinstance(a, RowError)]
     lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
     lines += ["", *errors, *pages.summary_lines(found), pages.BASIS]
     lines += [f"page: {path}. Reasons, and the command that tests the advice: why=NAME"]
@@ -205,6 +203,8 @@ def plan_fleet(request: Request) -> Request:
         SpecError: a fleet cannot use the settings, or the table cannot be read.
         LorasweepError: the fleet's own folder cannot be written.
     """
+    from lorasweep.models import load
+
     check_installed("jinja2", f"action={request.action} with a table of customers")
     if request.members:  # planned before; a follow-up job does not read the table again
         return request
@@ -212,14 +212,19 @@ def plan_fleet(request: Request) -> Request:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
     customers = read_customers(Path(request.customers))
     profiles = catalogue.profiles([Path(folder) for folder in request.folders])
+    name = runs.fleet_name(request)
+    folder = Path(request.out or Path(request.exec.reports_dir) / name).expanduser().absolute()
+    request = dataclasses.replace(request, out=str(folder))
     rules, basis = runs.rules_of(request), known(request)
     if rules.serve not in profiles:
         raise SpecError(unknown("serve", rules.serve, profiles))
-    tokenizer_of, profile = runs.tokenizers(request), profiles[rules.serve]()
+    dirs, training = request.exec.models_dir, request.action == "fleet"
+    fetched = request.cluster.kind == "slurm" and request.action != "fetch"
+    tokenizer_of = cache(lambda model: load.tokenizer_of(model, dirs, fetched))
+    profile, data_dir = profiles[rules.serve](), [os.getcwd(), *request.exec.data_dir]
     members = runs.build_runs(customers, basis, request, rules, tokenizer_of, profile)
-    folder, training = runs.fleet_folder(request), request.action == "fleet"
     exec_ = dataclasses.replace(
-        request.exec, data_dir=runs.data_dirs(request), keep_weights=True, skip_broken_data=True
+        request.exec, data_dir=data_dir, keep_weights=True, skip_broken_data=True
     )
     if training:
         members = _for_training(members, customers, request, exec_)
@@ -229,8 +234,6 @@ def plan_fleet(request: Request) -> Request:
             notify(f"error in {pages.printable(m.problem)}")
         elif m.rows.warning:
             notify(f"{pages.printable(m.name)}: {m.rows.warning}")
-    if kinds := sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter()):
-        notifier(request)(rows_line(kinds))
     left_out = Counter(why for m in members if (why := m.served.get("left_out")))
     for why, count in left_out.items():
         of = f"{count} of {len(members)} customers"
@@ -245,11 +248,10 @@ def plan_fleet(request: Request) -> Request:
     planned = dataclasses.replace(
         request,
         action="run" if training else request.action,
-        out=str(folder),
         serve=rules.serve,
         exec=exec_,
         points=[p for m in members for p in m.points],
-        sweep_name=runs.fleet_name(request),
+        sweep_name=name,
         members=[m.plain() for m in members],
     )
     return dataclasses.replace(planned, points=all_points(planned, RunStore(exec_.runs_dir)))
@@ -257,14 +259,14 @@ def plan_fleet(request: Request) -> Request:
 
 def _for_training(
     members: Sequence[Member],
-    customers: Sequence[Customer | Failed],
+    customers: Sequence[Customer | RowError],
     request: Request,
     exec_: Exec,
 ) -> list[Member]:
     """Check the folders that will be written, and add the licenses of the bases."""
     from lorasweep.models import find
 
-    folder, points = runs.fleet_folder(request), [p for m in members for p in m.points]
+    folder, points = Path(request.out), [p for m in members for p in m.points]
     data = {c.data for c in customers if isinstance(c, Customer) and c.data}
     inputs = {request.customers, *filter(os.path.exists, data)}
     models = {p.spec.model for p in points}
@@ -301,9 +303,9 @@ def verify_served(request: Request, store: RunStore) -> Answer:
     for o in outcomes:
         member, spec, verdict, notes = o.member, o.spec, NONE, [o.problem]
         if spec is not None:  # what would the server refuse or ignore in the folder?
-            rank = profile.largest_rank(member.advised["rank"])
+            profile.largest_rank(member.advised["rank"])
             folder, class_of = Path(request.out) / member.folder, member.served.get("architecture")
-            notes = problems(folder, profile, spec.model, rank, class_of or "")
+            notes = problems(folder, profile, spec.model, spec.method, class_of or "")
             verdict = REFUSED if notes else FITS
             groups.setdefault((spec.model, spec.precision), []).append(o)
         row = {"name": member.name, "folder": member.folder, "verdict": verdict, "notes": notes}
@@ -318,7 +320,7 @@ def verify_served(request: Request, store: RunStore) -> Answer:
     counts = Counter(row["verdict"] for row in rows.values())
     total = ", ".join(f"{n} {v}" for v, n in counts.items())
     lines = [*table(cells, *SERVED_COLUMNS), "", *lines, total]
-    return Answer([*rows.values()], lines, int(not {*counts} <= {served.SERVED, FITS}))
+    return Answer([*rows.values()], lines, int(not {*counts} <= {serving.SERVED, FITS}))
 
 
 def _compare(
@@ -357,9 +359,9 @@ def _compare(
         name: np.append(by_url[s.url], s.log_p(s.base_of(name, at), own[name]))
         for name, s in there.items()
     }
-    noise = served.rms(np.concatenate([base[name] - here[name] for name in there]))
+    noise = serving.rms(np.concatenate([base[name] - here[name] for name in there]))
     spread = float(np.std(np.concatenate([*here.values()])))
-    if noise > served.OTHER_BASE * spread:
+    if noise > serving.OTHER_BASE * spread:
         name, server = next(iter(there.items()))
         raise SpecError(
             f"url={server.url}: {server.base_of(name, at)!r} is another base than the trainer's "
@@ -379,13 +381,13 @@ def _compare(
     shared = {name: values[: len(of_common)] for name, values in trained.items()}
     for name in (n for n in there if n in trained):
         answers = there[name].log_p(name, [*common, *own[name]])
-        probe = served.Probe(here[name], trained[name], base[name], answers)
-        row, found = rows[name], served.judge(name, probe, shared, noise)
-        row["found"] = vars(found)
+        logs = (here[name], trained[name], base[name], answers)
+        row, found = rows[name], serving.judge(name, *logs, shared, noise)
+        row["found"] = found
         if row["verdict"] == FITS:
-            row["verdict"] = found.verdict
-        if found.verdict == served.ANOTHERS:
-            row["notes"].append(f"it is the adapter of {rows[found.nearest]['name']}")
+            row["verdict"] = found["verdict"]
+        if found["verdict"] == serving.ANOTHERS:
+            row["notes"].append(f"it is the adapter of {rows[found['nearest']]['name']}")
     return f"{spec.model.name}: noise {noise:.2g} nats (the server's base against the trainer's)"
 
 

@@ -5,16 +5,15 @@ This module needs the base's tokenizer, but no model and no learning rate.
 
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from lorasweep.advise.read import LONGEST_EXAMPLE, RowError
-from lorasweep.advise.rules.workload import rounded
+from lorasweep.advise.read import LONGEST, RowError
+from lorasweep.advise.rules import rounded
 from lorasweep.data import load, messages, own, sources, templates, text
 from lorasweep.data.messages import Message
 from lorasweep.errors import DataError
@@ -30,10 +29,10 @@ SHARE, LEAST, MOST = 10, 4, 128
 """Of SHARE rows, one is a validation and one a test row; there are LEAST to MOST of each kind."""
 LEFT = 0.5
 """Smallest share of the rows that a split by prompt may leave for training. A convention."""
-BY_PROMPT, BY_ROW = "prompt", "row"
-"""Training and held-out rows share no prompt, or where prompts are too few, no row."""
 EXAMPLES = 20
 """A card shows the shortest of this many first rows as an example."""
+Text = tuple[tuple[Message, ...], tuple[Message, ...]]
+"""The text of a row, and its prompt: the messages before the first one in the loss."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,9 @@ class Rules:
             found["template"] = self.template
         found["whole_prompt"] &= self.whole_prompt
         found["bos"] &= self.whole_prompt and bool(text.bos_of(DatasetSpec(bos=True), tokenizer))
-        if self.mask is None and self.answers == "last" and format == "messages":
-            return {**found, "mask": "last_assistant"}
-        return found if self.mask is None else {**found, "mask": self.mask}
-
-
-class Text(NamedTuple):
-    """The text of a row, and its prompt: the messages before the first one in the loss."""
-
-    whole: tuple[Message, ...]
-    prompt: tuple[Message, ...]
+        if self.mask is not None or (self.answers == "last" and format == "messages"):
+            found["mask"] = self.mask or "last_assistant"
+        return found
 
 
 @dataclass(frozen=True)
@@ -96,22 +88,29 @@ class Rows:
     """The example as a client sends it to a server."""
     stop: dict[str, list[Any]] = field(default_factory=dict)
     """What a request needs for generation to end with an answer; empty: the end token ends it."""
-    kinds: dict[str, int] = field(default_factory=dict)
-    """Number of rows in all files by kind (`Conversation`)."""
     warning: str = ""
     """What max_length does to training rows, if it is much."""
 
 
 def rows_of(
-    name: str, data: str, rules: Rules, tokenizer: Any, validation: str | None = None
-) -> Rows:
-    """Read all rows of a customer and split them. `tokenizer`: the tokenizer of the base.
+    name: str,
+    data: str,
+    rules: Rules,
+    tokenizer: Any,
+    validation: str | None = None,
+    max_length: int | None = None,
+) -> tuple[Rows, float]:
+    """Read and split a customer's rows; also return the mean loss tokens of a training row.
 
     Held-out rows come from the file `validation`, from a test file in the folder `data`, or from a
-    test split on the hub. Without these they are taken from the training rows.
+    test split on the hub. Without these they are taken from the training rows. With max_length None
+    a length is chosen with which no row is cut, and with which the planner's mean length, TEXT_FILL
+    x max_length, is not below the mean of these rows.
 
     Raises:
-        DataError: there are no rows, or one cannot be read.
+        DataError: there are no rows, one cannot be read or has no token that bears loss, max_length
+            leaves out or cuts over half of the rows, or servers could not render the first EXAMPLES
+            rows in the form of training.
         RowError: the file `validation` is not beside the training rows.
     """
     spec = own.dataset_of(data, name)
@@ -136,28 +135,42 @@ def rows_of(
             f"column validation: {validation}, but the rows are on the hub, where a split test or "
             "validation is held out. Leave the column empty."
         )
-    kinds: Counter[str] = Counter()
-    rows, tested = _texts(spec, ".", test, kinds)
+    rows, tested = _texts(spec, ".", test)
     both = [*rows, *(tested or ())]
-    n_unique = len({r.whole for r in both})
-    repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
-    changes: dict[str, Any]
-    if tested is None and n_unique < FEWEST:
-        changes, n_train = {"n_test": len(rows)}, len(rows)
-    elif tested is None and not same_prompt:  # a split by row is then one by prompt
-        changes, n_train = _by_units([BY_ROW], rows, tested)
-        changes |= {"held_out_by": "", "unseen_rows": repeated > 0}
-    else:
-        changes, n_train = _by_units(_splits(spec), rows, tested)
+    n_unique = len({whole for whole, _ in both})
+    repeated, same_prompt = len(both) - n_unique, n_unique - len({prompt for _, prompt in both})
+    changes: dict[str, Any] = {"n_test": len(rows)}
+    n_train, by_row = len(rows), tested is None and not same_prompt
+    if tested is not None or n_unique >= FEWEST:
+        changes, n_train = _divided(rows, tested, by_row or spec.mask == "all", LEAST)
+        if by_row:  # which is then also by prompt
+            changes |= {"held_out_by": "", "unseen_rows": repeated > 0}
     if not n_train:
         raise DataError(
             f"every row of {spec.train_split} is also in {test}. Add rows to train on, or remove "
             "the held-out rows."
         )
     # no learning curve: with few rows, evaluations would cost as much as training
-    spec = dataclasses.replace(spec, n_test_curve=0, **changes)
+    length = max_length or LONGEST
+    spec = dataclasses.replace(spec, n_test_curve=0, max_length=length, **changes)
+    train_rows, held_out_rows = load.sources_of(spec, ["."])
+    found = text.examples(spec, spec.train_split, train_rows, tokenizer, None, "")
+    most = spec.n_validation + spec.n_test
+    other = text.examples(spec, spec.test_split, held_out_rows, tokenizer, most, "")
+    if not found.n_bytes.any():
+        raise DataError(f"all {len(found)} training rows have an empty answer. Fill them in.")
+    warning = text.check_fit(spec, text.fits_of(found, other), "the column max_length to ")
+    if max_length is None:
+        lengths, held_lengths = (np.diff(part.ends, prepend=0) for part in (found, other))
+        longest = float(max(lengths.max(), held_lengths.max()))
+        length = rounded(max(longest, float(lengths.mean()) / TEXT_FILL))
+        spec = dataclasses.replace(spec, max_length=length)
+    first = list(itertools.islice(train_rows.rows(), EXAMPLES))
+    templates.check_rows(spec, first, tokenizer)
     left_out = len(rows) - n_train if tested is not None else 0
-    return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out, kinds=kinds)
+    counts = (len(found), spec.n_validation > 0, repeated, same_prompt, left_out)
+    rows_found = Rows(spec, *counts, warning=warning, **shown(spec, first, tokenizer))
+    return rows_found, float(found.loss.sum()) / len(found)
 
 
 def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, int]:
@@ -177,27 +190,25 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
         folder = spec.location
         split = spec.test_split if spec.train_split == "train" else spec.train_split
         spec = _pinned(dataclasses.replace(spec, location=".", test_split=split), folder)
-    rows, tested = _texts(spec, folder, f"{given}, split {spec.test_split}", Counter())
-    answered = [any(r == "assistant" and t.strip() for r, t in row.whole) for row in rows]
-    empty = [k for k, has_answer in enumerate(answered) if not has_answer]
-    if empty:
+    rows, tested = _texts(spec, folder, f"{given}, split {spec.test_split}")
+    answered = [any(r == "assistant" and t.strip() for r, t in whole) for whole, _ in rows]
+    if not all(answered):
         raise DataError(
-            f"{given}: {len(empty)} of {len(rows)} rows have no answer, the first is row "
-            f"{empty[0] + 1}. Remove these rows, or name the column of the answers: "
-            "dataset.completion_field=NAME."
+            f"{given}: {answered.count(False)} of {len(rows)} rows have no answer, the first is "
+            f"row {answered.index(False) + 1}. Remove these rows, or name the column of the "
+            "answers: dataset.completion_field=NAME."
         )
-    n_unique = len({row.whole for row in [*rows, *(tested or ())]})
+    n_unique = len({whole for whole, _ in [*rows, *(tested or ())]})
     if n_unique < FEWEST_NAMED:
         raise DataError(
             f"{given}: {n_unique} unique rows. Expected at least {FEWEST_NAMED}: validation rows "
             "choose a learning rate and test rows measure the gain, and fewer tell neither from "
             "noise. Add rows; action=measure data=FILE and a fleet take fewer."
         )
-    changes, n_train = _by_units(_splits(spec), rows, tested, LEAST_NAMED)
+    changes, n_train = _divided(rows, tested, spec.mask == "all", LEAST_NAMED)
     if not n_train:
         raise DataError(f"{given}: every training row is held out. Add rows to train on.")
-    spec = dataclasses.replace(spec, n_test_curve=changes["n_test"], **changes)
-    return spec, folder, n_train
+    return dataclasses.replace(spec, n_test_curve=changes["n_test"], **changes), folder, n_train
 
 
 def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:
@@ -210,25 +221,22 @@ def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:
     return dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
 
 
-def _texts(
-    spec: DatasetSpec, folder: str, test: str, kinds: Counter[str]
-) -> tuple[list[Text], list[Text] | None]:
+def _texts(spec: DatasetSpec, folder: str, test: str) -> tuple[list[Text], list[Text] | None]:
     """Return the training rows, and those of the test split; None if both are one split.
 
-    `test`: the test split, for a message. `kinds`: the rows of each kind are counted in it.
+    `test`: the test split, for a message.
     """
 
     def read(row: Any, where: str) -> Text:
         found = messages.read(spec, row, where)
-        kinds.update(found.kinds)
         # with mask=all every token is learned, so a row has no prompt
-        return Text(found.whole, found.whole if spec.mask == "all" else found.prompt)
+        return found.whole, found.whole if spec.mask == "all" else found.prompt
 
     train, held_out = load.sources_of(spec, [folder])
     rows, tested = list(sources.each(train.rows(), read)), None
     if spec.test_split != spec.train_split:
         tested = list(sources.each(held_out.rows(), read))
-        n_unique = len({r.whole for r in tested})
+        n_unique = len({whole for whole, _ in tested})
         if n_unique < 2:
             raise DataError(
                 f"{test} has {n_unique} unique rows. Expected at least 2, for validation and for "
@@ -237,16 +245,8 @@ def _texts(
     return rows, tested
 
 
-def _splits(spec: DatasetSpec) -> list[str]:
-    """Return how rows may be split, in order of preference."""
-    return [BY_ROW] if spec.mask == "all" else [BY_PROMPT, BY_ROW]
-
-
-def _by_units(
-    splits: Sequence[str],
-    rows: Sequence[Text],
-    tested: Sequence[Text] | None,
-    least: int = LEAST,
+def _divided(
+    rows: Sequence[Text], tested: Sequence[Text] | None, by_row: bool, least: int
 ) -> tuple[dict[str, Any], int]:
     """Split rows so that splits share no prompt; if prompts are too few, so that they share no row.
 
@@ -254,9 +254,9 @@ def _by_units(
     the rows would remain for training. Returns DatasetSpec fields, and the number of training rows.
     """
     pool = rows if tested is None else tested
-    for by in splits:
-        of, units = ([r.prompt if by == BY_PROMPT else r.whole for r in x] for x in (rows, pool))
-        groups = load.divided(units, [r.whole for r in pool])
+    for by in ("row",) if by_row else ("prompt", "row"):
+        of, units = ([row[by == "prompt"] for row in part] for part in (rows, pool))
+        groups = load.divided(units, [whole for whole, _ in pool])
         sizes = [len(group) for group in groups]
         if tested is None:
             n = len(groups)  # a tenth of them each
@@ -270,7 +270,7 @@ def _by_units(
             held = set(units)
         n_validation, n_test = sum(sizes[:first]), sum(sizes[first : first + last])
         n_train = sum(unit not in held for unit in of)
-        enough = len(groups) >= FEWEST or len(groups) == len({r.whole for r in pool})
+        enough = len(groups) >= FEWEST or len(groups) == len({whole for whole, _ in pool})
         if enough and n_train >= LEFT * len(rows):
             break
     holdout = n_validation + n_test if tested is None else 0
@@ -280,40 +280,7 @@ def _by_units(
 
 def _fitting(sizes: Sequence[int], most: int = MOST) -> int:
     """Return how many of the first units together have at most `most` rows; at least 1."""
-    totals = itertools.accumulate(sizes)
-    return max(1, sum(total <= most for total in totals))
-
-
-def with_lengths(
-    rows: Rows, tokenizer: Any, max_length: int | None, data_dirs: Sequence[str]
-) -> tuple[Rows, float]:
-    """Return a customer's rows with max_length and an example, and the mean loss tokens of a row.
-
-    With max_length None a length is chosen with which no row is cut, and with which the planner's
-    mean length, TEXT_FILL x max_length, is not below the mean of these rows.
-
-    Raises:
-        DataError: a row has no token that bears loss, or max_length leaves out or cuts over half of
-            the rows; or servers could not render the first EXAMPLES rows in the form of training.
-    """
-    spec = dataclasses.replace(rows.dataset, max_length=max_length or LONGEST_EXAMPLE)
-    train, held_out = load.sources_of(spec, data_dirs)
-    found = text.examples(spec, spec.train_split, train, tokenizer, None, "")
-    most = spec.n_validation + spec.n_test
-    tested = text.examples(spec, spec.test_split, held_out, tokenizer, most, "")
-    if not found.n_bytes.any():
-        raise DataError(f"all {len(found)} training rows have an empty answer. Fill them in.")
-    warning = text.check_fit(spec, text.fits_of(found, tested), "the column max_length to ")
-    if max_length is None:
-        lengths, held = (np.diff(part.ends, prepend=0) for part in (found, tested))
-        longest = max(lengths.max(), held.max())
-        max_length = rounded(max(float(longest), float(lengths.mean()) / TEXT_FILL))
-    spec = dataclasses.replace(spec, max_length=max_length)
-    first = list(itertools.islice(train.rows(), EXAMPLES))
-    templates.check_rows(spec, first, tokenizer)
-    more = {"n_train": len(found), "warning": warning, **shown(spec, first, tokenizer)}
-    rows = dataclasses.replace(rows, dataset=spec, **more)
-    return rows, float(found.loss.sum()) / len(found)
+    return max(1, sum(total <= most for total in itertools.accumulate(sizes)))
 
 
 def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> dict[str, Any]:
@@ -338,17 +305,9 @@ def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> di
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""
     turns, _ = templates.request_of(spec, row, "example")
-    stop = _stop(end, tokenizer)
+    stop: dict[str, list[Any]] = {}
+    if end and not (tokenizer.eos_token and end.strip().endswith(tokenizer.eos_token)):
+        # a special token is named by its number, because servers leave its text out of the answer
+        number = tokenizer.get_added_vocab().get(end.strip())
+        stop = {"stop": [end]} if number is None else {"stop_token_ids": [number]}
     return {"end": end, "example": example, "messages": turns, "stop": stop}
-
-
-def _stop(end: str, tokenizer: Any) -> dict[str, list[Any]]:
-    """Return parameters of a request with which generation stops at the end of an answer.
-
-    A special token is named by its number, because servers leave its text out of the answer.
-    """
-    said, eos = end.strip(), tokenizer.eos_token
-    if not end or (eos and said.endswith(eos)):
-        return {}
-    number = tokenizer.get_added_vocab().get(said)
-    return {"stop": [end]} if number is None else {"stop_token_ids": [number]}

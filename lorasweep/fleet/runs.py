@@ -7,21 +7,19 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lorasweep.advise.advice import advise
 from lorasweep.advise.evidence import Known
-from lorasweep.advise.read import Customer, Failed, RowError, shape_of
-from lorasweep.advise.rules.rates import ALPHA, APART, MOST_RATES
+from lorasweep.advise.read import Customer, RowError, shape_of
+from lorasweep.advise.rules import ALPHA, APART, MOST_RATES
 from lorasweep.data.own import CHAT, EXPECTED, PLAIN
 from lorasweep.errors import DataError, ModelError, SpecError
-from lorasweep.fleet.rows import Rows, Rules, rows_of, with_lengths
+from lorasweep.fleet.rows import Rows, Rules, rows_of
 from lorasweep.fleet.serving import PEFT, Profile, adapted
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.planner import Planner
@@ -49,7 +47,6 @@ class Member:
     """A customer of a fleet, with runs or with a problem."""
 
     where: str
-    """Place in the table, such as 'row 3'."""
     name: str
     folder: str
     """Name of the customer's folder; also the arm of the runs, and the name of the data set."""
@@ -61,7 +58,6 @@ class Member:
     points: list[Point] = field(default_factory=list)
     """A run for each learning rate, lowest first; in `planned`, all that `with_further` returns."""
     not_early: str = ""
-    """Why early stopping, although requested, is off."""
     served: dict[str, str] = field(default_factory=dict)
     """For a server: its name, the architecture of the base if it matters, and why the unembedding
     was left out."""
@@ -86,24 +82,20 @@ def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Me
     return found
 
 
-def plain_name(name: str) -> str:
-    """Return a name in small letters, digits and underscores, for files and options."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "customer"
-
-
 def folder_of(name: str) -> str:
     """Return a name for a customer's folder, safe on any file system and unique."""
     if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         return name
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
-    return f"{plain_name(name)[:48]}-{digest}"
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "customer"
+    return f"{plain[:48]}-{digest}"
 
 
 # ---------------------------------------------------------------- customers to runs
 
 
 def build_runs(
-    customers: Iterable[Customer | Failed],
+    customers: Iterable[Customer | RowError],
     known: Known,
     request: Request,
     rules: Rules,
@@ -116,7 +108,7 @@ def build_runs(
         known: basis of the advice. If the hardware has speeds, a base must fit on one GPU.
         request: all runs are copies of the one run in it, with other model, data set, rank, alpha,
             layers, learning rate, batch size and number of updates.
-        tokenizer_of: returns the tokenizer of a base, or the error why there is none.
+        tokenizer_of: returns the tokenizer of a base; None: it reads no text.
 
     Raises:
         SpecError: adapters cannot be trained with the settings of the request.
@@ -132,138 +124,107 @@ def build_runs(
             f"rates={request.rates}. Expected advised, or a number of 3 to {MOST_RATES}."
         )
     planner = Planner(hardware, request.exec) if hardware and hardware.has_speeds else None
+
+    def member(c: Customer) -> Member:
+        """Read a customer's rows, advise, and build the runs."""
+        model, folder = shape_of(c, known.models), folder_of(c.name)
+        if c.task != "sft":
+            raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
+        if c.data is None:
+            raise RowError(f"column data: missing. It holds {EXPECTED}.")
+        try:
+            tokenizer = tokenizer_of(model)
+        except (ModelError, OSError, ValueError) as error:
+            raise RowError(f"column model: {error}") from None
+        if tokenizer is None:
+            raise RowError(f"column model: {model.name} has no tokenizer, and rows are text.")
+        try:
+            rows, tokens = rows_of(folder, c.data, rules, tokenizer, c.validation, c.max_length)
+        except (DataError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~user
+            raise RowError(f"column data: {error}") from None
+        if tokens < 1:
+            raise RowError(
+                f"column data: a mean row has {tokens:.2g} loss tokens. Expected 1 or more."
+            )
+        counted: dict[str, Any] = {
+            "max_length": rows.dataset.max_length,
+            "tokens_per_example": c.tokens_per_example or round(tokens, 1),
+        }
+        on_hub = rows.dataset.source == "hub"
+        if on_hub:  # pass the counts, as the adviser does not use the network
+            counted |= {"examples": c.examples or rows.n_train, "data": None}
+        advice = advise(dataclasses.replace(c, **counted), known)
+        rate = advice.rate.rate
+        if advice.method == "full":  # the advised learning rate is full fine-tuning's
+            if not request.instead_of_full:
+                raise RowError(
+                    f"the adviser says full fine-tuning: {advice.why}. Add instead_of_full=lora to "
+                    f"train LoRA of rank {advice.rank} nevertheless; its card will say so."
+                )
+            rate *= FACTOR
+        layers, by = rules.layers, dict[str, str]()
+        if profile != PEFT:
+            from lorasweep.models.load import architecture_of
+
+            profile.largest_rank(advice.rank)
+            architecture = architecture_of(model, models_dirs=request.exec.models_dir)
+            layers, left_out = adapted(profile, layers, model, architecture)
+            by = {"by": profile.server, "architecture": architecture, "left_out": left_out}
+        steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / advice.batch_size))
+        size: dict[str, Any] = {"rank": advice.rank, "alpha": ALPHA, "layers": layers}
+        patience = base.early_stopping
+        not_early = (
+            why_not_early(patience, steps, rows.dataset.n_validation) if patience > 0 else ""
+        )
+        spec = dataclasses.replace(
+            base,
+            model=advice.model,
+            dataset=rows.dataset,
+            method=dataclasses.replace(base.method, **size),
+            batch_size=advice.batch_size,
+            steps=steps,
+            lr=rate,
+            early_stopping=0 if not_early else patience,
+        )
+        tried = request.rates if rows.held_out else 1
+        rates = [rate] if tried == 1 else around(rate, tried, APART)
+        points = [Point(folder, dataclasses.replace(spec, lr=lr)) for lr in rates]
+        for p in points:
+            validate(p.spec)
+        if planner is not None:  # a run on several GPUs would not keep the adapter
+            place = planner.kind(points[0].spec).place
+            if place.why:
+                raise RowError(f"{place.why}. It fits with {place.remedy.replace('dataset.', '')}.")
+            if place.layout.gpus > 1:
+                raise RowError(
+                    f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), but a "
+                    "run of a fleet uses one. Choose a smaller model, or larger GPUs (hardware=)."
+                )
+        warnings = [*advice.warnings, *filter(None, [rows.warning])]
+        if not on_hub:  # a card names no folder of this machine
+            warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
+        advised = {key: getattr(advice, key) for key in ("method", "why", "rank", "load")}
+        advised |= {"lr_source": advice.rate.source, "warnings": warnings}
+        return Member(c.where, c.name, folder, "", advised, rows, points, not_early, by)
+
     found = []
     for c in customers:
         try:
-            if isinstance(c, Failed):
-                raise RowError(*c.problems)
-            found.append(_member(c, known, request, rules, tokenizer_of, profile, planner))
+            if isinstance(c, RowError):
+                raise c
+            found.append(member(c))
         except (RowError, SpecError, ModelError) as error:
-            c = Failed(c.where, c.name, getattr(error, "problems", [str(error)]))
-            found.append(Member(c.where, c.name, folder_of(c.name), c.error))
+            wrong = RowError(*getattr(error, "problems", [str(error)]), where=c.where)
+            found.append(Member(c.where, c.name, folder_of(c.name), wrong.error))
     return found
-
-
-def _member(
-    c: Customer,
-    known: Known,
-    request: Request,
-    rules: Rules,
-    tokenizer_of: Callable[[ModelSpec], Any],
-    profile: Profile,
-    planner: Planner | None,
-) -> Member:
-    """Read a customer's rows, advise, and build the runs; RowError, SpecError: the row is wrong."""
-    model, folder, base = shape_of(c, known.models), folder_of(c.name), request.points[0].spec
-    if c.task != "sft":
-        raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
-    if c.data is None:
-        raise RowError(f"column data: missing. It holds {EXPECTED}.")
-    tokenizer = tokenizer_of(model)
-    if isinstance(tokenizer, Exception):
-        raise RowError(f"column model: {tokenizer}")
-    try:
-        rows = rows_of(folder, c.data, rules, tokenizer, c.validation)
-        rows, tokens = with_lengths(rows, tokenizer, c.max_length, data_dirs(request))
-    except (DataError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~user
-        raise RowError(f"column data: {error}") from None
-    if tokens < 1:
-        raise RowError(f"column data: a mean row has {tokens:.2g} loss tokens. Expected 1 or more.")
-    counted: dict[str, Any] = {
-        "max_length": c.max_length or rows.dataset.max_length,
-        "tokens_per_example": c.tokens_per_example or round(tokens, 1),
-    }
-    on_hub = rows.dataset.source == "hub"
-    if on_hub:  # pass the counts, as the adviser does not use the network
-        counted |= {"examples": c.examples or rows.n_train, "data": None}
-    advice = advise(dataclasses.replace(c, **counted), known)
-    choice, batch, rate = advice.choice, advice.work.batch_size, advice.rate.rate
-    if choice.method == "full" and not request.instead_of_full:
-        raise RowError(
-            f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
-            f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
-        )
-    if choice.method == "full":  # the advised learning rate is full fine-tuning's
-        rate *= FACTOR
-    layers, by = rules.layers, dict[str, str]()
-    if profile != PEFT:
-        from lorasweep.models.load import architecture_of
-
-        profile.largest_rank(choice.rank)
-        architecture = architecture_of(model, models_dirs=request.exec.models_dir)
-        layers, left_out = adapted(profile, layers, model, architecture)
-        by = {"by": profile.server, "architecture": architecture, "left_out": left_out}
-    steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / batch))
-    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": layers}
-    patience = base.early_stopping
-    not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience > 0 else ""
-    spec = dataclasses.replace(
-        base,
-        model=advice.model,
-        dataset=rows.dataset,
-        method=dataclasses.replace(base.method, **size),
-        batch_size=batch,
-        steps=steps,
-        lr=rate,
-        early_stopping=0 if not_early else patience,
-    )
-    tried = request.rates if rows.held_out else 1
-    rates = [rate] if tried == 1 else around(rate, tried, APART)
-    points = [Point(folder, dataclasses.replace(spec, lr=lr)) for lr in rates]
-    for p in points:
-        validate(p.spec)
-    if planner is not None:  # a run on several GPUs would not keep the adapter
-        place = planner.kind(points[0].spec).place
-        if place.why:
-            raise RowError(f"{place.why}. It fits with {place.remedy.replace('dataset.', '')}.")
-        if place.layout.gpus > 1:
-            raise RowError(
-                f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), but a run "
-                "of a fleet uses one. Choose a smaller model, or larger GPUs (hardware=...)."
-            )
-    warnings = [*advice.warnings, *filter(None, [rows.warning])]
-    if not on_hub:  # a card names no folder of this machine
-        warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
-    advised = {key: getattr(choice, key) for key in ("method", "why", "rank", "load")}
-    advised |= {"lr_source": advice.rate.source, "warnings": warnings}
-    return Member(c.where, c.name, folder, "", advised, rows, points, not_early, by)
-
-
-def tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
-    """Return a function that loads the tokenizer of a base, or returns the error, once."""
-    from lorasweep.models import load
-
-    @cache
-    def tokenizer_of(model: ModelSpec) -> Any:
-        fetched = request.cluster.kind == "slurm" and request.action != "fetch"
-        try:
-            return load.tokenizer_of(model, request.exec.models_dir, fetched) or ModelError(
-                f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
-                "tokenizer's files beside the weights, or choose a model that reads text."
-            )
-        except (ModelError, OSError, ValueError) as error:
-            return error
-
-    return tokenizer_of
 
 
 # ---------------------------------------------------------------- the fleet's folder and its rules
 
 
-def data_dirs(request: Request) -> list[str]:
-    """Return the folders that are searched for data, the current folder first."""
-    return [os.getcwd(), *request.exec.data_dir]
-
-
 def fleet_name(request: Request) -> str:
     """Return the name of a table's fleet."""
     return "fleet-" + re.sub(r"[^\w.-]+", "_", Path(request.customers).stem)
-
-
-def fleet_folder(request: Request) -> Path:
-    """Return the fleet's folder: request.out, or a folder below the reports."""
-    out = request.out or Path(request.exec.reports_dir) / fleet_name(request)
-    return Path(out).expanduser().absolute()
 
 
 def rules_of(request: Request) -> Rules:
@@ -286,14 +247,15 @@ def rules_of(request: Request) -> Rules:
         new["template"] = PLAIN if new["render"] == FIRST_RENDER else CHAT
         if whole or "dataset.template" in given:
             new["template"] = spec.dataset.template
-    if "dataset.mask" in given:
-        new["mask"] = spec.dataset.mask
-    if "serve" in given:
-        new["serve"] = request.serve
     layers = spec.method.plain()["layers"]
-    if "method.layers" in given:
-        new["layers"] = layers
-    kept = read_rules(fleet_folder(request))
+    for key, name, value in (
+        ("dataset.mask", "mask", spec.dataset.mask),
+        ("serve", "serve", request.serve),
+        ("method.layers", "layers", layers),
+    ):
+        if key in given:
+            new[name] = value
+    kept = read_rules(Path(request.out))
     return dataclasses.replace(
         kept or Rules(layers=layers, answers="all", whole_prompt=True), **new
     )
@@ -314,9 +276,8 @@ def read_rules(folder: Path) -> Rules | None:
         return found
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SpecError(
-            f"{path} cannot be read ({error}). It records how this fleet's rows are read. Restore "
-            "it, or name another folder with out=DIR, or delete it: then runs may be trained again "
-            "by other rules."
+            f"{path}, which says how this fleet's rows are read, cannot be read ({error}). Restore "
+            "it, or name another folder with out=DIR."
         ) from None
 
 

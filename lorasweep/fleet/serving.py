@@ -1,30 +1,36 @@
-"""Rules of a server for adapters: what it takes, the command to serve, and the check of a folder.
+"""Serving of adapters: what a server takes, the command, the check of a folder and of answers.
 
 A profile is a file of conf/serve, in which every rule has its source. A folder is checked by its
-headers and JSON alone: nothing is unpickled, and no weight is read.
+headers and JSON alone: nothing is unpickled, and no weight is read. A running server is asked for
+log-probabilities by the OpenAI API; arrays hold log p of the same answer tokens, in nats. Errors of
+a server are measured in the same run: its base against the trainer's base.
 """
 
 import json
+import os
 import re
-import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import urllib.error
+import urllib.request
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from lorasweep.data.examples import Example
 from lorasweep.errors import SpecError
 from lorasweep.spec.method import parse_layers
-from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
+from lorasweep.spec.model import ROUTER, ModelSpec
 from lorasweep.spec.values import Value
 from lorasweep.store import files
 
 HEAD = "unembedding"
-BASE = "BASE"
-"""What a command names in place of a base that is not on the hub."""
-IN_BATCH = 8
-"""Largest number of adapters in a batch that a command asks for; each takes GPU memory. A
-convention; vLLM's default is 1."""
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+NAMED = 3
+"""Tensors that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,16 @@ class Profile(Value):
     heads: tuple[str, ...] | None = None
     """Architectures whose unembedding takes an adapter; None: all."""
     no_tied_heads: str = ""
-    """Why an unembedding that is tied to the embedding is left out; empty: it is not."""
     no_experts: str = ""
-    """Why experts are refused; empty: they are served."""
+    """Why tied unembeddings are left out and experts refused; empty: they are served."""
     weights: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
-    """Types of tensors, as safetensors names them."""
     refuses: tuple[str, ...] = ()
-    """Keys of adapter_config.json with which the server refuses an adapter; KEY=START: values."""
     ignores: tuple[str, ...] = ()
-    """Keys that change the adapter in PEFT, and that the server ignores."""
+    """Keys of adapter_config.json with which the server refuses an adapter (KEY=START: values that
+    start so), and those that it ignores although they change the adapter in PEFT."""
     command: str = ""
-    """Template of the command to serve; empty: there is none."""
     chat_template: str = ""
-    """Template of the option with a chat template other than the base's own."""
+    """Templates of the command to serve, and of its option with a chat template."""
 
     def largest_rank(self, rank: int) -> int:
         """Return the lowest largest rank of the server for adapters up to `rank`.
@@ -61,9 +64,7 @@ class Profile(Value):
         Raises:
             SpecError: the server takes no such rank.
         """
-        if not self.ranks:
-            return rank
-        found = next((allowed for allowed in self.ranks if allowed >= rank), None)
+        found = next((allowed for allowed in self.ranks or (rank,) if allowed >= rank), None)
         if found is None:
             raise SpecError(
                 f"rank {rank}: {self.server} takes ranks up to {self.ranks[-1]}, set to one of "
@@ -94,198 +95,263 @@ def adapted(profile: Profile, layers: str, model: ModelSpec, architecture: str) 
         SpecError: the server takes none of these layers, or no experts.
     """
     sets = parse_layers(layers)
-    if profile.no_experts and model.n_experts and {"mlp", ROUTER} & set(sets):
-        raise SpecError(
-            f"serve={profile.name}, and model {model.name!r} has experts: {profile.no_experts}. "
-            "Add method.layers=attention, or serve=peft."
-        )
     why = profile.why_no_head(model, architecture) if HEAD in sets else ""
     left = "+".join(s for s in sets if s != HEAD)
-    if why and not left:
+    refused = why if not left else ""
+    if model.n_experts and {"mlp", ROUTER} & set(sets):
+        refused = refused or profile.no_experts
+    if refused:
         raise SpecError(
-            f"serve={profile.name}: the unembedding is left out, as {why}, and method.layers="
-            f"{layers} has nothing else. Add method.layers=attention+mlp, or serve=peft."
+            f"serve={profile.name} and method.layers={layers} with model {model.name!r}: "
+            f"{refused}. Add method.layers=attention, or serve=peft."
         )
     return (left, why) if why else (layers, "")
 
 
-def serve_command(
-    profile: Profile, base: str, folders: Mapping[str, str], rank: int, template: str = ""
-) -> str:
-    """Return the command that serves adapters on one base; '' for a profile without a server.
-
-    Args:
-        folders: name of each adapter -> its folder.
-        rank: the largest rank of the adapters.
-        template: file with the chat template of the adapters; '': the base's own.
-    """
-    modules = (shlex.quote(f"{name}={folder}") for name, folder in folders.items())
-    command = profile.command.format(
-        base=shlex.quote(base),
-        rank=profile.largest_rank(rank),
-        in_batch=min(len(folders), IN_BATCH),
-        adapters=len(folders),
-        modules=" ".join(modules),
-    )
-    option = profile.chat_template.format(file=shlex.quote(template)) if template else ""
-    return f"{command} {option}".rstrip()
-
-
 # ---------------------------------------------------------------- the check of a folder
-
-ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PICKLED = ("adapter_model.bin", "adapter_model.pt")
-PREFIX = "base_model.model."
-FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-NEEDED = ("r", "lora_alpha", "target_modules")
-EXPERTS = {"experts.base_layer": "mlp.experts.gate_up_proj", "experts": "mlp.experts.down_proj"}
-"""End of a module's name in PEFT's layout of experts -> the parameter that it adapts."""
-NAMED = 3
-"""Modules or tensors that a sentence names."""
 
 
 def problems(
-    folder: Path,
-    profile: Profile,
-    model: ModelSpec,
-    rank: int | None = None,
-    architecture: str = "",
+    folder: Path, profile: Profile, model: ModelSpec, method: Any, architecture: str = ""
 ) -> list[str]:
-    """Return what a server would refuse or silently ignore in an adapter's folder, as sentences.
+    """Return how an adapter's folder differs from its run, and what a server refuses, as sentences.
 
     Args:
-        model: the base that is served.
-        rank: the server's largest rank (--max-lora-rank); None: the highest that it can have.
-        architecture: the class that the base's config.json names; '': not known, so only a tied
-            unembedding is judged.
+        model, method: those of the run that the folder holds; the method is a LoRA.
+        architecture: the class that the base's config.json names; '': not known.
 
     Raises:
         OSError: a file is there and cannot be read.
     """
-    config: dict[str, Any] = {}
     try:
         config = json.loads((folder / CONFIG).read_text())
-        found = [*_of_config(config, profile, model)]
-    except FileNotFoundError:
-        found = [f"{CONFIG} is missing."]
-    except (ValueError, AttributeError):
-        config, found = {}, [f"{CONFIG} is truncated, or no JSON object."]
-    limit = rank if rank is not None else profile.ranks[-1] if profile.ranks else None
-    path = folder / ADAPTER
-    read = files.safetensors_header(path) if path.is_file() else None
-    if not path.is_file():
-        pickled = next(
-            (
-                f" {n} is a pickle, which can run code when read."
-                for n in PICKLED
-                if (folder / n).is_file()
-            ),
-            "",
-        )
-        return [*found, f"{ADAPTER} is missing.{pickled}"]
-    if read is None or not all(isinstance(t.get("shape"), list) for t in read[0].values()):
-        return [*found, f"{ADAPTER} is truncated, or no safetensors file: it has no valid header."]
-    if (size := path.stat().st_size) != read[1]:
-        return [*found, f"{ADAPTER} is truncated: {size:,} bytes, its header says {read[1]:,}."]
-    return [*found, *_of_tensors(read[0], config, profile, model, limit, architecture)]
-
-
-def _of_config(config: dict[str, Any], profile: Profile, model: ModelSpec) -> Iterator[str]:
-    if config.get("peft_type") != "LORA":
-        yield f"peft_type is {config.get('peft_type')!r}, not LORA."
-    for key in NEEDED:
-        if config.get(key) is None:
-            yield f"{CONFIG} has no {key}."
+        header = files.safetensors_header(folder / ADAPTER)
+    except FileNotFoundError as error:
+        return [f"{Path(error.filename).name} is missing."]
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        return [f"{CONFIG} is truncated, or no JSON object."]
+    if header is None or header[1] != (folder / ADAPTER).stat().st_size:
+        return [f"{ADAPTER} is truncated, or no safetensors file: it has no valid header."]
+    wanted = {"peft_type": "LORA", "r": method.rank, "lora_alpha": method.scaling * method.rank}
+    found = [
+        f"{key} is {config.get(key)!r}, and {value!r} was trained."
+        for key, value in wanted.items()
+        if config.get(key) != value
+    ]
     base = config.get("base_model_name_or_path")
     if base not in (None, model.name, model.location):
-        yield f"{CONFIG} names the base {base!r}, which is not {model.location or model.name!r}."
+        found.append(f"{CONFIG} names the base {base!r}, which is not {model.name!r}.")
     for keys, verb in ((profile.refuses, "refuses"), (profile.ignores, "ignores")):
         for key, _, start in (entry.partition("=") for entry in keys):
             value = config.get(key)
             unset = value in (None, False, "none") or value in ([], {}, "")
             if str(value).lower().startswith(start) if start else not unset:
-                yield f"{key} is {json.dumps(value)}, which {profile.server} {verb}."
-
-
-def _of_tensors(
-    tensors: Mapping[str, Any],
-    config: dict[str, Any],
-    profile: Profile,
-    model: ModelSpec,
-    limit: int | None,
-    architecture: str,
-) -> Iterator[str]:
-    shapes, ranks, strange, wrong = _shapes(model), {0}, [], []
-    there: dict[str, set[tuple[int, str]]] = {}  # end of a module's name -> layer, and A or B
-    for name, tensor in tensors.items():
+                found.append(f"{key} is {json.dumps(value)}, which {profile.server} {verb}.")
+    sides: dict[str, tuple[int, ...]] = {}  # end of a module's name -> inputs, outputs, rank
+    hidden, n = model.hidden_size, model.n_experts
+    for layer_set in method.target_layers():
+        for name in model.modules(layer_set)[0]:
+            if name == "experts":  # in PEFT's layout
+                r, inner = n * method.expert_rank_of(n, model.n_active_experts), model.mlp_size
+                sides["experts.base_layer"] = (hidden, 2 * inner, 2 * r)
+                sides["experts"] = (inner, hidden, r)
+            else:
+                io = (hidden, n) if layer_set == ROUTER else model.known_shapes[name]
+                sides[name] = (*io, method.rank)
+    lost = {
+        (kind, layer, which): shape
+        for kind, (i, o, r) in sides.items()
+        for layer in range(1 if kind in model.unembedding else model.n_layers)
+        for which, shape in (("A", [r, i]), ("B", [o, r]))
+    }
+    odd = []
+    for name, tensor in header[0].items():
         module, which = m.groups() if (m := FACTOR.fullmatch(name)) else ("", "")
-        kind, layer = _kind(module), [int(part) for part in module.split(".") if part.isdigit()]
-        if kind not in shapes or len(layer) > 1 or tensor["dtype"] not in profile.weights:
-            strange.append(f"{name} ({tensor['dtype']})")
-            continue
-        there.setdefault(kind, set()).add((layer[0] if layer else 0, which))
-        *sides, n_experts = shapes[kind]
-        shape = tensor["shape"][:: -1 if which == "A" else 1]  # width, rank x experts
-        rank = _rank_of(config, module) or (shape or [0])[-1] // n_experts
-        if shape != [sides[which == "B"], rank * n_experts]:
-            wrong.append(f"{name} {tensor['shape']}")
-        ranks |= {rank, (shape or [0])[-1] // n_experts}
-    for kind, found in there.items():
-        n = 1 if kind in model.unembedding else model.n_layers
-        if found != {(k, which) for k in range(n) for which in "AB"}:
-            wrong.append(f"{kind} has {len(found)} A and B in {n} layers")
-    for what, names in (
-        (
-            f"tensors that are no A or B of {model.name!r}, or that {profile.server} refuses",
-            strange,
-        ),
-        (
-            f"tensors of another base than {model.name!r}, or of another rank than in {CONFIG}",
-            wrong,
-        ),
-    ):
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        if names:
-            yield f"{what}: {', '.join(names[:NAMED])}{more}."
-    if not tensors:
-        yield f"{ADAPTER} has no tensors."
-    if limit is not None and max(ranks) > limit:
-        yield f"rank {max(ranks)} is above the largest of the server, {limit}."
+        kind = next((k for k in sides if f".{module}".endswith(f".{k}")), "")
+        layer = next((int(part) for part in module.split(".") if part.isdigit()), 0)
+        right = lost.pop((kind, layer, which), ()) == tensor.get("shape")
+        if not right or tensor["dtype"] not in profile.weights:
+            odd.append(f"{name} {tensor.get('shape')} ({tensor['dtype']})")
+    if odd:
+        more = f" and {len(odd) - NAMED} more" if len(odd) > NAMED else ""
+        what = f"tensors that were not trained on {model.name!r}, or that {profile.server} refuses"
+        found.append(f"{what}: {', '.join(odd[:NAMED])}{more}.")
+    if lost:
+        kinds = ", ".join(dict.fromkeys(kind for kind, *_ in lost))
+        found.append(f"{ADAPTER} lacks {len(lost)} tensors that were trained, of {kinds}.")
     why = profile.why_no_head(model, architecture) if model.tied or architecture else ""
-    if why and there.keys() & {*model.unembedding}:
-        tied = "tied " if model.tied else ""
-        yield f"an adapter of the {tied}unembedding {model.unembedding[0]}: {why}."
-    if profile.no_experts and there.keys() & EXPERTS.keys():
-        yield f"adapters of experts: {profile.no_experts}."
-
-
-def _shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Return inputs, outputs and number of experts of a base's modules, by the end of the name."""
-    names = [n for layer_set in LAYER_SETS for n in model.modules(layer_set)[0] if n != "experts"]
-    found: dict[str, tuple[int, ...]] = {n: (*model.known_shapes[n], 1) for n in names}
-    if n := model.n_experts:
-        found[model.modules(ROUTER)[0][0]] = (model.hidden_size, n, 1)
-        found["experts.base_layer"] = (model.hidden_size, 2 * model.mlp_size, n)
-        found["experts"] = (model.mlp_size, model.hidden_size, n)
+    if why and HEAD in method.target_layers():
+        found.append(f"an adapter of the unembedding {model.unembedding[0]}: {why}.")
+    if profile.no_experts and "experts" in sides:
+        found.append(f"adapters of experts: {profile.no_experts}.")
     return found
 
 
-def _kind(module: str) -> str:
-    """Return the last part of a module's name; that of experts' gate and up has two."""
-    return next((k for k in EXPERTS if module.endswith(f".{k}")), module.rpartition(".")[2])
+# ---------------------------------------------------------------- the judgement of a server
+
+SERVED, NOT_APPLIED, ANOTHERS = "served", "not applied", "another customer's"
+DIFFERS, TOO_SMALL = "differs", "too small to tell"
+TIMES_NOISE = 2.0
+"""Accepted distance to the trainer, in units of the noise (tinker-cookbook, pull request 928)."""
+OF_CHANGE = 0.03
+"""Further accepted distance, as a share of the change by training. A server rounds an adapter to
+bf16, so errors grow with the change: measured 0.0014 to 0.0025 of it on a two-layer base of random
+weights, up to ten times the noise of the base (docs/fleet.md). Half an alpha is about 0.5."""
+ERRORS = 3.0
+"""Standard errors at which a factor differs from 1, or from 0."""
+TELLS = 0.25
+"""The change is too small to tell if the factor is not known to this: 0.5 and 1 must differ."""
+OTHER_BASE = 0.25
+"""The server has another base if the noise is above this share of the spread (standard deviation)
+of the trainer's log p under the base. In bf16 it was 0.004 on a two-layer base and 0.03 on
+SmolLM2-135M; unrelated values of equal spread give 1.4."""
+KEY = "OPENAI_API_KEY"
+"""Environment variable with the server's key; the openai client reads the same one."""
+AT_ONCE, TIMEOUT_S = 16, 120
+"""Maximum number of requests in flight, and seconds to wait for an answer."""
 
 
-def _rank_of(config: dict[str, Any], module: str) -> int | None:
-    """Return a module's rank by adapter_config.json; None if it states none.
+def rms(values: np.ndarray) -> float:
+    """Return the root mean square."""
+    return float(np.sqrt(np.mean(np.square(values))))
 
-    A key of rank_pattern is a regular expression for the end of the name (peft/utils/other.py,
-    get_pattern_key).
+
+def judge(
+    name: str,
+    base: np.ndarray,
+    trained: np.ndarray,
+    server_base: np.ndarray,
+    served: np.ndarray,
+    common: Mapping[str, np.ndarray],
+    noise: float,
+) -> dict[str, Any]:
+    """Judge one adapter: is it applied, is it the right one, how far is it from the trainer's.
+
+    Args:
+        name: the adapter.
+        base, trained: log p of its tokens by the trainer's base, without and with the adapter, [L].
+        server_base, served: those by the server's base, and under the adapter's name, [L].
+        common: name -> the trainer's values on the tokens that all adapters of the base have, which
+            are the first of [L].
+        noise: distance between the server's and the trainer's base, in nats.
+
+    Returns the verdict and, as root mean squares over tokens in nats, `change` (the trainer's
+    adapter to its base), `distance` (server to trainer) and the accepted `bound`; `factor` with its
+    standard error, the slope of the server's change on the trainer's (1 is right, 0 not applied);
+    and `nearest`, the adapter whose values on the common tokens are nearest to the server's.
     """
-    kind, pattern = _kind(module), config.get("rank_pattern")
-    name = module.removesuffix(kind) + EXPERTS.get(kind, kind).removeprefix("mlp.")
-    for key, rank in pattern.items() if isinstance(pattern, dict) else ():
-        with suppress(re.error):
-            if re.fullmatch(rf"(.*\.)?({key})", name):
-                return rank
-    stated = config.get("r")
-    return stated if isinstance(stated, int) else None
+    change, served_change = trained - base, served - server_base
+    size, distance = rms(change), rms(served - trained)
+    length = max(float(np.linalg.norm(change)), 1e-12)
+    factor = float(served_change @ change) / length**2
+    # a slope's standard error; the difference of two answers of the server has twice the variance
+    se = 2**0.5 * noise / length
+    bound, uncertain = TIMES_NOISE * noise + OF_CHANGE * size, ERRORS * se + OF_CHANGE
+    off = {n: v - served[: len(v)] for n, v in common.items()}
+    nearest = min(off, key=lambda n: rms(off[n]))
+    tells = ERRORS * se <= TELLS
+    # two adapters are told apart if they differ by more than errors would move one to the other
+    gap = float(np.linalg.norm(off[nearest] - off[name]))
+    apart = gap > 2 * ERRORS * (noise + OF_CHANGE * size)
+    its_change = rms(common[nearest] - base[: len(common[nearest])])
+    near = rms(off[nearest]) <= TIMES_NOISE * noise + OF_CHANGE * its_change
+    if tells and abs(factor) <= uncertain and rms(served_change) <= TIMES_NOISE * noise:
+        verdict = NOT_APPLIED
+    elif nearest != name and apart and near:
+        verdict = ANOTHERS
+    elif distance > bound or (tells and abs(factor - 1) > uncertain):
+        verdict = DIFFERS
+    else:
+        verdict = SERVED if tells else TOO_SMALL
+    found = {"verdict": verdict, "change": size, "distance": distance, "bound": bound}
+    return {**found, "factor": factor, "factor_se": se, "nearest": nearest}
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow no redirect, as the other address would get the key."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+class Server:
+    """A server that answers, with the names of its models."""
+
+    def __init__(self, url: str) -> None:
+        """Ask for the models. Raises SpecError if no server of the OpenAI API answers at `url`."""
+        self.url = url.rstrip("/").removesuffix("/v1")
+        listed = self._call("models")
+        try:
+            self.models: dict[str, str] = {m["id"]: m.get("parent") or "" for m in listed["data"]}
+            """Name -> name of its base; '' for a base, or if the server does not say."""
+            self._is_vllm = any(m.get("owned_by") == "vllm" for m in listed["data"])
+        except (KeyError, TypeError, AttributeError):
+            raise SpecError(f"url={url}: no list of models. Expected an OpenAI API.") from None
+
+    def base_of(self, name: str, adapters: Collection[str]) -> str:
+        """Return the name of an adapter's base; `adapters`: names that are no bases."""
+        others = {self.models[name]} - {""} or self.models.keys() - set(adapters)
+        if len(others) != 1:
+            raise SpecError(
+                f"url={self.url}: the server does not say which model is the base of {name!r}. It "
+                f"serves {', '.join(sorted(self.models))}. Serve only the base and its adapters."
+            )
+        return others.pop()
+
+    def log_p(self, name: str, rows: Sequence[Example]) -> np.ndarray:
+        """Return log p of the loss tokens of rows under a model, [loss tokens], in nats.
+
+        vLLM generates one token after each prefix, and only the given token is allowed; it returns
+        log p before this restriction. Its log-probabilities of prompts lack an adapter of the
+        unembedding, and asking a CPU for several of them stops the server (vLLM 0.32; issues 51594,
+        29955). Other servers are asked for the log-probabilities of the prompt (echo).
+
+        Raises:
+            SpecError: the server refuses, or returns no log-probabilities.
+        """
+        fixed = {"model": name, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+        asked: list[dict[str, Any]] = []
+        for row in rows:
+            tokens = row.tokens.tolist()
+            if not self._is_vllm:
+                asked.append({**fixed, "prompt": tokens, "echo": True})
+                continue
+            for t in np.flatnonzero(row.loss):
+                asked.append({**fixed, "prompt": tokens[:t], "allowed_token_ids": [tokens[t]]})
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            answers = list(pool.map(lambda body: self._call("completions", body), asked))
+        try:
+            found = [a["choices"][0]["logprobs"]["token_logprobs"] for a in answers]
+            if not self._is_vllm:  # the first token has no log p
+                found = [np.array(f[1 : len(r.loss)])[r.loss[1:]] for f, r in zip(found, rows)]
+            return np.concatenate([np.zeros(0), *found]).astype(float)
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise SpecError(
+                f"url={self.url}: the server returns no log-probabilities of given tokens "
+                "(/v1/completions with echo=true and logprobs=1). vLLM and SGLang return them."
+            ) from None
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Return the JSON answer to a GET, or with `body` to a POST."""
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(f"{self.url}/v1/{path}", data, headers)
+            opener = urllib.request.build_opener(_NoRedirects)
+            with opener.open(request, timeout=TIMEOUT_S) as answer:
+                return json.loads(answer.read())
+        except (OSError, ValueError) as error:
+            said, there = str(error), ""
+            if isinstance(error, urllib.error.HTTPError):
+                said = f"{error.code}: {error.read(500).decode(errors='replace')}"
+                there = error.headers.get("Location") or ""
+            there = f" It redirects to {there}, which would get the key." if there else ""
+            raise SpecError(
+                f"url={self.url}: /v1/{path} gives no answer of the OpenAI API ({said}).{there} "
+                f"Start the server (the fleet's page has the command), set {KEY} if it has a key, "
+                "and give its address: url=http://localhost:8000"
+            ) from None

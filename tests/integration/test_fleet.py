@@ -16,7 +16,7 @@ from lorasweep.cli.actions import act
 from lorasweep.cli.customers import plan_fleet
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.data import templates
-from lorasweep.errors import LorasweepError, ModelError, SpecError
+from lorasweep.errors import LorasweepError, SpecError
 from lorasweep.fleet.runs import folder_of
 from lorasweep.launch.local import run_points
 from lorasweep.launch.trainer import TorchTrainer
@@ -72,8 +72,8 @@ def snapshot(folder):
 def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_path, capsys):
     begun = Counter(world.trained())  # at least three trials and a test, one run for the few rows
     assert begun["few"] == 1 and all(4 <= n <= 7 for name, n in begun.items() if name != "few")
-    printed, errors = capsys.readouterr()
-    assert "rows: " in errors and "5 customers: 5 adapters, 0 not trained yet, 0 with" in printed
+    printed = capsys.readouterr().out
+    assert "5 customers: 5 adapters, 0 not trained yet, 0 with" in printed
     kept = json.loads((world.folder / "fleet.json").read_text())
     assert (kept["answers"], kept["whole_prompt"]) == ("all", True)
     ann = world.facts("ann")
@@ -145,7 +145,7 @@ def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world, o
     ann, few = world.facts("ann"), world.facts("few")
     done, steps = ann["steps_done"], ann["steps"]
     assert ann["best_step"] < done < steps
-    said = f"ended after update {done} of {steps}, because 2 evaluations in a row"
+    said = f"ended after update {done} of {steps} (patience 2)"
     assert said in world.card("ann") and said in world.page and " ended early" in world.page
     assert few["early_stopping"].startswith("off") and "best_step" in few
     assert "4 are the fewest" in world.card("few")
@@ -232,8 +232,8 @@ def test_customers_without_an_adapter_keep_their_folder_and_errors_are_printed_o
     assert printed.err.count("no model.safetensors") == 2 and "no model" not in printed.out
     assert "entry 5: see above" in printed.out
     assert "6 customers: 3 adapters, 0 not trained yet, 3 with errors" in page
-    assert "holds an earlier adapter" in page and world.facts("bob")["run"] in page
-    assert "No longer in the table, with a folder that stays until you delete it: few." in page
+    earlier = [f"{name} (run {world.facts(name)['run']})" for name in ("bob", "few")]
+    assert f"stay until you delete them: {', '.join(earlier)}." in page
     assert (world.folder / "few/adapter_model.safetensors").is_file()
 
 
@@ -264,31 +264,13 @@ def test_adapters_load_and_are_switched_on_one_base(advised, bases, tmp_path):
     for name in ("ann", "bob", "few"):
         model = PeftModel.from_pretrained(fresh(), world.folder / name)
         alone[name] = logits(model)
-        found = model.generate(**ids, max_new_tokens=4, do_sample=False)
-        assert found.shape[1] > ids.input_ids.shape[1]
     assert not torch.allclose(alone["ann"], alone["bob"], atol=1e-4)
     served = PeftModel.from_pretrained(fresh(), world.folder / "ann", adapter_name="ann")
-    plain = fresh()  # transformers' own integration, without PEFT's wrapper
-    plain.load_adapter(str(world.folder / "ann"), adapter_name="ann")
     for name in ("bob", "few"):
         served.load_adapter(world.folder / name, adapter_name=name)
-        plain.load_adapter(str(world.folder / name), adapter_name=name)
     for name in ("few", "ann", "bob", "ann"):
         served.set_adapter(name)
-        plain.set_adapter(name)
-        for model in (served, plain):
-            assert torch.allclose(logits(model), alone[name], atol=1e-5)
-
-
-def test_a_base_in_fp32_is_read_from_its_folder_and_trained(world, tmp_path, capsys):
-    folder = make_base(tmp_path / "exact", torch.float32)
-    for path in (folder, folder / "config.json"):
-        world.set_table({**world.table[0], "model": str(path)})
-        assert world.run("rates=advised", "precision=bf16") == 0, capsys.readouterr().err
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    with pytest.raises(ModelError, match=r"differs from its .*exact/config.json: weights_dtype is"):
-        world.run("rates=advised", "precision=bf16")
+        assert torch.allclose(logits(served), alone[name], atol=1e-5)
 
 
 def test_a_mirror_has_a_run_a_customer_and_the_card_counts_shared_prompts(
@@ -311,8 +293,6 @@ def test_a_mirror_has_a_run_a_customer_and_the_card_counts_shared_prompts(
 
 
 def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, bases, tmp_path):
-    from transformers import AutoTokenizer
-
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")
     (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: None})
@@ -324,13 +304,6 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
     assert (ann["render"], ann["template"], ann["mask"]) == ("role_eos", "{prompt}\n", "completion")
     row = f"<user>{{prompt}}{eos}<assistant>⟦{{completion}}{eos}⟧"
     assert f"```text\n{row}\n```" in world.card("chat") and "⟦{completion}" in world.page
-    served = AutoTokenizer.from_pretrained(world.folder / "chat")
-    asked = [{"role": "user", "content": "So?"}]
-    said = served.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-    assert said == f"<user>So?{eos}<assistant>" and chat["stop"] == {}
-    plain = AutoTokenizer.from_pretrained(world.folder / "ann")
-    text = plain.apply_chat_template(chat["messages"], tokenize=False)
-    assert text == f"<|begin_of_text|>{{prompt}}\n{{completion}}{eos}"
     assert not world.trained(*settings, "scale=tiny")
     assert len(world.trained(*settings, "dataset.template='Q: {prompt} A: '")) == 5
     assert not world.trained(*settings)  # named once, it is kept
@@ -356,6 +329,10 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
     assert f"--lora-modules few=. {form.format('')}\n```" in world.card("few")
     names = " ".join(f"{f}=./{f}" for f in ("few", folder_of("a b")))
     assert world.page.count("vllm serve BASE") == 1
+    assert (
+        "vllm serve BASE --enable-lora --max-lora-rank 8 --max-loras 2 --max-cpu-loras 2 "
+        in world.page
+    )
     assert f"--lora-modules {names} {form.format('few/')}</pre>" in world.page
     assert world.trained() == [] and world.facts("few") == facts  # the folder keeps serve=vllm
     fault = {"use_dora": True}

@@ -32,8 +32,8 @@ def test_the_first_three_columns_are_enough_and_cells_are_text():
         ({"examples": "many"}, "column examples='many': expected a whole number of at least 1 (rows"),
         ({"examples": "1.5"}, "column examples=1.5: expected a whole number"),
         ({"examples": "0"}, "at least 1"),
+        ({"examples": "x", "gpus": "-1", "lr": "y"}, "column gpus=-1"),  # all at once
         ({"examples": "inf"}, "column examples"),
-        ({"examples": "50.000"}, "column examples: '50.000' may be 50 or 50000"),
         ({"lr": "nan"}, "column lr"),
         ({"gpus": "100000"}, "at most 512"),
         ({"gpus": True}, "column gpus=True: expected a whole number"),
@@ -44,23 +44,14 @@ def test_the_first_three_columns_are_enough_and_cells_are_text():
         ({"name": "+cmd|' /C calc'!A0"}, "is a formula"),
         ({"exmaples": "3"}, "Did you mean 'examples'?"),
         ({"episodes": "100"}, "only with task=rl"),
-        ({"tokens_per_example": "40000000"}, "If that is the total"),
-        ({"examples": "9e9", "tokens_per_example": "9000"}, "Is one of them the total of tokens?"),
+        ({"tokens_per_example": "40000000"}, "not the total"),
         ({"tokens_per_example": "900", "max_length": "512"}, "tokens_per_example and max_length"),
-        ({"examples": "1000", "epochs": "1", "batch_size": "10", "steps": "500"}, "500 x 10 = 5,000, but examples x epochs = 1,000"),
-        ({"task": "rl", "episodes": "9000", "batch_size": "10", "steps": "9"}, "but episodes"),
     ],
 )  # fmt: skip
 def test_a_wrong_cell_is_named_with_its_column(columns, says):
     with pytest.raises(RowError) as found:
         customer_of({**ROW, **columns})
     assert says in str(found.value)
-
-
-def test_all_problems_of_a_row_come_at_once():
-    with pytest.raises(RowError) as found:
-        customer_of({**ROW, "examples": "x", "gpus": "-1", "lr": "y"})
-    assert len(found.value.problems) == 3
 
 
 def write(path, text):
@@ -97,6 +88,8 @@ def test_numbers_that_countries_read_differently_are_refused(tmp_path):
     text = "name;model;task;examples;price_per_gpu_h\n"
     text += "a;qwen3-8b;sft;50.000;2\nb;qwen3-8b;sft;50000;2,950\nc;qwen3-8b;sft;50000;0.125\n"
     one, two, three = read_customers(write(tmp_path / "c.csv", text))
+    (us,) = read_customers(write(tmp_path / "d.csv", HEAD[:-1] + ",examples\na,b,sft,50.000\n"))
+    assert "column examples: '50.000' means" in us.error
     assert "column examples: '50.000' means different numbers" in one.error
     assert "column price_per_gpu_h: '2,950' means different numbers" in two.error
     assert three.price_per_gpu_h == 0.125
@@ -108,7 +101,7 @@ def test_yaml_holds_a_list_and_an_entry_that_is_none_is_an_error_of_its_own(tmp_
     for text, says in (("a: 3\n", "expected a list"), ("- {", "not valid YAML")):
         with pytest.raises(SpecError, match=says):
             read_customers(write(tmp_path / "d.yaml", text))
-    with pytest.raises(SpecError, match="no such file"):
+    with pytest.raises(SpecError, match="No such file"):
         read_customers(tmp_path / "f.csv")
 
 
@@ -120,7 +113,7 @@ def test_a_wrong_row_does_not_affect_others(tmp_path):
     rows += ("d,qwen3-8b,sft,1000,,,3", "a,qwen3-8b,sft,1000,", "e,qwen3-8b,rl,1000,a100")
     text = "\n".join(["name,model,task,examples,hardware", *rows])
     found = answers(read_customers(write(tmp_path / "c.csv", text)), known())
-    errors = {k: a.error for k, a in enumerate(found) if isinstance(a, read.Failed)}
+    errors = {k: a.error for k, a in enumerate(found) if isinstance(a, RowError)}
     assert [*errors] == [1, 2, 3, 4] and "hidden_size" in errors[1] and "config.json" in errors[1]
     for k, says in (
         (1, "row 3: column model: model 'qwen9' not found"),
@@ -129,9 +122,11 @@ def test_a_wrong_row_does_not_affect_others(tmp_path):
         (4, "row 6: column name: an earlier row has 'a'"),
     ):
         assert errors[k].startswith(says)
-    odd = [read.Row(c, {**ROW, "name": f"{k}", c: g}) for k, (g, c) in enumerate(NO_PATHS.items())]
-    *wrong, right = answers(read.check_rows([*odd, read.Row("last", ROW)]), known())
-    assert [a.error.split(": ")[:2] for a in wrong] == [[o.where, f"column {o.where}"] for o in odd]
+    odd = [(c, {**ROW, "name": f"{k}", c: g}) for k, (g, c) in enumerate(NO_PATHS.items())]
+    *wrong, right = answers(read.check_rows([*odd, ("last", ROW)]), known())
+    assert [a.error.split(": ")[:2] for a in wrong] == [
+        [where, f"column {where}"] for where, _ in odd
+    ]
     assert right.name == "acme"
 
 
@@ -175,7 +170,7 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
         path.write_text(text)
         with pytest.raises(RowError, match=says):
             shape(model=str(path))
-    with pytest.raises(RowError, match="no file"):
+    with pytest.raises(RowError, match="No such file"):
         shape(model=str(tmp_path / "gone.json"))
 
 

@@ -40,9 +40,9 @@ def test_the_kept_page_of_the_adviser_follows_the_rules_and_shows_its_misses():
     text, judged = outcomes.TARGET.read_text(), (*outcomes.outcomes(), *outcomes.rates())
     assert text == outcomes.page()
     assert text.count("**miss**") == len([j for j in judged if j.verdict == "miss"]) > 0
-    where = published_rules().values["sources"] | outcomes.read()["sources"]
+    where = published_rules()["sources"] | outcomes.read()["sources"]
     for j in judged:  # none by its own source
-        source, kept = j.entry["source"], j.advice.known.published.values
+        source, kept = j.entry["source"], j.advice.known.published
         assert f"({source})" not in j.advice.rate.source and source in where
         entries = [e for name in ("rates", "least_rank") for e in kept[name]]
         assert source not in {e["source"] for e in entries}

@@ -8,9 +8,9 @@ import math
 
 import pytest
 
-from lorasweep.advise.rules.rates import APART
+from lorasweep.advise.rules import APART
 from lorasweep.errors import SpecError
-from lorasweep.fleet.outcome import MOST_TRIED, outcome_of, with_further
+from lorasweep.fleet.adapters import MOST_TRIED, outcome_of, with_further
 from lorasweep.fleet.rows import Rows
 from lorasweep.fleet.runs import Member
 from lorasweep.methods.lora import LoRA

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.advise.read import Row, check_rows
+from lorasweep.advise.read import check_rows
 from lorasweep.errors import SpecError
 from lorasweep.fleet.rows import Rules
 from lorasweep.fleet.runs import RULES, build_runs, folder_of, planned, read_rules, write_rules
@@ -43,7 +43,7 @@ def runs_of(customers, request, rules, world=None):
 def plan(rows, rates=3, instead_of_full="", world=None, **fields):
     point = Point("lora", tiny_spec(**{"method": LoRA(rank=16), **fields}))
     asked = {"points": [point], "rates": rates, "instead_of_full": instead_of_full}
-    customers = check_rows([Row(f"row {k}", r) for k, r in enumerate(rows, 2)])
+    customers = check_rows([(f"row {k}", r) for k, r in enumerate(rows, 2)])
     return runs_of(customers, dataclasses.replace(compose_request([]), **asked), Rules(), world)
 
 
@@ -149,7 +149,7 @@ def customers(tmp_path, monkeypatch):
     write_rows(Path("few.jsonl"), 5, "Yes {k}")
     row = {"model": "smollm2-135m", "task": "sft", "epochs": 2}
     data = {n: f"{n}.jsonl" for n in ("ann", "bob", "chat", "few")} | {"own": "own"}
-    return check_rows([Row(n, {"name": n, "data": d, **row}) for n, d in data.items()])
+    return check_rows([(n, {"name": n, "data": d, **row}) for n, d in data.items()])
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])

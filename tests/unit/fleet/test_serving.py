@@ -1,21 +1,40 @@
-"""What a server takes: the plan of a fleet, the check of a folder, the command."""
+"""What a server takes: the plan of a fleet, the check of a folder, the command; and its answers."""
 
 import json
 import math
 import struct
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 
 from lorasweep.cli.actions import check
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.config import catalogue
+from lorasweep.data.examples import Example
 from lorasweep.errors import SpecError
-from lorasweep.fleet.serving import ADAPTER, CONFIG, PEFT, adapted, problems, serve_command
+from lorasweep.fleet.serving import (
+    ADAPTER,
+    ANOTHERS,
+    CONFIG,
+    DIFFERS,
+    KEY,
+    NOT_APPLIED,
+    OF_CHANGE,
+    PEFT,
+    SERVED,
+    TOO_SMALL,
+    Server,
+    adapted,
+    judge,
+    problems,
+)
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store import files
+from tests.answering import answering, openai
 from tests.unit.advise.world import CONF
 from tests.world import compose_request, tiny_spec
 
@@ -68,10 +87,9 @@ CLEAN = [
 @pytest.mark.parametrize("name, model, rank, layers", CLEAN)
 def test_nothing_is_found_in_a_folder_of_a_fleet(tmp_path, name, model, rank, layers):
     profile = PROFILES[name]
-    assert len(CLEAN) == 20 and adapted(profile, layers, model, LLAMA) == (layers, "")
+    assert adapted(profile, layers, model, LLAMA) == (layers, "")
     folder = write(tmp_path / "a", model, rank, layers)
-    assert problems(folder, profile, model, profile.largest_rank(rank), LLAMA) == []
-    assert problems(folder, profile, model) == []
+    assert problems(folder, profile, model, LoRA(rank=rank, layers=layers), LLAMA) == []
 
 
 def change(folder, config=None, tensors=None):
@@ -109,34 +127,27 @@ def without(folder, part):
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-ODD, OTHER = "tensors that are no A or B of 'plain'", "tensors of another base than 'plain', or"
+ODD, LOST = "tensors that were not trained on 'plain'", "tensors that were trained, of"
 FAULTS = {
-    "wrong prefix": (lambda f: renamed(f, "base_model.model.", "base."), [ODD]),
-    "rank above the server's": (lambda f: None, ["rank 8 is above the largest of the server, 4"]),
-    "rank of the config": (lambda f: change(f, {"r": 4}), [OTHER]),
+    "wrong prefix": (lambda f: renamed(f, "base_model.model.", "base."), [ODD, LOST]),
+    "rank of the config": (lambda f: change(f, {"r": 4}), ["r is 4, and 8 was trained"]),
     "no weights": (lambda f: (f / ADAPTER).unlink(), [f"{ADAPTER} is missing"]),
     "no config": (lambda f: (f / CONFIG).unlink(), [f"{CONFIG} is missing"]),
     "config of another kind": (lambda f: (f / CONFIG).write_text("[1"), ["truncated, or no JSON"]),
     "config that is a list": (lambda f: (f / CONFIG).write_text("[1]"), ["truncated, or no JSON"]),
-    "no needed key": (lambda f: change(f, {"lora_alpha": None}), ["has no lora_alpha"]),
-    "a pickle": (lambda f: (f / ADAPTER).rename(f / "adapter_model.bin"), ["adapter_model.bin is a pickle"]),
-    "truncated": (lambda f: cut(f, -100), ["truncated: "]),
+    "another alpha": (lambda f: change(f, {"lora_alpha": 5}), ["lora_alpha is 5"]),
+    "truncated": (lambda f: cut(f, -100), ["truncated"]),
     "truncated header": (lambda f: cut(f, 50), ["no valid header"]),
-    "another width": (lambda f: change(f, tensors={n: [8, 32] if s == [8, 64] else s for n, s in tensors_of(f).items()}), [OTHER]),
-    "another depth": (lambda f: renamed(f, "layers.1.", "layers.7."), [OTHER]),
-    "other modules": (lambda f: renamed(f, "q_proj", "c_attn"), [ODD]),
+    "another width": (lambda f: change(f, tensors={n: [8, 32] if s == [8, 64] else s for n, s in tensors_of(f).items()}), [ODD]),
+    "another depth": (lambda f: renamed(f, "layers.1.", "layers.7."), [ODD, LOST]),
     "another base by name": (lambda f: change(f, {"base_model_name_or_path": "us/else"}), ["names the base 'us/else'"]),
-    "A without B": (lambda f: without(f, "layers.0.self_attn.q_proj.lora_B"), ["q_proj has 3 A and B in 2 layers"]),
-    "a layer left out": (lambda f: without(f, "layers.1.self_attn.q_proj"), ["q_proj has 2 A and B in 2 layers"]),
+    "A without B": (lambda f: without(f, "layers.0.self_attn.q_proj.lora_B"), ["lacks 1 tensors that were trained, of q_proj"]),
     "DoRA": (lambda f: change(f, {"use_dora": True}, {**tensors_of(f), f"{Q}.lora_magnitude_vector": [64]}), ["use_dora is true", ODD]),
     "modules_to_save": (lambda f: change(f, {"modules_to_save": ["norm"]}, {**tensors_of(f), "base_model.model.model.norm.weight": [64]}), ["modules_to_save is", ODD]),
     "bias": (lambda f: change(f, {"bias": "all"}), ['bias is "all", which vLLM']),
     "an ignored key": (lambda f: change(f, {"target_parameters": ["x"]}), ["vLLM 0.33.0 ignores"]),
-    "transposed": (lambda f: change(f, {"fan_in_fan_out": True}), ["fan_in_fan_out is true"]),
-    "a pattern that differs": (lambda f: change(f, {"rank_pattern": {"q_proj": 2}}), [OTHER]),
     "PiSSA": (lambda f: change(f, {"init_lora_weights": "pissa_niter_4"}), ["pissa_niter_4"]),
-    "no regular expression": (lambda f: change(f, {"rank_pattern": {"(": 3}, "r": "8"}, {f"{Q}.lora_A.weight": [8]}), [OTHER]),
-    "a tensor without a shape": (lambda f: header(f, {"a": {"data_offsets": [0, 0]}}), ["no valid header"]),
+    "a tensor without a shape": (lambda f: header(f, {"a": {"dtype": "F32", "data_offsets": [0, 0]}}), [ODD, LOST]),
     "another method": (lambda f: change(f, {"peft_type": "LOHA"}), ["peft_type is 'LOHA'"]),
 }  # fmt: skip
 
@@ -146,20 +157,24 @@ def test_a_planted_fault_is_found_by_name(tmp_path, fault):
     folder = write(tmp_path / "a", PLAIN, 8, "attention+mlp")
     plant, says = FAULTS[fault]
     plant(folder)
-    found = problems(folder, VLLM, PLAIN, 4 if fault.startswith("rank above") else 8, LLAMA)
+    found = problems(folder, VLLM, PLAIN, LoRA(rank=8, layers="attention+mlp"), LLAMA)
     assert len(found) == len(says) and all(s in " ".join(found) for s in says), found
 
 
-def test_an_unembedding_that_the_server_refuses_is_found(tmp_path):
-    tied, plain = (write(tmp_path / m.name, m, 8, "all") for m in (TIED, PLAIN))
-    for given in ("", LLAMA):
-        (found,) = problems(tied, VLLM, TIED, 8, given)
-        assert found.startswith("an adapter of the tied unembedding lm_head: the base ties it")
-    (found,) = problems(plain, VLLM, PLAIN, 8, "MistralForCausalLM")
-    assert "the unembedding lm_head: vLLM 0.33.0 takes it for some" in found
-    experts = write(tmp_path / "e", EXPERTS, 4, "mlp")
-    ignored, refused = problems(experts, VLLM, EXPERTS, 8, LLAMA)
-    assert "adapters of experts: vLLM refuses" in refused and "target_parameters" in ignored
+def test_an_unembedding_or_experts_that_the_server_refuses_are_found(tmp_path):
+    for model, given, layers, says in (
+        (TIED, "", "all", ["an adapter of the unembedding lm_head: the base ties it"]),
+        (
+            PLAIN,
+            "MistralForCausalLM",
+            "all",
+            ["unembedding lm_head: vLLM 0.33.0 takes it for some"],
+        ),
+        (EXPERTS, LLAMA, "mlp", ["target_parameters", "adapters of experts: vLLM refuses"]),
+    ):
+        folder = write(tmp_path / model.name, model, 8, layers)
+        found = problems(folder, VLLM, model, LoRA(rank=8, layers=layers), given)
+        assert len(found) == len(says) and all(s in f for s, f in zip(says, found)), found
 
 
 def test_layers_and_ranks_that_a_server_takes():
@@ -171,7 +186,7 @@ def test_layers_and_ranks_that_a_server_takes():
     assert layers == rest and "not known" in why
     assert adapted(VLLM, rest, TIED, "") == (rest, "")
     for layers, model, says in (
-        ("unembedding", TIED, "has nothing else. Add method.layers=attention"),
+        ("unembedding", TIED, "the base ties it.*Add method.layers=attention"),
         ("all", EXPERTS, "enable-mixed-moe-lora-format.*Add method.layers=attention"),
     ):
         with pytest.raises(SpecError, match=says):
@@ -180,18 +195,6 @@ def test_layers_and_ranks_that_a_server_takes():
     with pytest.raises(SpecError, match=r"rank 513: .* up to 512, set to one of 1, 8, 16"):
         VLLM.largest_rank(513)
     assert PEFT.largest_rank(513) == 513
-
-
-def test_the_command_names_every_adapter_and_an_allowed_rank():
-    assert serve_command(PEFT, "b", {"a": "."}, 3) == ""
-    one = serve_command(VLLM, "my base", {"ann": "."}, 3)
-    options = "--enable-lora --max-lora-rank 8 --max-loras 1 --max-cpu-loras 1"
-    assert one == f"vllm serve 'my base' {options} --lora-modules ann=."
-    many = serve_command(VLLM, "us/plain", {f"c{k}": f"./c{k}" for k in range(100)}, 20)
-    assert "--max-lora-rank 32 --max-loras 8 --max-cpu-loras 100 " in many
-    assert many.endswith(" c99=./c99")
-    own_form = serve_command(VLLM, "us/plain", {"ann": "."}, 3, "./chat_template.jinja")
-    assert own_form.endswith(" ann=. --chat-template ./chat_template.jinja")
 
 
 def test_the_setting_is_of_fleets_alone():
@@ -203,3 +206,157 @@ def test_the_setting_is_of_fleets_alone():
             check(compose_request(given))
     with pytest.raises(SpecError, match="changes a rule"):
         compose_request(["action=fleet", *fleet, "serve.ranks=[4]"])
+
+
+# ---------------------------------------------------------------- answers
+
+COMMON, OWN, NOISE = 64, 16, 0.02
+
+
+def planted(seed, change=0.5, customers=5, noise=NOISE):
+    """The trainer's base and its adapters, by name; and errors of a server, drawn by name."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(-3, 2, COMMON + OWN)
+    trained = {f"c{k}": base + rng.normal(0, change, base.shape) for k in range(customers)}
+    return base, trained, lambda: rng.normal(0, noise, base.shape)
+
+
+def judged(base, trained, served, served_base, name="c0", noise=NOISE):
+    common = {n: v[:COMMON] for n, v in trained.items()}
+    return judge(name, base, trained[name], served_base, served, common, noise)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("change", [0.05, 0.5, 3.0])
+def test_each_fault_has_its_verdict_and_a_right_adapter_none(seed, change):
+    base, trained, error = planted(seed, change)
+    own, served_base = trained["c0"], base + error()
+    # as measured on a server in bf16, errors also grow with the change
+    rough = error() / NOISE * OF_CHANGE / 5 * change
+    # an adapter of another base, or of nobody here
+    stranger = base + 3 * change * np.random.default_rng(seed + 99).normal(size=base.shape)
+    for served, verdict, factor in (
+        (own + error() + rough, SERVED, 1),
+        (served_base.copy(), NOT_APPLIED, 0),
+        (trained["c3"] + error() + rough, ANOTHERS, None),
+        (2 * own - base + error(), DIFFERS, 2),
+        ((own + base) / 2 + error(), DIFFERS, 0.5),
+        (stranger + error(), DIFFERS, None),
+    ):
+        found = judged(base, trained, served, served_base)
+        assert found["verdict"] == verdict and found["nearest"] in trained, found
+        if factor is not None:
+            assert abs(found["factor"] - factor) <= 4 * found["factor_se"] + OF_CHANGE
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_smaller_than_the_noise_is_neither_right_nor_a_fault(seed):
+    base, trained, error = planted(seed, change=NOISE / 4)
+    served_base = base + error()
+    # a large change under the name is a fault nevertheless
+    big = {**trained, "c1": base + 0.5 * np.random.default_rng(seed).normal(size=base.shape)}
+    for own, served, verdict in (
+        (trained, trained["c0"] + error(), TOO_SMALL),
+        (trained, trained["c1"] + error(), TOO_SMALL),
+        (trained, served_base.copy(), TOO_SMALL),
+        (big, big["c1"] + error(), ANOTHERS),
+        (trained, big["c1"] + error(), DIFFERS),
+    ):
+        assert judged(base, own, served, served_base)["verdict"] == verdict
+    # two customers with the same rows are both served
+    base, trained, error = planted(seed)
+    twins = {**trained, "c1": trained["c0"] + NOISE / 10 * error()}
+    for name in ("c0", "c1"):
+        found = judged(base, twins, twins["c0"] + error(), base + error(), name)
+        assert found["verdict"] == SERVED
+
+
+def test_an_exact_server_and_an_adapter_that_learnt_nothing_are_no_division_by_zero():
+    base, trained, _ = planted(0)
+    assert judged(base, trained, trained["c0"], base, noise=0.0)["verdict"] == SERVED
+    nothing = {"c0": base.copy()}
+    assert judged(base, nothing, base, base, noise=NOISE)["verdict"] == TOO_SMALL
+
+
+# ---------------------------------------------------------------- the server
+
+ROWS = [
+    Example(np.array([5, 6, 7, 8]), np.array([False, False, True, True])),
+    Example(np.array([9, 4, 3]), np.array([False, True, False])),
+]
+
+
+def log_p_of(model, tokens):
+    """Planted: log p of all tokens but the first."""
+    return [-(len(model) + sum(tokens[:t]) + 10 * t) / 7 for t in range(2, len(tokens) + 1)]
+
+
+@pytest.fixture
+def serve():
+    """Start a server that answers as `reply(path, body, headers)` says; returns its address."""
+    with ExitStack() as started:
+        yield lambda reply: started.enter_context(answering(reply))
+
+
+def reply_of(owner, models=(("base", None), ("ann", "base"))):
+    return openai(owner, dict(models), log_p_of)
+
+
+@pytest.mark.parametrize("owner", ["vllm", "sglang"])
+def test_both_ways_to_ask_give_the_answer_tokens_in_order(serve, owner):
+    server = Server(serve(reply_of(owner)) + "/v1/")
+    assert server.models == {"base": "", "ann": "base"}
+    assert server.base_of("ann", ["ann"]) == "base"
+    expected = [log_p_of("ann", t)[-1] for t in ([5, 6, 7], [5, 6, 7, 8], [9, 4])]
+    assert server.log_p("ann", ROWS) == pytest.approx(expected)
+
+
+def test_the_base_of_a_server_that_does_not_say_it_is_the_other_model(serve):
+    server = Server(serve(reply_of("x", [("base", None), ("ann", None), ("bob", None)])))
+    assert server.base_of("ann", ["ann", "bob"]) == "base"
+    with pytest.raises(SpecError, match="does not say which model is the base of 'ann'"):
+        server.base_of("ann", ["ann"])
+
+
+LISTED = '{"data": [{"id": "ann"}]}'
+NO_NUMBERS = "returns no log-probabilities of given tokens"
+WRONG = [  # status and text of the list of models, text of a completion, message
+    (404, "nope", "", "/v1/models gives no answer.*404: nope"),
+    (401, "no", "", f"set {KEY}"),
+    (302, "http://elsewhere/v1", "", "302.* redirects to http://elsewhere/v1"),
+    (200, "<html>", "", "no answer of the OpenAI API"),
+    (200, "[]", "", "no list of models"),
+    (200, '{"data": [{}]}', "", "no list of models"),
+    (200, LISTED, '{"choices": [{"text": "x"}]}', NO_NUMBERS),
+    (200, LISTED, '{"choices": [{"logprobs": null}]}', NO_NUMBERS),
+    (200, LISTED, '{"choices": [{"logprobs": {"token_logprobs": [null]}}]}', NO_NUMBERS),
+]
+
+
+@pytest.mark.parametrize("status, listed, completion, message", WRONG)
+def test_what_is_no_server_or_cannot_answer_says_so(serve, status, listed, completion, message):
+    url = serve(lambda path, body, headers: (status, listed) if body is None else (200, completion))
+    with pytest.raises(SpecError, match=message):
+        Server(url).log_p("ann", ROWS)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "localhost:8000"])
+def test_where_nothing_answers_the_message_says_what_to_type(url):
+    with pytest.raises(SpecError, match=r"no answer .*url=http://localhost:8000"):
+        Server(url)
+
+
+def test_the_key_goes_to_the_given_address_and_to_no_other(serve, monkeypatch):
+    seen = []
+
+    def keyed(path, body, headers):
+        seen.append(headers["Authorization"])
+        return reply_of("x")(path, body, headers)
+
+    monkeypatch.setenv(KEY, "secret")
+    there = serve(keyed)
+    Server(there)
+    other = there.replace("127.0.0.1", "localhost") + "/v1/models"
+    with pytest.raises(SpecError, match="redirects"):
+        Server(serve(lambda path, body, headers: (302, other)))
+    assert seen == ["Bearer secret"]
