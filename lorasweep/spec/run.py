@@ -155,7 +155,8 @@ def validate(spec: RunSpec) -> None:
 
 def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
     """Return a copy with `values` set; keys are fields of the method, or else of RunSpec."""
-    of_method, of_spec = _axes(type(spec.method)), _axes(RunSpec)
+    kind: type = type(spec.method)
+    of_method, of_spec = _axes(kind), _axes(RunSpec)
     for key in values:
         if key not in of_method and key not in of_spec:
             what = f"axis of method {spec.method.name!r}"

@@ -152,7 +152,8 @@ class RunStore:
             if (entry is None or entry[:2] != file) and (body := self.result(rid)):
                 metric, spent = metric_of(body), (body.get("wall_s"), body.get("threads"))
                 judged = (metric.name, metric.higher_is_better, metric.value(body))
-                entry = self._known[rid] = Entry(*file, body["state"], *judged, *spent)
+                entry = Entry(stat.st_size, stat.st_mtime_ns, body["state"], *judged, *spent)
+                self._known[rid] = entry
             if entry and entry[:2] == file:  # else damaged: not finished
                 found[rid] = entry
         return found

@@ -71,8 +71,9 @@ def expand(base: RunSpec, sweep: Sweep, look_up: Callable[[str, str], Any]) -> l
         start = base if type(base.method) is cls else dataclasses.replace(base, method=cls())
         begun = False
         for given in assignments({**sweep.axes, **axes_of(axes)}):
-            of_names = {k: look_up(k, given[k]) for k in ("model", "dataset") if k in given}
-            values = {**given, **of_names}
+            values = {
+                k: look_up(k, v) if k in ("model", "dataset") else v for k, v in given.items()
+            }
             if params := values.pop(GENERATOR_PARAMS, None):
                 data = values.get("dataset", start.dataset)
                 name = f"{data.name}({', '.join(f'{k}={v:g}' for k, v in sorted(params.items()))})"
