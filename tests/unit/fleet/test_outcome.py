@@ -172,5 +172,5 @@ def test_a_trial_needs_validation_rows():
     validate(trial)
     assert trial.id != around_advised()[0].id and "test_rows" in trial.canonical
     without = dataclasses.replace(trial, dataset=dataclasses.replace(DATA, n_validation=0))
-    with pytest.raises(SpecError, match=r"test_rows=false with dataset.n_validation=0"):
+    with pytest.raises(SpecError, match="test_rows="):
         validate(without)
