@@ -39,9 +39,6 @@ def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
 
     mode: Any = os.environ.get("WANDB_MODE", "offline")
     count, names, home = 0, run_names(points), check()
-    quiet = dict.fromkeys(
-        ("x_disable_stats", "x_disable_meta", "disable_git", "disable_code"), True
-    )
     for point in points:
         result = store.result(point.id)
         mark = store.folder(point.id) / f"mirrored-{mode}.json"
@@ -61,7 +58,14 @@ def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
                     resume="allow",
                     project=os.environ.get("WANDB_PROJECT", "lorasweep"),
                     config=point.spec.plain(),
-                    settings=wandb.Settings(console="off", silent=True, **quiet),
+                    settings=wandb.Settings(
+                        x_disable_stats=True,
+                        x_disable_meta=True,
+                        console="off",
+                        silent=True,
+                        disable_git=True,
+                        disable_code=True,
+                    ),
                 )
             except wandb.errors.Error as error:  # the results are in the run folder
                 print(f"not copied to W&B, run the command again: {error}", file=sys.stderr)
