@@ -285,5 +285,5 @@ def test_the_gold_answer_of_deepmath_is_a_column_and_needs_no_box(hub):
     with pytest.raises(DataError, match=r"row \d+: the gold answer of the row cannot be read"):
         loaded("none", [*rows, {**rows[0], "final_answer": " "}])
     spec = dataclasses.replace(composed("deepmath"), dataset=shipped("deepmath", verifier="math"))
-    with pytest.raises(SpecError, match="completion_field=final_answer"):
+    with pytest.raises(SpecError, match="completion_field"):
         validate(spec)
