@@ -5,7 +5,7 @@ with `tools`) or of ShareGPT (`conversations`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -204,8 +204,20 @@ def _functions(given: Any, at: str, form: str) -> list[dict[str, Any]]:
 def _from_json(given: Any) -> Any:
     """Return what a text says in JSON; anything else as it is."""
     with suppress(ValueError, RecursionError):
-        return json.loads(given) if isinstance(given, str) else given
+        return parsed(given) if isinstance(given, str) else given
     return given
+
+
+def parsed(text: str) -> Any:
+    """Return the value of a JSON text; ValueError: it is none, or an object has a key twice."""
+    return json.loads(text, object_pairs_hook=lambda pairs: once(*zip(*pairs)))
+
+
+def once(names: Sequence[str] = (), values: Sequence[Any] = ()) -> dict[str, Any]:
+    """Return named values; ValueError: a name comes twice, as only one would be read."""
+    if len(names) > len({*names}) and (twice := {n for n in names if n and names.count(n) > 1}):
+        raise ValueError(f"{min(twice)!r} is named twice: remove or rename one")
+    return dict(zip(names, values))
 
 
 def check_text(text: str, at: str) -> None:

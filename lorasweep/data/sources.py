@@ -3,13 +3,12 @@
 import csv
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorasweep.data.messages import columns
+from lorasweep.data.messages import columns, once, parsed
 from lorasweep.errors import DataError, check_installed, from_hub
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.run import COMMIT
@@ -138,8 +137,9 @@ def rows_in(path: Path) -> Iterator[Row]:
         if form == "parquet":
             from pyarrow import parquet  # takes a moment to load
 
-            batches = parquet.ParquetFile(path).iter_batches()
-            lists = (batch.to_pylist() for batch in batches)
+            file = parquet.ParquetFile(path)
+            once(file.schema_arrow.names)
+            lists = (batch.to_pylist() for batch in file.iter_batches())
             for number, row in enumerate(itertools.chain.from_iterable(lists), start=1):
                 yield f"{path} row {number}", without_nulls(row, keep=True)
             return
@@ -148,7 +148,7 @@ def rows_in(path: Path) -> Iterator[Row]:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         try:
-                            row = json.loads(line)
+                            row = parsed(line)
                         except (ValueError, RecursionError) as error:
                             where = f"{path}:{number}"
                             raise DataError(f"{where}: not a JSON row ({error}).") from None
@@ -165,7 +165,7 @@ def rows_in(path: Path) -> Iterator[Row]:
 
 
 def _json_rows(text: str) -> list[Any]:
-    content = json.loads(text)
+    content = parsed(text)
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else None
@@ -181,9 +181,7 @@ def _csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
     rows = csv.DictReader(
         itertools.chain([head], lines), delimiter=max(",;\t", key=head.count), strict=True
     )
-    names = [name for name in rows.fieldnames or () if name]
-    if len(names) > len({*names}):  # only one of its values would be read
-        raise ValueError(f"{max(names, key=names.count)!r} is named twice: remove or rename one")
+    once(rows.fieldnames or ())
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             quote = "as the first line has. Quote texts with a separator"

@@ -2,12 +2,15 @@
 
 import dataclasses
 import hashlib
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from lorasweep.data import load as data
 from lorasweep.data import messages, own, text
@@ -55,6 +58,12 @@ def test_order_depends_on_data_set_split_and_seed_only(tmp_path):
 
 
 PAIR = {"prompt": "a", "completion": "b"}
+TWICE, NAMED = (
+    '{"prompt": "a", "completion": "b", "completion": "c"}',
+    "'completion' is named twice",
+)
+THREE = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "completion", "completion"])
+parquet.write_table(THREE, in_parquet := io.BytesIO())
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "héllo"}]}
 
 
@@ -68,7 +77,10 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
         ("train.jsonl", b'{"prompt": "a", "completion": "caf\xe9"}\n', "not jsonl in UTF-8"),
         ("rows.csv", "a,b\n", "has no rows"),
         ("rows.csv", "a,b\n1,2,3\n", "row 1: not 2 cells"),
-        ("rows.csv", "prompt,completion,completion\na,gold,b\n", "'completion' is named twice"),
+        ("rows.csv", "prompt,completion,completion\na,gold,b\n", NAMED),
+        ("rows.jsonl", TWICE, NAMED),
+        ("rows.json", f"[{TWICE}]", NAMED),
+        ("rows.parquet", in_parquet.getvalue(), NAMED),
         ("rows.json", '{"a": [], "b": []}', "an object with one list"),
         ("rows.parquet", "PAR", "not parquet"),
         ("rows.txt", "a", "in no known form"),
