@@ -47,7 +47,8 @@ KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
 def all_points(request: Request, store: RunStore) -> list[Point]:
     """Return the runs of the grid, of the second stage of finished curves, and of added rounds.
 
-    For a fleet: the trials so far, and the runs that are measured on test rows.
+    For a fleet: the trials so far, and the runs that are measured on test rows. For action=qualify:
+    the runs that show whether a task is suitable.
     """
     if request.parts:
         return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
@@ -56,16 +57,30 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
         return with_further(points, store, go_on="rates" not in request.given)
     if request.sweep is None:
         return points
-    if request.sweep.search is not None:
-        return _searched(request, store)
-    if request.sweep.replicate.seeds:
+    if is_search(request):
+        points = _searched(request, store)
+    elif request.sweep.replicate.seeds:
         results = {p.id: store.result(p.id) or {} for p in points}
         unfinished = {curve_key(p) for p in points if not results[p.id]}
         over = [p for p in points if curve_key(p) not in unfinished]
-
         points += second_stage(over, request.sweep.replicate, lambda rid: final_loss(results[rid]))
-    rounds = looks.read(looks.path_of(store.root, request.title))
-    return points + added_points(rounds, points)
+    points += added_points(looks.read(looks.path_of(store.root, request.title)), points)
+    if request.action != "qualify":
+        return points
+    # of each task the runs of full fine-tuning of all weights, and of the LoRA with most parameters
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for p in points:
+        s = p.spec
+        whole = getattr(s.method, "scope", "all") == "all"
+        if s.schedule == "constant" and s.precision != "fp64" and whole:
+            key = (s.model.name, s.dataset.name, s.batch_size, s.steps)
+            groups.setdefault(key, []).append(p)
+    chosen = []
+    for group in groups.values():
+        loras = [p.spec for p in group if p.spec.method.name == "lora"]
+        best = max(loras, key=lambda s: s.method.n_trainable(s.model)).method if loras else None
+        chosen += [p for p in group if p.spec.method.name == "fullft" or p.spec.method == best]
+    return chosen
 
 
 def final_loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:
@@ -130,27 +145,6 @@ def start_of(point: Point) -> Point:
     laws = [law_rate(published(), str(f), spec.model.hidden_size, kind) for f in families]
     lr = math.prod(law for law in laws if law) ** (1 / len(laws))
     return Point(point.arm, dataclasses.replace(spec, lr=lr))
-
-
-def qualifying(points: list[Point]) -> list[Point]:
-    """Choose the runs that show whether a task is suitable.
-
-    For each model, data set, batch size and number of updates, these are the runs of full
-    fine-tuning of all weights, and of the LoRA with most parameters.
-    """
-    groups: dict[tuple[Any, ...], list[Point]] = {}
-    for p in points:
-        s = p.spec
-        whole = getattr(s.method, "scope", "all") == "all"
-        if s.schedule == "constant" and s.precision != "fp64" and whole:
-            key = (s.model.name, s.dataset.name, s.batch_size, s.steps)
-            groups.setdefault(key, []).append(p)
-    chosen = []
-    for group in groups.values():
-        loras = [p.spec for p in group if p.spec.method.name == "lora"]
-        best = max(loras, key=lambda s: s.method.n_trainable(s.model)).method if loras else None
-        chosen += [p for p in group if p.spec.method.name == "fullft" or p.spec.method == best]
-    return chosen
 
 
 # ---------------------------------------------------------------- what the analysis says

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.cli import answer
-from lorasweep.cli.answer import all_points, is_search, judged, qualifying
+from lorasweep.cli.answer import all_points, is_search, judged
 from lorasweep.cli.finished_runs import check_search, finish, prune
 from lorasweep.cli.plans import plan_lines, search_lines, understood
 from lorasweep.cli.printed import Answer, Display, notifier
@@ -109,12 +109,6 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
 # ---------------------------------------------------------------- before training
 
 
-def runs_of(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs of a sweep, or for action=qualify the runs that judge the tasks."""
-    points = all_points(request, store)
-    return qualifying(points) if request.action == "qualify" else points
-
-
 def within_limit(request: Request) -> Request:
     """Leave out the runs that need more than exec.max_gpus GPUs, and say how many."""
     kept = Planner(hardware_of(request), request.exec).without_too_large(request.points)
@@ -153,7 +147,7 @@ def train(
     Returns the runs, those of the second stage that are known included; the exit status: 0, 1 if
     runs failed or were killed, STOPPED; and while runs are in jobs of a cluster, the answer.
 
-    `follow`: the task of a follow-up job.
+    `follow`: the task of a follow-up job. Raises GaveUp if its last rounds of jobs saved no update.
     """
     store.prepare()
     notify, searched = notifier(request), is_search(request)
@@ -163,18 +157,47 @@ def train(
         lines += search_lines(request)
     for line in lines:
         notify(line)
-    points, sent = runs_of(request, store), None
+    points = all_points(request, store)
     check(request)
     for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
         if outlook.warns and any(not store.result(p.id) for p in points):
             notify(outlook.line())
     if request.cluster.kind == "slurm":
-        points, sent = _train_on_cluster(request, store, trainer, follow)
-        if sent:
+        idle = 0
+        if follow is not None:
+            idle = follow["idle"] + 1 if updates_of(points, store) <= follow["updates"] else 0
+            if idle >= MAX_IDLE:
+                raise GaveUp(
+                    f"no run got further in {idle} rounds of jobs, so no more are submitted. "
+                    "See the causes with action=status."
+                )
+        named = trainer if isinstance(trainer, str) else None
+        work = submit(request, store, lambda: all_points(request, store), notify, named, idle)
+        points, sent = all_points(request, store), _submitted(request, work)
+        if searched:
+            prune(request, store, points)
+        if work.queued or work.running:
             return points, 0, sent
+        for line in sent.as_text().splitlines():
+            notify(line)
     else:
+        plan = make_plan(points, store, request.exec, detect.this_machine())
+        lines = plan_lines(request, plan)
         try:
-            points = _train_here(request, store, points, trainer)
+            with local.Workers(store, request.exec.world_size) as workers:
+                while plan.todo:  # results of the first stage choose the second
+                    notify("\n".join(lines))
+                    show = Display(plan.todo, request).event
+                    local.run_points(points, store, request.exec, show, trainer, plan, workers)
+                    if searched:
+                        prune(request, store, points)
+                    known, points = len(points), all_points(request, store)
+                    if len(points) == known:
+                        break
+                    plan = make_plan(points, store, request.exec, plan.hardware)
+                    lines = plan_lines(request, plan)
+                    if request.members or searched:  # the first stage's plan has listed the arms
+                        lines = lines[:1]
         except (Stopped, KeyboardInterrupt):
             notifier(request, always=True)(
                 "stopped; finished runs are kept, unfinished runs resume from their checkpoints "
@@ -183,59 +206,6 @@ def train(
             return points, STOPPED, None
     states = store.states(p.id for p in points).values()
     return points, int(not {"failed", "interrupted"}.isdisjoint(states)), None
-
-
-def _train_here(
-    request: Request, store: RunStore, points: list[Point], trainer: Trainer | str | None
-) -> list[Point]:
-    """Train the missing runs on this machine, stage by stage; return the runs of all stages."""
-    searched, notify = is_search(request), notifier(request)
-    plan = make_plan(points, store, request.exec, detect.this_machine())
-    lines = plan_lines(request, plan)
-    with local.Workers(store, request.exec.world_size) as workers:
-        while plan.todo:  # results of the first stage choose the second
-            notify("\n".join(lines))
-            show = Display(plan.todo, request).event
-            local.run_points(points, store, request.exec, show, trainer, plan, workers)
-            if searched:
-                prune(request, store, points)
-            known, points = len(points), runs_of(request, store)
-            if len(points) == known:
-                break
-            plan = make_plan(points, store, request.exec, plan.hardware)
-            lines = plan_lines(request, plan)
-            if request.members or searched:  # the first stage's plan has listed the arms
-                lines = lines[:1]
-    return points
-
-
-def _train_on_cluster(
-    request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
-) -> tuple[list[Point], Answer | None]:
-    """Submit the missing runs; return all runs, and while some are in jobs the answer.
-
-    Raises GaveUp if the last rounds of jobs saved no update of any run.
-    """
-    notify, idle = notifier(request), 0
-    if follow is not None:
-        updates = updates_of(runs_of(request, store), store)
-        idle = follow["idle"] + 1 if updates <= follow["updates"] else 0
-        if idle >= MAX_IDLE:
-            raise GaveUp(
-                f"no run got further in {idle} rounds of jobs, so no more are submitted. "
-                "See the causes with action=status."
-            )
-    named = trainer if isinstance(trainer, str) else None
-    work = submit(request, store, lambda: runs_of(request, store), notify, named, idle)
-    points = runs_of(request, store)
-    if is_search(request):
-        prune(request, store, points)
-    sent = _submitted(request, work)
-    if work.queued or work.running:
-        return points, sent
-    for line in sent.as_text().splitlines():
-        notify(line)
-    return points, None
 
 
 def _submitted(request: Request, work: Work) -> Answer:
