@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"analysis: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        what = f"{error.filename} cannot be written or read: {error.strerror}"
-        print(f"analysis: {what}", file=sys.stderr)
+        what = f"{error.filename or 'a file'} cannot be written or read"
+        print(f"analysis: {what}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

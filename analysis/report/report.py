@@ -21,7 +21,7 @@ from analysis.report import interactive
 from analysis.report.text import aligned, missing, plain, rendered, text_hash
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names, in_words
-from analysis.runs.table import NLL, as_losses, write
+from analysis.runs.table import NLL, as_losses, whole, write
 
 NOT_JUDGED = (
     *("text", "source", "measure", "note", "planning", "underpowered", "better"),
@@ -64,7 +64,8 @@ def judge_and_report(
     results, left_out = results_of(found, question, table), ""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
+        with whole(folder / "question.json") as part:
+            part.write_text(json.dumps(question, indent=1) + "\n")
         write(table, folder / "table.parquet")
         left_out = write_answer(found, table, question, folder)
         if not left_out:

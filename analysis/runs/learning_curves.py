@@ -33,7 +33,7 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
     """
     assert table.index.is_unique, "the index of the table must be unique: call reset_index() first"
     results = table["result"].items() if "result" in table.columns else ()
-    texts = [(run, v) for run, v in results if isinstance(v, str)]
+    texts = [(run, v) for run, v in results if isinstance(v, str) and v.startswith("{")]
     points = [{"run": r, **point} for r, v in texts for point in json.loads(v).get("curve") or []]
     found = pd.DataFrame(points, columns=list(COLUMNS))
     found = found.astype({"test_nll": float, "test_nll_curve": float})

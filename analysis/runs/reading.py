@@ -120,10 +120,14 @@ def read(
         raise TableError(f"{path} has columns but no rows: there is nothing to fit.")
     table["_row"] = np.arange(1, len(table) + 1)
     notes: list[str] = []
+    many = (list, dict, np.ndarray)
     for column in table.columns.intersection(NUMBERS):
         table[column] = _numbers(table, column)
     for column in table.columns.intersection(TEXTS):
         table[column] = _words(table[column]).replace("", np.nan)
+    for column in table.columns.intersection(CURVE_KEYS):
+        if table[column].dtype == object:  # a list of data sets, for example
+            table[column] = table[column].map(lambda v: str(v) if isinstance(v, many) else v)
     if "rank" not in table.columns:
         table["rank"] = np.nan
     name = _words(table["method"]) if "method" in table.columns else pd.Series("", table.index)
@@ -191,11 +195,12 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
                 f"there is no column {column!r}. Map one to it: --map {close[0]}={column}. "
                 f"The file has: {', '.join(there)}."
             )
-    if twice := [c for c in table.columns[table.columns.duplicated()] if c in KNOWN]:
+    if twice := [c for c in table.columns[table.columns.duplicated()] if c in KNOWN + CURVE_KEYS]:
         raise TableError(
             f"two columns are called {twice[0]!r} after mapping. Map only one of them."
         )
-    return table.copy()
+    # In our own tables these name the metric and the blocks of runs.
+    return table.drop(columns=["metric", "block"], errors="ignore").copy()
 
 
 def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame:
@@ -255,7 +260,7 @@ def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
         why = "{value} is not a number. Write plain numbers, such as 3e-4 or 128, without units."
         _refuse(table.assign(**{column: text}), values.isna() & ~empty, column, why)
     if column in WHOLE:
-        odd = values.notna() & (values != values.round())
+        odd = values.notna() & (values % 1 != 0)  # infinity too
         _refuse(table.assign(**{column: values}), odd, column, "{value} is not a whole number.")
     return values
 
@@ -265,13 +270,16 @@ def _words(cells: pd.Series) -> pd.Series:
 
 
 def _check_values(table: pd.DataFrame, higher: str | None) -> None:
-    """Raise TableError where a value is impossible or learning rates have different units."""
+    """Raise TableError where a value is impossible or a column mixes units."""
     lr, done = table["lr"], table[table["status"] == "done"]
     value = done["test_nll"]
     mixed = (lr >= 1) | (lr > MAX_RATE_SPAN * lr.min())
     units = f"{{value}} next to {lr.min():g} looks like mixed units. Give plain learning rates."
     negative = "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
     negative += "better, give the metric's column: --higher COLUMN."
+    fractions, percents = value.between(0, 1, "right"), value.between(1.5, 100, "right")
+    blend = min(fractions.mean(), percents.mean()) > 0.2 and value.between(0, 100).all()
+    scales = f"{higher} {{value}} next to {value.min():g}: percent and fractions are mixed units."
     for part, bad, column, why in (
         (table, ~((lr > 0) & (lr < np.inf)), "lr", "no learning rate: give a number above 0."),
         (table, mixed, "lr", units),
@@ -279,5 +287,6 @@ def _check_values(table: pd.DataFrame, higher: str | None) -> None:
         (done, np.isinf(value), "test_nll", "infinite. Set status to diverged."),
         (table, _words(table["model"]) == "", "model", "empty."),
         (done, (value < 0) & (higher is None), "test_nll", negative),
+        (done, percents & bool(higher and blend), "test_nll", scales),
     ):
         _refuse(part, bad, column, why)

@@ -1,6 +1,9 @@
 """Read and write tables of runs, check their columns, and turn every metric into a loss."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,37 @@ def read(path: Path) -> pd.DataFrame:
         raise TableError(
             f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}."
         )
-    return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except ValueError as error:
+        raise TableError(f"{path} cannot be read as a table: {error}") from None
+    check_columns(table)
+    return table
+
+
+def check_columns(table: pd.DataFrame) -> None:
+    """Raise TableError if a column of REQUIRED is missing."""
+    if missing := [c for c in REQUIRED if c not in table.columns]:
+        raise TableError(
+            f"the table has no column {', '.join(missing)}. It has: {', '.join(table.columns)}."
+        )
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a file to write, which replaces `path` when it is written: a full disk leaves `path`."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
     """Write a table of runs as strongly compressed parquet: results are long, similar JSON."""
-    table.to_parquet(path, index=False, compression="zstd", compression_level=12)
+    with whole(path) as part:
+        table.to_parquet(part, index=False, compression="zstd", compression_level=12)
 
 
 def check(table: pd.DataFrame) -> None:
@@ -48,10 +76,7 @@ def check(table: pd.DataFrame) -> None:
     A table is refused if columns are missing, a lora run has no rank, a run is repeated, a
     fingerprint of data is missing, or one name stands for different base weights or data.
     """
-    if missing := [c for c in REQUIRED if c not in table.columns]:
-        raise TableError(
-            f"the table has no column {', '.join(missing)}. It has: {', '.join(table.columns)}."
-        )
+    check_columns(table)
     unranked = int(table.loc[table["method"] == "lora", "rank"].isna().sum())
     if unranked:
         raise TableError(f"{unranked} lora run(s) have no rank. Fill it in, or drop the runs.")

@@ -68,6 +68,14 @@ OF_FITS = {
     "law": "the best learning rate and the ratio as power laws of the hidden size",
 }
 """Flag of `fit` -> what it prints instead of the fits."""
+OPTIONS = {
+    "fit": ("map", "higher", "broken", "within", "share", "out", "json", "of"),
+    "html": ("map", "higher", "broken", "within", "share", "out"),
+    "study": ("reports_dir", "write", "out", "json"),
+    "suggest": ("scale", "table", "reports_dir", "json"),
+    "SWEEP": ("scale", "table", "reports_dir", "out", "json"),
+}
+"""Command -> its options; all others are refused."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -91,7 +99,7 @@ def run(argv: Sequence[str]) -> None:
     add("--share", help="a model's other ranks are a prior for the shape of each curve", **switch)
     add("--scale", help="SWEEP: end of the report folder's name; default: the newest report")
     add("--table", type=Path, help="SWEEP: judge this .parquet or .csv instead (needs --out)")
-    reports = os.environ.get("LORASWEEP_REPORTS", "reports")
+    reports = Path(os.environ.get("LORASWEEP_REPORTS", "reports"))
     add("--reports-dir", type=Path, default=reports, help="default: %(default)s")
     add("--write", help="study: render all kept answers and pages again", **switch)
     add("--out", type=Path, help="file (fit, html) or folder (SWEEP, study) to write to")
@@ -103,6 +111,11 @@ def run(argv: Sequence[str]) -> None:
     named = args.command in ("fit", "html", "suggest")
     if named != bool(args.name):
         parser.error(f"{args.command} {'needs' if named else 'takes no'} name: see --help")
+    options = OPTIONS.get(args.command, OPTIONS["SWEEP"])
+    for name in vars(args).keys() - {"command", "name", *options}:
+        if getattr(args, name) != parser.get_default(name):
+            flag = args.of if name == "of" else name.replace("_", "-")
+            parser.error(f"{args.command} takes no --{flag}: see --help")
     if not args.within > 0:
         parser.error(f"--within {args.within:g}: give a loss above 0, e.g. 0.01")
     pairs = dict(pair.rpartition("=")[::2] for pair in args.map)
@@ -124,6 +137,8 @@ def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
     table = reading.read(path, mapping, args.higher, args.broken)
     for note in table.notes:
         print(f"note: {note}", file=sys.stderr)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.command == "html":
         out, optima = args.out or path.with_suffix(".html"), optima_of(table, args.share)
         arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
@@ -136,7 +151,6 @@ def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
     result = COMMANDS[of](table, args.share) if of else fit(table, args.share, args.within)
     text = json.dumps(result, indent=1)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n")
     print(text if args.json else "\n".join(lines(result)))
 

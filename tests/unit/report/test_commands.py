@@ -89,6 +89,28 @@ def test_what_a_command_needs_is_named(
     assert code == 2 and word in err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *("fit FILE --write", "fit FILE --scale tiny", "html FILE --ratio", "html FILE --json"),
+        *("study --share", "suggest lr_ratio --map a=lr", "suggest lr_ratio --out x"),
+        *("lr_ratio --higher acc", "lr_ratio --law"),
+    ],
+)
+def test_an_option_of_another_command_is_refused(capsys, argv):
+    with pytest.raises(SystemExit):
+        run(capsys, *argv.split())
+    assert "takes no --" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_judged_leaves_the_report(tmp_path, capsys):
+    for name, words in (("x.csv", "a,b\n1,2\n"), ("x.parquet", "no parquet")):
+        (tmp_path / name).write_text(words)
+        argv = ("lr_ratio", "--reports-dir", tmp_path, "--table", tmp_path / name, "--out")
+        code, _, err = run(capsys, *argv, tmp_path / "out")
+        assert code == 2 and "table" in err and not (tmp_path / "out").exists()
+
+
 def of_widths(table, widths):
     return pd.concat([table.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
 

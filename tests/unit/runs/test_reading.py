@@ -10,6 +10,7 @@ import pytest
 from analysis.optimum.fit import fit_all
 from analysis.optimum.valley import pools
 from analysis.questions.registry import analyse
+from analysis.runs import table as kept
 from analysis.runs.learning_curves import by_run, learning_curves, same_rows
 from analysis.runs.lr_curves import lr_curves, variants
 from analysis.runs.reading import read
@@ -39,6 +40,10 @@ def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
 THEIRS = {"lr": "learning_rate", "test_nll": "eval_loss"}
 
 
+MIXED = planted(higher=True).rename(columns={"test_nll": "accuracy"})
+MIXED["accuracy"] *= np.where(MIXED.index % 2, 1, 100)  # fractions, and percent
+
+
 def broken(row=3, **values):
     ((column, value),) = values.items()
     table = planted().astype(object)
@@ -62,6 +67,8 @@ def broken(row=3, **values):
             for value in values
         ),
         (planted().assign(method="lora"), [], ["row 1", "column rank"]),
+        (planted().assign(seed=np.inf), [], ["row 1", "column seed"]),
+        (MIXED, ["--higher", "accuracy"], ["row 1, 3", "accuracy", "mixed units"]),
         *(
             (planted().rename(columns=THEIRS), [v for p in pairs for v in ("--map", p)], [words])
             for pairs, words in (
@@ -85,6 +92,15 @@ def test_bad_tables_are_refused_with_row_and_column(tmp_path, capsys, table, opt
     assert code == 2 and not out and all(word in err for word in words), err
 
 
+def test_a_table_that_cannot_be_written_is_left_as_it_was(tmp_path):
+    table = planted()
+    kept.write(table, path := tmp_path / "table.parquet")
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        kept.write(table.assign(model=[object()] * len(table)), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_other_ways_to_write_the_same_table(tmp_path, capsys):
     table = planted()
     words = table.assign(method=np.where(table["rank"].isna(), "Full", "LoRA")).fillna({"rank": 0})
@@ -102,10 +118,16 @@ def test_other_ways_to_write_the_same_table(tmp_path, capsys):
     ]
     paths.append(tmp_path / "export.json")
     paths[-1].write_text(json.dumps(objects, default=float))
+    foreign = rows.assign(
+        metric="loss", block="attn", result="ok", dataset=[["a", "b"]] * len(rows)
+    )
+    paths.append(tmp_path / "foreign.json")
+    foreign.to_json(paths[-1], orient="records")
     for path in paths:
         mapped = [f"--map={v}={k}" for k, v in THEIRS.items()] if path.stem == "theirs" else []
         code, text, _ = run(capsys, "fit", path, "--json", *mapped)
         assert code == 0 and [r["rank"] for r in json.loads(text)] == [None, 4, 16]
+    assert run(capsys, "html", paths[-1], "--out", tmp_path / "new" / "page.html")[0] == 0
 
 
 def test_repeats_without_a_seed_are_seeds_that_share_nothing(tmp_path):
