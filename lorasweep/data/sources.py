@@ -97,10 +97,11 @@ def find_file(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[
     tried = [Path(folder).expanduser() / spec.location / name for folder in data_dirs]
     pinned = spec.revision.startswith("sha256:")
     pins = dict(part.split("=") for part in spec.revision[7:].split(",")) if pinned else {}
-    digests = {path: file_sha256(path) for path in tried if path.is_file()}
-    for path, digest in digests.items():
-        if digest.startswith(pins.get(split, "")):
-            return path, digest
+    digests = {}
+    for path in filter(Path.is_file, tried):  # later ones are not read: they may be unreadable
+        digests[path] = file_sha256(path)
+        if digests[path].startswith(pins.get(split, "")):
+            return path, digests[path]
     if not digests:
         raise DataError(
             f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or set "

@@ -209,6 +209,9 @@ def test_files_of_every_form_hold_the_same_rows_and_are_pinned(tmp_path, form):
     written(elsewhere, form, ANSWERED[:2])
     there = dataclasses.replace(spec, location=".")
     assert data.sources_of(there, [str(elsewhere), str(tmp_path)])[0].identity == source.identity
+    (unreadable := tmp_path / "c" / path.name).parent.mkdir()
+    unreadable.symlink_to("/proc/self/mem")
+    assert data.sources_of(there, [str(tmp_path), str(unreadable.parent)])[0] is not None
     with pytest.raises(DataError, match="the revision pins"):
         data.sources_of(there, [str(elsewhere)])
 
