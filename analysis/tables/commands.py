@@ -17,6 +17,7 @@ import numpy as np
 
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.measures import next_runs
+from analysis.measures.at_best import is_finite, losses_at_best, mean_of
 from analysis.measures.ratio import (
     MIN_RANK,
     Ratio,
@@ -261,13 +262,17 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
             raise TableError(f"the table has no {arm} run ({how}), which a ratio needs. Use `fit`.")
     groups = arms_of(optima)
     for group, lora, full in groups:
-        for o in lora:
-            e, ends = ratio_of([o], full), (o.best_nll, full.best_nll)
+        of_full, *of_lora = losses_at_best([full, *lora])
+        for o, losses in zip(lora, of_lora):
+            e, pairs = ratio_of([o], full), losses.minus(of_full)
+            gap = None if None in (ends := (o.best_nll, full.best_nll)) else ends[0] - ends[1]
+            if len(pairs.best) > 1 and is_finite(pairs):  # seeds may differ more than methods do
+                gap = mean_of(pairs)
             rows.append(
                 {
                     **{"group": group, "rank": _value(o, "rank"), "alpha": _value(o, "alpha")},
                     **{"ratio": e.value, "low": e.low, "high": e.high},
-                    "gap": None if None in ends else (ends[0] - ends[1]) * reading.sign,
+                    "gap": None if gap is None else gap * reading.sign,
                     "flags": sorted({*o.flags, *full.flags}),
                 }
             )

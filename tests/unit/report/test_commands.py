@@ -68,6 +68,11 @@ def test_ratio_and_drift_come_back(tmp_path, capsys, asked):
     assert {r["rank"] for r in found["ratios"]} == {1, 4, 16} and found["pooled"]["groups"] == 3
     assert found["pooled"]["low"] < 10 < found["pooled"]["high"] < 12
     assert "pooled: ratio" in run(capsys, *words_of("ratio", tmp_path / "runs.csv"))[1]
+    more = planted(ranks=(4,), seeds=(9,))  # a seed that only LoRA has shifts no gap
+    (row,) = asked(
+        "ratio", pd.concat([planted((None, 4)), more.assign(test_nll=more.test_nll + 5)])
+    )["ratios"]
+    assert abs(row["gap"]) < 0.01
 
 
 @pytest.mark.parametrize(
