@@ -43,12 +43,9 @@ def jsonl(tmp_path, rows, **changes):
 ROWS = [{"prompt": f"p{i}", "completion": f"answer {i}"} for i in range(10)]
 
 
-def test_the_loss_looks_at_the_completion_and_its_end(tmp_path):
-    e = jsonl(tmp_path, ROWS).test[0]
-    assert bytes(e.tokens[e.loss].tolist()) == b"answer 0\0" and e.n_bytes == len("answer 0")
-
-
 def test_order_depends_on_data_set_split_and_seed_only(tmp_path):
+    e = jsonl(tmp_path, ROWS).test[0]  # the loss looks at the completion and its end
+    assert bytes(e.tokens[e.loss].tolist()) == b"answer 0\0" and e.n_bytes == len("answer 0")
     a, b = (
         [bytes(e.tokens.tolist()) for e in jsonl(tmp_path, ROWS).train(0, *p)]
         for p in ((0, 30), (15, 15))
@@ -97,7 +94,8 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, says):
 
 
 def test_what_spreadsheets_and_other_rows_do(tmp_path):
-    """Empty columns of a CSV file and a byte order mark are read; a later row of another form not."""
+    """Empty columns of a CSV file and a byte order mark are read; a later row of another form not.
+    There must be rows, the pinned ones, and a tokenizer."""
     (tmp_path / "a.csv").write_text("prompt,completion,,\na,gold,,\n")
     assert own.dataset_of(str(tmp_path / "a.csv")).completion_field == "completion"
     path = write_json(tmp_path / "a.jsonl", [CHAT])
@@ -105,9 +103,6 @@ def test_what_spreadsheets_and_other_rows_do(tmp_path):
     assert own.count(str(path)).rows == 1
     with pytest.raises(DataError, match=r"a\.jsonl:2"):
         own.count(str(write_json(path, [CHAT, PAIR])))
-
-
-def test_there_must_be_rows_the_pinned_ones_and_a_tokenizer(tmp_path):
     with pytest.raises(DataError, match="no rows"):
         jsonl(tmp_path, [])
     for tokenizer, words in ((Letters(), "pins"), (None, "no tokenizer")):
@@ -240,10 +235,8 @@ def world(tmp_path):
         write_splits(tmp_path / "mine", [{"p": f"So? {i}", "c": answer} for i in range(600)])
 
     def load(cache=True, eos=None, **changes):
-        tokenizer = Counting()
-        if eos is not None:
-            tokenizer.eos_token_id = eos
-        given = dataclasses.replace(spec, **changes)
+        tokenizer, given = Counting(), dataclasses.replace(spec, **changes)
+        tokenizer.eos_token_id = eos or qwen_like().eos_token_id
         folder = str(tmp_path / "cache") if cache else ""
         return data.load(given, [str(tmp_path)], tokenizer, folder), tokenizer.texts
 

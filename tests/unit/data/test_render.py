@@ -59,11 +59,9 @@ def test_role_colon_is_the_studys_form_with_bos_where_there_is_one(tokens_of):
         assert shown == f"{start}{first}{number} // Assistant : [_No] [!//] [User] [:]"
     assert row.n_bytes == len(" No!\n\nUser:")
 
-
-def test_role_eos_ends_answers_with_eos_and_has_no_bos(tokens_of):
-    text, row = tokens_of(qwen_like(), TURNS[:2], render="role_eos")
+    shown, row = tokens_of(qwen_like(), TURNS[:2], render="role_eos")  # no BOS, and an end
     answer = f"[Yes] [,] [_it] [_is] [.] [{EOS}]"
-    assert text == f"User : _ Is _it _late ? // Assistant : _ {answer}"
+    assert shown == f"User : _ Is _it _late ? // Assistant : _ {answer}"
     assert row.n_bytes == len("Yes, it is.")
     (tokenizer := copy.deepcopy(qwen_like())).eos_token = None
     with pytest.raises(DataError, match=r"tokenizer has none.*dataset.render=role_colon"):
@@ -163,7 +161,6 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
 )
 """As Qwen's: results of tools that follow each other are one message of the user."""
-DROPS_CALLS = CHAT_TEMPLATE + "{# tools, tool_calls #}"
 REASONS = CHATML.replace(
     "'\n' ~ m.content if m.content",
     "'\n' ~ ('<think>' ~ m.reasoning_content ~ '</think>' if m.reasoning_content and loop.last "
@@ -171,12 +168,11 @@ REASONS = CHATML.replace(
 )
 """As in Qwen3's, the reasoning of earlier answers is left out."""
 SPEC = DatasetSpec(name="a", source="jsonl", location=".", format="messages")
-WORDS = ["yes", "no", "late", "12", "345", "it", "is,", "how", "many?", "in", "all", "so"]
-N = 200
+WORDS = ["yes", "no", "late", "12", "345", "it", "is,", "how", "many?", "in", "all", "So"]
 
 
 def said(rng):
-    return rng.choice(["Yes", "No", "So"]) + " " + " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
 
 
 def call(rng):
@@ -192,12 +188,12 @@ TOOLS = [
 ]
 
 
-def plain_row(rng, tools=True):
+def plain_row(rng):
     """Draw plain messages, and tools or None."""
     messages = [{"role": "system", "content": said(rng)}] if rng.random() < 0.5 else []
     for _ in range(rng.randint(1, 3)):
         messages.append({"role": "user", "content": said(rng)})
-        for _ in range(rng.randint(0, 2) if tools else 0):
+        for _ in range(rng.randint(0, 2)):
             calls = [call(rng) for _ in range(rng.randint(1, 3))]
             content = rng.choice([None, said(rng)])
             messages.append({"role": "assistant", "content": content, "tool_calls": calls})
@@ -210,13 +206,13 @@ def plain_row(rng, tools=True):
         m["weight"] = rng.choice([0, 1, None])
     if all(m.get("weight") == 0 for m in answers):
         answers[-1]["weight"] = 1
-    return messages, TOOLS if tools and rng.random() < 0.8 else None
+    return messages, TOOLS if rng.random() < 0.8 else None
 
 
 def as_given(rng, messages, tools):
     """Write plain messages in the forms that services take."""
-    found = []
-    for m in copy.deepcopy(messages):
+    messages = copy.deepcopy(messages)
+    for m in messages:
         if m["role"] == "system":
             m["role"] = rng.choice(["system", "developer"])
         if m["content"] is not None and rng.random() < 0.5:
@@ -228,16 +224,8 @@ def as_given(rng, messages, tools):
         for c in m.get("tool_calls", ()):
             if rng.random() < 0.8:
                 c["function"]["arguments"] = json.dumps(c["function"]["arguments"])
-        found.append(m)
-    row = {"messages": found, "parallel_tool_calls": True}
+    row = {"messages": messages, "parallel_tool_calls": True}
     return row if tools is None else {**row, "tools": rng.choice([tools, json.dumps(tools)])}
-
-
-def drawn(**how):
-    """Return N plain rows, and the same rows as they are given."""
-    rng = random.Random(0)
-    plain = [plain_row(rng, **how) for _ in range(N)]
-    return plain, [as_given(rng, *row) for row in plain]
 
 
 def reference(tokenizer, messages, tools, mask):
@@ -270,9 +258,7 @@ def read(tmp_path):
     """`read(rows, ...)`: ids, loss and its bytes, of each row of a file given by name."""
 
     def make(rows, tokenizer=None, **changes):
-        path = rows
-        if isinstance(rows, list):
-            path = write_json(tmp_path / "rows.jsonl", rows)
+        path = write_json(tmp_path / "rows.jsonl", rows) if isinstance(rows, list) else rows
         changes = {"render": "chat_template", "max_length": 4096, **changes}
         spec = dataclasses.replace(own.dataset_of(str(path)), **changes)
         source, _ = data.sources_of(spec, ["."])
@@ -286,29 +272,23 @@ def read(tmp_path):
 @pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
 @pytest.mark.parametrize("tokenizer", [qwen_like, llama_like])
 def test_the_loss_of_rows_is_that_of_the_formats_description(read, tokenizer, mask):
-    tokenizer, (plain, given) = with_chat(CHATML, tokenizer), drawn()
-    found = read(given, tokenizer, mask=mask)
+    tokenizer, rng = with_chat(CHATML, tokenizer), random.Random(0)
+    plain = [plain_row(rng) for _ in range(200)]
+    found = read([as_given(rng, *row) for row in plain], tokenizer, mask=mask)
     assert found == [reference(tokenizer, *row, mask) for row in plain]
 
 
-def readings(said, tools=()):
-    found = messages.read(SPEC, {"messages": said, "tools": tools}, "")
-    return found.whole, found.prompt, found.opening
-
-
 def test_rows_that_differ_in_ids_are_duplicates_and_tools_belong_to_the_prompt():
-    rng = random.Random(0)
-    for _ in range(N):
-        said, _ = plain_row(rng)
-        other = copy.deepcopy(said)
-        for c in (c for m in other for c in m.get("tool_calls", ())):
-            c["id"] = "new"
-        assert (same := readings(said, TOOLS)) == readings(other, TOOLS)
-        assert all(a != b for a, b in zip(same, readings(said, TOOLS[:1])))
-    # what is called is part of the answer
-    answers = [{"role": "assistant", "tool_calls": [call(random.Random(k))]} for k in range(9)]
-    wholes, prompts, _ = zip(*(readings([USER, answer]) for answer in answers))
-    assert len(set(wholes)) > 5 and len(set(prompts)) == 1
+    def readings(tools, **called):
+        said = [USER, {"role": "assistant", "tool_calls": [{**CALLED[0], **called}]}]
+        found = messages.read(SPEC, {"messages": said, "tools": tools}, "")
+        return found.whole, found.prompt, found.opening
+
+    same = readings(TOOLS)
+    assert same == readings(TOOLS, id="new")
+    assert all(a != b for a, b in zip(same, readings(TOOLS[:1])))
+    other = readings(TOOLS, function={"name": "late", "arguments": '{"a": 1}'})
+    assert other[0] != same[0] and other[1] == same[1]  # what is called is part of the answer
 
 
 # ---------------------------------------------------------------- refusals
@@ -382,16 +362,20 @@ def test_what_is_empty_is_not_refused(read):
     assert read([{**SHARED, "tools": "[]", "system": ""}])
 
 
+TOOLED = {"messages": [USER, {**GOOD["messages"][1], "content": "So"}, *answer()["messages"]]}
+
+
 @pytest.mark.parametrize(
-    "template, changes, says",
+    "template, changes, row, says",
     [
-        (None, {"render": "role_eos"}, "has tool_calls, for which render=role_eos"),
-        (CHAT_TEMPLATE, {}, "has tool_calls, for which render=chat_template"),
-        (DROPS_CALLS, {"mask": "all"}, "leaves out 'late' of message 2"),
+        (None, {"render": "role_eos"}, TOOLED, "has tool_calls, for which render=role_eos"),
+        (CHAT_TEMPLATE, {}, TOOLED, "has tool_calls, for which render=chat_template"),
+        (CHAT_TEMPLATE + "{# tools, tool_calls #}", {"mask": "all"}, TOOLED, "out 'late' of m"),
+        (CHATML + "{# name #}", {}, answer(name="so"), "leaves out 'name' of message 2"),
+        (CHATML, {"render": "role_colon"}, answer(name="so"), "has name, for which"),
     ],
 )
-def test_rows_with_tools_are_refused_where_the_base_has_no_form(read, template, changes, says):
-    row = {"messages": [USER, {**GOOD["messages"][1], "content": "So"}, *answer()["messages"]]}
+def test_rows_are_refused_where_the_base_has_no_form_for_them(read, template, changes, row, says):
     plain = {"messages": [USER, ANSWER]}
     with pytest.raises(DataError, match=says) as error:
         read([plain, row, plain, row, row, row], with_chat(template), **changes)
@@ -399,45 +383,24 @@ def test_rows_with_tools_are_refused_where_the_base_has_no_form(read, template, 
     assert shown == ["2", "4", "5"] and str(error.value).endswith("Refused: 4 of 6 rows.")
 
 
-# ---------------------------------------------------------------- other keys of a message
-
-
 @pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
 def test_reasoning_that_the_chat_template_renders_is_learned(read, mask):
     """Reasoning of an earlier answer is left out, as a server does."""
     tokenizer = with_chat(REASONS)
-    row = answer(reasoning_content="So it is.", refusal=None, audio=None)
-    ((ids, loss, _),) = read([row], tokenizer, mask=mask)
-    whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    assert tokenizer.decode(ids) == (whole if mask == "all" else whole.removesuffix("\n"))
-    learned = tokenizer.decode([token for token, is_in in zip(ids, loss) if is_in])
-    assert learned.endswith("<think>So it is.</think>Yes<|endoftext|>" + "\n" * (mask == "all"))
-    if mask == "last_assistant":
-        said = [*row["messages"], *answer()["messages"]]
-        ((ids, *_),) = read([{"messages": said}], tokenizer, mask=mask)
-        assert tokenizer.decode(ids) + "\n" == tokenizer.apply_chat_template(said, tokenize=False)
-
-
-def test_a_key_that_changes_no_text_is_refused(read):
-    tokenizer, row = with_chat(CHATML + "{# name #}"), answer(name="so")
-    for render, says in (
-        ("chat_template", "leaves out 'name' of message 2"),
-        ("role_colon", "has name, for which render=role_colon"),
-    ):
-        with pytest.raises(DataError, match=f"rows.jsonl:1: .*{says}"):
-            read([row], tokenizer, render=render)
+    row = answer(reasoning_content="So it is.", refusal=None, audio=None)["messages"]
+    for said in (row, [*row, *answer()["messages"]])[: 1 + (mask == "last_assistant")]:
+        ((ids, loss, n_bytes),) = read([{"messages": said}], tokenizer, mask=mask)
+        assert (ids, loss, n_bytes) == reference(tokenizer, said, None, mask)
+    thought = "<think>So it is.</think>Yes"
+    assert (thought in tokenizer.decode(ids)) == (len(said) == 2)
 
 
 def test_rows_of_arrow_have_no_keys_of_other_rows(read, tmp_path):
     """Parquet has the keys of all calls and tools in every row, as nulls."""
-    tools = [
-        {**TOOLS[0], "function": {"name": "late", "parameters": {k: {"type": k}}}} for k in "ab"
-    ]
-    called = [{"function": {"name": "late", "arguments": a}} for a in ({"a": 1}, {"b": "x"}, {})]
-    rows = [
-        {**answer(content=None, tool_calls=[called[k % 3]]), "tools": [tools[k % 2]]}
-        for k in range(6)
-    ]
+    rows = []
+    for key, arguments in (("a", {"a": 1}), ("b", {"b": "x"}), ("a", {})):
+        described = {"name": "late", "parameters": {key: {"type": key}}}
+        rows.append({**calling(arguments), "tools": [{**TOOLS[0], "function": described}]})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     assert read(tmp_path / "b.parquet") == read(rows)
 
@@ -460,17 +423,15 @@ def row_of(form, k, tools=False):
         names = {"user": "human", "assistant": "gpt", "system": "system"}
         return {form: [{"from": names[r], "value": t} for r, t in said]}
     messages = [{"role": r, "content": t} for r, t in said]
-    if not tools:
-        return {form: messages}
-    call = {"type": "function", "function": {"name": "late", "arguments": json.dumps({"k": k})}}
-    messages[-1] = {"role": "assistant", "content": None, "tool_calls": [call]}
-    result = {"role": "tool", "content": f"{k}"}
-    return {form: [*messages, result, {"role": "assistant", "content": "Yes"}], "tools": TOOLS}
+    if tools:
+        result = {"role": "tool", "content": f"{k}"}
+        messages[-1:] = [*calling(json.dumps({"k": k}))["messages"][1:], result, ANSWER]
+    return {form: messages, **({"tools": TOOLS} if tools else {})}
 
 
 def spec_of(render, form="prompt_completion", template="{prompt}\n", **more):
-    given = {"name": "my", "source": "jsonl", "location": ".", "max_length": 4096}
-    return DatasetSpec(**given, render=render, format=form, template=template, **more)
+    given = {"render": render, "format": form, "template": template, "max_length": 4096}
+    return dataclasses.replace(SPEC, **given, **more)
 
 
 @pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
@@ -497,9 +458,8 @@ def test_rows_read_back_are_those_trained_on(render, form, mask, tmp_path):
                     whole = whole.removesuffix("\n")  # what follows the last answer in the loss
                 assert trained == whole
                 until = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-                prompt = served.apply_chat_template(
-                    turns[:until], add_generation_prompt=True, **how
-                )
+                how["add_generation_prompt"] = True
+                prompt = served.apply_chat_template(turns[:until], **how)
                 assert trained.startswith(prompt)
                 if mask != "all":
                     learned = "".join(p for p, _ in text.rendered(spec, row, "row", tokenizer)[:-1])
@@ -507,14 +467,11 @@ def test_rows_read_back_are_those_trained_on(render, form, mask, tmp_path):
                 templates.check_rows(spec, [("row", row)], tokenizer)
 
 
-def test_a_form_of_one_prompt_refuses_other_conversations():
+@pytest.mark.parametrize("wrong", ["{{ messages[0].content }}", "{{ 1 / 0 }}", NO_HEAD])
+def test_other_conversations_and_another_text_are_refused(wrong, monkeypatch):
     served = templates.with_template(spec_of("role_eos"), llama_like())
     with pytest.raises(Exception, match="send one user message"):
         served.apply_chat_template([{"role": "system", "content": "Yes."}, USER], tokenize=False)
-
-
-@pytest.mark.parametrize("wrong", ["{{ messages[0].content }}", "{{ 1 / 0 }}", NO_HEAD])
-def test_another_text_is_an_error_with_the_row(wrong, monkeypatch):
     monkeypatch.setattr(templates, "_plain", lambda spec, bos: wrong)
     rows = [("my.jsonl:1", row_of("messages", 0))]
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers"):

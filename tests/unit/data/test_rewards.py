@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import yaml
 from hypothesis import given as any_of
 from hypothesis import strategies as st
 
@@ -63,7 +62,7 @@ def test_a_word_is_answered_by_its_skill_and_ends_its_line():
     rewards.check_rows(shipped("words"), loaded, 6)
 
 
-def test_whole_numbers_are_read_exactly():
+def test_whole_numbers_marks_and_boxes_are_read_exactly():
     numbers = {"so 3+4\n#### 7": 7, "#### 1,234": 1234, r"is \boxed{\$18.}": 18, "#### $-5.00": -5}
     numbers |= {"#### -0": 0, "#### \u0663": 3, "seven": None, r"\boxed{7": None}
     numbers["#### " + "9" * 4400] = Decimal("9" * 4400)  # int() refuses more than 4,300 digits
@@ -71,9 +70,6 @@ def test_whole_numbers_are_read_exactly():
     others = ("1/2", "0.5", "7 apples", "\u00b2", "1e9", "inf", "\u2028")
     numbers |= {f"#### {text}": None for text in others}
     assert {text: integer(text) for text in numbers} == numbers
-
-
-def test_marks_and_boxes_are_read():
     assert boxed(r"\boxed{1} or \boxed{\{2, 3\}}.") == r"\{2, 3\}"
     assert boxed(r"so $\boxed 7$") == "7" and boxed(r"\fbox{a{b}c}") == "a{b}c"
     assert boxed(r"\boxed{\frac{1}{2}") is None and boxed("none") is None
@@ -113,11 +109,10 @@ def test_text_is_rewarded_by_its_number_and_a_gold_answer_must_be_readable(tmp_p
 
 
 def test_a_row_with_two_answers_in_the_loss_has_no_prompt_to_reward(tmp_path):
-    said = [("user", "2+2?"), ("assistant", "#### 4"), ("user", "3+3?"), ("assistant", "#### 6")]
-    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    said = [{"role": r, "content": "2+2? #### 4"} for r in ("user", "assistant") * 2]
     spec = {"source": "jsonl", "location": "mine", "revision": "", "holdout": 0}
     spec = shipped("tulu3", **spec, mask="completion", verifier="integer")
-    write_splits(tmp_path / "mine", [row])
+    write_splits(tmp_path / "mine", [{"messages": said}])
     with pytest.raises(DataError, match=r"row 0 has 2 answers in the loss.*\"weight\": 0"):
         rewards.check_rows(spec, data.load(spec, [str(tmp_path)], llama_like()), 16)
 
@@ -127,19 +122,10 @@ SIZES = ("group_size=4", "max_new_tokens=1")
 
 
 @pytest.mark.parametrize(
-    "wrong", ["group_size=1", "group_size=5", "max_new_tokens=5", "objective=sft", "clip_ratio=0.0"]
-)
-def test_settings_of_sampling_are_checked(compose, wrong):
-    spec = compose(*RL, *SIZES).points[0].spec
-    validate(spec)
-    key, value = wrong.split("=")
-    with pytest.raises(SpecError, match=f"{key}='?{value}"):
-        validate(dataclasses.replace(spec, **{key: yaml.safe_load(value)}))
-
-
-@pytest.mark.parametrize(
     "more, words",
     [
+        *((wrong, wrong) for wrong in ("group_size=1", "group_size=5", "max_new_tokens=5")),
+        *((wrong, wrong.replace("=", "='?")) for wrong in ("objective=sft", "clip_ratio=0.0")),
         ("dataset=facts", r"'facts' has no verifier.*bandit, words"),
         ("dataset.mask=all", "mask=all"),
         ("dataset.generator_params.contexts=0", r"generator_params.contexts=0"),
@@ -164,12 +150,8 @@ def children(of=None):
     return {p["pid"] for p in mine if "math_worker" in " ".join(p["cmdline"] or ())}
 
 
-@pytest.fixture(scope="module")
-def checks():
-    return MathChecks(1)
-
-
-def test_answers_are_right_wrong_or_unread(checks):
+def test_answers_are_right_wrong_or_unread():
+    checks = MathChecks(1)
     right = [(r"\frac{1}{2}", "0.5"), (r"\frac{1}{2}", r"\dfrac12"), ("x^2+1", "1+x^2")]
     right += [(r"\text{(C)}", "C"), ("Yes", "Yes"), (DIGITS, DIGITS)]
     wrong = [("10", "11"), ("(1,2]", "[1,2)"), ("Yes", "No"), (r"\infty", r"-\infty")]

@@ -8,13 +8,11 @@ from unittest.mock import Mock
 import pytest
 
 from lorasweep.data import load as data
-from lorasweep.errors import DataError, SpecError
-from lorasweep.spec.run import validate
+from lorasweep.errors import DataError
 from tests import small_hub
 from tests.bpe import llama_like, qwen_like
 from tests.small_hub import problem, thought, tulu
 from tests.unit.data.conftest import shipped
-from tests.world import tiny_spec
 
 
 def spec_of(name, location, **changes):
@@ -71,18 +69,16 @@ def test_openthoughts_3_trains_no_question_that_is_held_out(hub):
 
 
 def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(hub):
-    kinds = spec_of("math", "").config.split("+")
     content = {
         kind: {s: [problem(f"{k}{i}{s[1]}") for i in range(4)] for s in ("train", "test")}
-        for k, kind in enumerate(kinds)
+        for k, kind in enumerate(shipped("math").config.split("+"))
     }
     held_out = [content["algebra"]["test"][1], content["geometry"]["train"][2]]
     where = hub("math500", {"default": {"test": held_out}})
     here = {"test_location": where, "test_revision": "", "n_test": 2}
     loaded = load(spec_of("math", hub("math", content), **here))
-    assert loaded.n_train == 7 * 2 * 4 - 2 and len(loaded.test) == 2
     asked = [{shown(e)[0].split("How many")[2] for e in p} for p in (loaded.test, list_of(loaded))]
-    assert len(asked[1]) == 54 and not asked[0] & asked[1]
+    assert loaded.n_train == len(asked[1]) == 7 * 2 * 4 - 2 and not asked[0] & asked[1]
     text, trained = shown(loaded.test[0])
     ask = "How many 01e? Write the final answer in \\boxed{}."
     assert text.endswith(f"User: {ask}\n\nAssistant:{trained}")
@@ -153,20 +149,6 @@ def test_long_rows_are_cut_or_left_out(hub):
     ):
         with pytest.raises(DataError, match=words):
             load(dataclasses.replace(spec, **changes))
-
-
-@pytest.mark.parametrize(
-    "name, key, value",
-    [
-        ("gsm8k", "test_revision", "b"),
-        ("gsm8k", "n_retain", 16),
-        ("dialect", "render", "role_colon"),
-        ("facts", "exact_loss", True),
-    ],
-)
-def test_settings_that_have_no_effect_are_refused(name, key, value):
-    with pytest.raises(SpecError, match=key):
-        validate(tiny_spec(dataset=shipped(name, **{key: value})))
 
 
 OLD, NEW = small_hub.COMMIT, small_hub.COMMIT[::-1]

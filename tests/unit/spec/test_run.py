@@ -148,6 +148,7 @@ def test_stored_keys_are_those_of_the_configuration():
         ({"dataset": {"held_out_by": "row"}}, "held_out_by='row': .* source=synthetic"),
         ({"dataset": {"exact_loss": True, "location": "skills"}}, "exact_loss"),
         ({"dataset": {"source": "csv", "holdout": 9}}, "holdout=9"),
+        ({"dataset": {"render": "role_colon"}}, "render"),
         ({"dataset": {"source": "csv", "n_retain": 9}}, "n_retain=9"),
         ({"dataset": {"source": "csv", "test_revision": "x"}}, "test_revision='x'"),
     ],
