@@ -104,16 +104,15 @@ def visible(listed: str, wanted: str | None) -> tuple[Gpu, ...]:
     `wanted`: the value of CUDA_VISIBLE_DEVICES, numbers or prefixes of uuids, in whose order the
     GPUs are returned; None: all GPUs.
     """
-    found = [
-        ("-", Gpu(m["uuid"], f"MIG {m['profile']}", int(m["gb"]) * 10**9))
-        for m in SLICE.finditer(listed)
-    ]
-    rows = (line.split(", ") for line in listed.splitlines())
-    found += [
-        (row[0], Gpu(row[1], row[2], int(row[3]) * 2**20))
-        for row in rows
-        if len(row) == 4 and row[3].isdigit()
-    ]
+    found, card = list[tuple[str, Gpu]](), ""
+    for line in listed.splitlines():
+        row = line.split(", ")
+        if line.startswith("GPU "):  # slices of different cards differ in speed
+            card = line.partition(": ")[2].partition(" (UUID")[0]
+        elif m := SLICE.search(line):
+            found.append(("-", Gpu(m["uuid"], f"{card} MIG {m['profile']}", int(m["gb"]) * 10**9)))
+        elif len(row) == 4 and row[3].isdigit():
+            found.append((row[0], Gpu(row[1], row[2], int(row[3]) * 2**20)))
     if wanted is None:
         return tuple(gpu for _, gpu in found)
     return tuple(g for n in _names(wanted) for i, g in found if n == i or g.uuid.startswith(n))
