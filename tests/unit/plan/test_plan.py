@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from functools import cache
 from types import SimpleNamespace
 
 import pandas as pd
@@ -23,7 +24,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
-from tests.world import ROOT, tiny_spec, write_json
+from tests.world import ROOT, compose_request, tiny_spec, write_json
 
 CPU = Hardware("cpu", processor="a processor", cores=2, memory_gib=16.0, fast_bf16=True)
 SOON = {1: 0.010, 2: 0.008, 4: 0.007, 8: 0.0069}
@@ -31,6 +32,21 @@ NEVER = {1: 0.010, 2: 0.011}
 ALWAYS = {1: 0.010, 2: 0.009, 4: 0.008, 8: 0.006, 16: 0.005}
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
 SIXTEEN = "sweep.arms.lora.lr=${around:1e-3,16,1.3}"
+
+
+composed = cache(compose_request)
+
+
+@pytest.fixture
+def compose(tmp_path):
+    """Compose a request once for all tests; its runs lie below tmp_path."""
+
+    def make(*overrides):
+        request = composed(overrides)
+        exec_ = dataclasses.replace(request.exec, runs_dir=str(tmp_path / "runs"))
+        return dataclasses.replace(request, exec=exec_)
+
+    return make
 
 
 @pytest.fixture
@@ -133,15 +149,16 @@ def test_a_pack_with_checkpoints_stays_as_it_was(asked, lora):
     assert kept in packs and max(len(k) for k in packs if lora[0].id not in k) == 1
 
 
-@pytest.mark.parametrize(
-    "precision, fast, warned, rate",
-    [("bf16", False, True, 7e8), ("bf16", True, False, 2.5e11), ("fp32", False, False, 6e10)],
-)
-def test_bf16_on_a_processor_without_it_is_warned_of(compose, precision, fast, warned, rate):
-    asked = compose(*SMOKE, f"precision={precision}")
-    now, _ = planned(asked, dataclasses.replace(CPU, fast_bf16=fast))
-    assert ("no bf16 instructions" in "".join(plan_lines(asked, now))) == warned
-    assert now.hours * 3600 * CPU.cores * rate == pytest.approx(now.flops)
+def test_bf16_on_a_processor_without_it_is_warned_of(compose):
+    for precision, fast, rate in (
+        ("bf16", False, 7e8),
+        ("bf16", True, 2.5e11),
+        ("fp32", False, 6e10),
+    ):
+        asked = compose(*SMOKE, f"precision={precision}")
+        now, _ = planned(asked, dataclasses.replace(CPU, fast_bf16=fast))
+        assert ("no bf16 instructions" in "".join(plan_lines(asked, now))) == (rate == 7e8)
+        assert now.hours * 3600 * CPU.cores * rate == pytest.approx(now.flops)
 
 
 def test_the_same_runs_are_planned_differently_for_two_machines_of_the_catalogue(compose):
@@ -155,19 +172,16 @@ def test_the_same_runs_are_planned_differently_for_two_machines_of_the_catalogue
     assert hardware_of(compose("action=plan")).name == detect.NAME
 
 
-@pytest.mark.parametrize(
-    "values, setting",
-    [
+def test_hardware_that_cannot_be_planned_for_is_refused():
+    for values, setting in (
         ({"core": 2}, "'cores'"),
         ({"cores": 2}, "memory_gib"),
         ({"gpus": 1, "gpu_memory_gib": "80 GiB"}, "gpu_memory_gib"),
         ({"gpus": 1, "gpu_memory_gib": 80, "matmul_flops_s": {"bf16": 0}}, "matmul_flops_s"),
         ({"name": None}, "name"),
-    ],
-)
-def test_hardware_that_cannot_be_planned_for_is_refused(values, setting):
-    with pytest.raises(SpecError, match=setting):
-        from_plain({"name": "mine", **values})
+    ):
+        with pytest.raises(SpecError, match=setting):
+            from_plain({"name": "mine", **values})
 
 
 def test_no_worker_is_left_without_a_pack_and_ranks_mix_only_where_one_alone_fills_little(compose):
@@ -266,34 +280,25 @@ def runs(count, rates=3, lengths=(64,)):
     return found
 
 
-def packs_of(points, tmp_path, **settings):
-    exec_ = Exec(runs_dir=str(tmp_path), workers=1, **settings)
-    return make_plan(points, RunStore(tmp_path), exec_, CPU).packs
-
-
 def test_customers_of_few_runs_share_packs_with_neighbours_of_like_lengths(tmp_path):
-    sizes = [len(p.points) for p in packs_of(runs(10), tmp_path)]
+    def packs_of(points, **settings):
+        exec_ = Exec(runs_dir=str(tmp_path), workers=1, **settings)
+        packs = make_plan(points, RunStore(tmp_path), exec_, CPU).packs
+        return packs, [len(p.points) for p in packs]
+
+    _, sizes = packs_of(runs(10))
     assert sum(sizes) == 30 and len(sizes) == 2
-    alone = packs_of(runs(3, rates=16), tmp_path)  # that fill a pack
+    alone, _ = packs_of(runs(3, rates=16))  # that fill a pack
     assert all(len({p.spec.dataset.name for p in pack.points}) == 1 for pack in alone)
     # one would be padded to four times its length
-    apart = packs_of(runs(2, rates=2, lengths=(16, 60)), tmp_path, pack_size=8)
-    assert [len(p.points) for p in apart] == [2, 2]
-    (pack,) = packs_of(runs(2, rates=2, lengths=(32, 60)), tmp_path, pack_size=8)
+    assert packs_of(runs(2, rates=2, lengths=(16, 60)), pack_size=8)[1] == [2, 2]
+    ((pack,), _) = packs_of(runs(2, rates=2, lengths=(32, 60)), pack_size=8)
     longest = max((p.spec for p in pack.points), key=lambda s: s.dataset.max_length)
     assert pack.memory_bytes == place(longest, CPU, 4, pack.micro_batch_size).memory_bytes
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"batch_size": 2},
-        {"method": LoRA(rank=4, layers="attention")},
-        {"objective": "policy_gradient", "group_size": 2, "max_new_tokens": 4},
-    ],
-)
-def test_other_batches_layers_and_sampled_answers_stay_apart(tmp_path, other):
-    points, first = runs(2), 0 if "objective" in other else 3
-    points[first:] = [Point(p.arm, dataclasses.replace(p.spec, **other)) for p in points[first:]]
-    packs = packs_of(points, tmp_path, pack_size=16)
-    assert [len(p.points) for p in packs] == [3, 3]
+    sampled = {"objective": "policy_gradient", "group_size": 2, "max_new_tokens": 4}
+    attention = {"method": LoRA(rank=4, layers="attention")}
+    for first, other in ((3, {"batch_size": 2}), (3, attention), (0, sampled)):  # they stay apart
+        points = runs(2)
+        others = (dataclasses.replace(p.spec, **other) for p in points[first:])
+        points[first:] = [Point(s.dataset.name, s) for s in others]
+        assert packs_of(points, pack_size=16)[1] == [3, 3]

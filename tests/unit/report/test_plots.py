@@ -86,10 +86,9 @@ def test_a_figure_of_cut_runs_shows_them_and_says_of_what_they_are_the_beginning
     (ax,) = drawn(plots.learning, table, optima).axes
     curves = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) > 2]
     assert len(curves) == 10 and all(max(x) == 4 for x in curves)
-    words = "m on dialect (no new rules), batch 4, first 4 of 16 updates"
-    assert ax.get_title() == words == title(optima[0].curve)
-    (whole,) = {title(c) for c in lr_curves(table)}
-    assert whole == "m on dialect (no new rules), batch 4, 16 updates"
+    words = "m on dialect (no new rules), batch 4, "
+    assert ax.get_title() == title(optima[0].curve) == f"{words}first 4 of 16 updates"
+    assert {title(c) for c in lr_curves(table)} == {f"{words}16 updates"}
 
 
 def test_rewards_are_drawn_as_rewards_upwards_and_on_one_scale(drawn):
@@ -117,18 +116,15 @@ def test_rewards_are_drawn_as_rewards_upwards_and_on_one_scale(drawn):
         assert "policy gradient" in one.get_title()
 
 
-def test_an_optimum_at_an_edge_is_an_arrow_and_its_legend_a_bound(drawn):
+def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(drawn):
+    """One run of three at the fourth rate of six: the best rates are beyond it, and have no line.
+    An optimum at an edge is an arrow, and its legend a bound."""
     table = runs()
     table["test_nll"] = 3 - 0.1 * np.log(table["lr"] / 1e-4)  # falls up to the highest rate
-    optima = fit_all(lr_curves(table))
-    (ax,) = drawn(plots.lr_against_nll, optima).axes
-    found = [a for a in ax.get_children() if isinstance(a, Annotation)]
-    assert len(found) == 2 and all(a.xyann == (plots.ARROW, 0) for a in found)
+    (ax,) = drawn(plots.lr_against_nll, fit_all(lr_curves(table))).axes
+    found = [a.xyann for a in ax.get_children() if isinstance(a, Annotation)]
+    assert found == [(plots.ARROW, 0)] * 2
     assert all("best > " in t.get_text() for t in ax.get_legend().get_texts())
-
-
-def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(drawn):
-    """One run of three at the fourth rate of six: the best rates are beyond it, and have no line."""
     one = runs().query("method == 'lora'").drop_duplicates("lr").sort_values("lr")
     rates, losses = 1e-4 * 2.0 ** np.arange(6), np.array([3.0, 2.6, 2.3, 2.1, 2.0, 2.05])
     table = pd.concat([one.iloc[[0]]] * 18, ignore_index=True)
