@@ -141,6 +141,8 @@ def test_the_tree_names_every_room():
     for package in ("lorasweep", "analysis"):
         for init in (ROOT / package).rglob("__init__.py"):
             assert str(init.parent.relative_to(ROOT)) in named
+    for path in re.findall(r"`((?:analysis|lorasweep)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
 
 
 def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results():
