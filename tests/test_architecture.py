@@ -126,6 +126,7 @@ TORCH += r"|lorasweep/check/measures\.py"
 ONLY_IN = {
     **dict.fromkeys(("hydra", "omegaconf"), r"lorasweep/(config/.*|__main__)\.py"),
     "wandb": r"lorasweep/tracking/wandb\.py",
+    "submitit": r"lorasweep/launch/slurm/",
     **dict.fromkeys(("torch", "transformers"), TORCH),
     **dict.fromkeys(("peft", "trl", "tokenizers"), "$"),
     "datasets": r"lorasweep/data/",
@@ -206,7 +207,7 @@ def test_importing_everything_but_the_training_side_imports_no_torch():
     modules = [m for m in PATHS if not re.match(heavy, m)]
     code = (
         f"import sys, importlib\nfor m in {sorted(modules)!r}: importlib.import_module(m)\n"
-        "bad = {'torch', 'transformers', 'wandb'} & set(sys.modules)\n"
+        "bad = {'torch', 'transformers', 'wandb', 'submitit'} & set(sys.modules)\n"
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -11,7 +11,7 @@ from lorasweep.cli.finished_runs import check_search, finish, prune
 from lorasweep.cli.plans import plan_lines, search_lines, understood
 from lorasweep.cli.printed import Answer, Display, notifier
 from lorasweep.config.preflight import check_available
-from lorasweep.errors import GaveUp, SpecError
+from lorasweep.errors import GaveUp, SpecError, check_installed
 from lorasweep.launch import local
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm.submit import Work, cancel, hardware_of, submit, updates_of
@@ -124,6 +124,8 @@ def check(request: Request) -> None:
     """Raise an error if the user must correct something before training."""
     if request.mirror == "wandb":
         wandb.check()
+    if request.cluster.kind == "slurm":
+        check_installed("submitit", f"cluster={request.cluster.name}")
     if request.exec.world_size > 1:
         specs = [p.spec for p in request.points]
         check_world_size(specs, request.exec, request.cluster, detect.this_machine())

@@ -13,8 +13,8 @@ from tests.world import ROOT, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
-LACKS = {"hydra-core", "omegaconf", "antlr4-python3-runtime"}
-FILES = ("hydra", "omegaconf", "antlr4", "pydevd_plugins")
+LACKS = {"hydra-core", "omegaconf", "antlr4-python3-runtime", "submitit", "cloudpickle"}
+FILES = ("hydra", "omegaconf", "antlr4", "submitit", "cloudpickle", "pydevd_plugins")
 
 
 def packages():

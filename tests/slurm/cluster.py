@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import re
 import shlex
 import shutil
 import socket
@@ -243,15 +242,10 @@ def submitted(cwd):
 
 
 def jobs_of(submission):
-    """Return the job (12, or 12_3) of each task of a submission; Slurm knows it by its name."""
-    found = []
-    for path in sorted(submission.folder.glob("[0-9]*.sh"), key=lambda p: int(p.stem)):
-        name = f"{submission.folder.name}-{path.stem}"
-        asked = ("sacct", "-n", "-X", "-P", "-S", "now-2days", "-o", "JobID", "--name", name)
-        number = wait_for(lambda words=asked: re.match(r"\d+", Slurm.command(*words)))[0]
-        array = re.search("--array=0-([0-9]+)", path.read_text())
-        found += [f"{number}_{k}" for k in range(int(array[1]) + 1)] if array else [number]
-    return found
+    """Return the job (12, or 12_3) of each task of a submission; the follow-up job came last."""
+    names = [p.name.split("_") for p in submission.folder.glob("*_submitted.pkl")]
+    labels = sorted(tuple(map(int, name[:-1])) for name in names)
+    return ["_".join(map(str, label)) for label in labels][: len(submission.tasks)]
 
 
 def job_log(submission, job):

@@ -104,7 +104,7 @@ class Storm:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = path.read_bytes()
-                names = (b"launch.slurm.job", b"launch.worker", b"--follow")
+                names = (b"submitit.core._submit", b"launch.worker", b"--follow")
                 if any(name in line for name in names) and str(self.cwd).encode() in line:
                     pids.append(int(path.parent.name))
         with contextlib.suppress(ProcessLookupError):

@@ -63,8 +63,9 @@ def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(queue, tmp_p
     assert "SLURM_CONF" not in text
     # a job that Slurm runs twice does nothing the second time
     tasks = submitted(there)[0].folder / "tasks.jsonl"
-    job = [sys.executable, "-X", "importtime", "-m", "lorasweep.launch.slurm.job", tasks, "0"]
-    again = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, check=True)
+    code = f"from lorasweep.launch.slurm import job; job.run({str(tasks)!r}, 0)"
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "3 runs, 0 to do" in again.stdout and not re.search(r"\btorch\b", again.stderr)
     assert curves(there) == curves(here)
 
@@ -146,8 +147,8 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, f
 def test_a_command_killed_at_sbatch_is_put_right_by_the_next_and_a_copy_cancels_nothing(
     queue, tmp_path
 ):
-    """The jobs that it had submitted are found by their names, and train their runs."""
-    two_jobs, fake = (*SMOKE, *ALONE, "cluster.runs_per_job=3"), tmp_path / "bin/sbatch"
+    """Its jobs are found by their names, fail without submitit's pickle, and are submitted again."""
+    two_jobs, fake = (*SMOKE, *FAST, "cluster.runs_per_job=3"), tmp_path / "bin/sbatch"
     fake.parent.mkdir()
     fake.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"; kill -9 $PPID; exit 1\n')
     fake.chmod(0o755)
@@ -159,9 +160,9 @@ def test_a_command_killed_at_sbatch_is_put_right_by_the_next_and_a_copy_cancels_
         jobs = queue.jobs().keys()
         shutil.copytree(tmp_path / "runs", tmp_path / "copy/runs", symlinks=True)
         assert "nothing to cancel" in ask(tmp_path / "copy", *two_jobs, "action=cancel")
-        assert queue.jobs().keys() == jobs and len(jobs) == 2
+        assert queue.jobs().keys() == jobs and len(jobs) == 3  # and the one that follows
     queue.drain()
-    assert len(results(tmp_path)) == 6
+    assert len(results(tmp_path)) == 6 and len(submitted(tmp_path)) == 3
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
 
 

@@ -2,9 +2,9 @@
 
     python -I -c "<this file>" JOB_FOLDER TASKS_SHA256 CODE_FOLDER CODE_DIGEST
 
-Whoever can write the files that a job imports can run code as the job's user. So a job runs this
-check before it loads anything. The check is part of the job's script, which Slurm keeps, so others
-cannot change it. It imports only the standard library.
+Whoever can write the files that a job imports or unpickles can run code as the job's user. So a job
+runs this check before it loads anything. The check is part of the job's script, which Slurm keeps,
+so others cannot change it. It imports only the standard library.
 """
 
 import hashlib
@@ -57,8 +57,11 @@ def _below(folder: str) -> Iterator[str]:
 
 def main(folder: str, tasks_sha256: str, code: str, code_sha256: str) -> None:
     """Exit with a message and status 1 if the job must not run."""
-    why = untrusted([folder]) or problem(os.path.join(folder, TASKS), tasks_sha256)
-    why = why or problem(code, code_sha256)
+    array, index = map(os.environ.get, ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
+    label = f"{array}_{index}" if array else os.environ.get("SLURM_JOB_ID")
+    pickled = os.path.join(folder, f"{label}_submitted.pkl")
+    why = untrusted([folder, *filter(os.path.lexists, [pickled])])
+    why = why or problem(os.path.join(folder, TASKS), tasks_sha256) or problem(code, code_sha256)
     if why:
         sys.exit(
             f"lorasweep: this job is refused, because {why}. Another user could run code as you. "

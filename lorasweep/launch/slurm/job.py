@@ -1,6 +1,4 @@
-"""The program inside a Slurm job: train the runs of one task of a submission.
-
-    python -m lorasweep.launch.slurm.job TASKS.jsonl LINE
+"""What submitit runs inside a Slurm job: train the runs of one task, a line of tasks.jsonl.
 
     {"runs": [spec, ...], "exec": {...}, "requeues": n, "container": ..., "trainer": ...}
 
@@ -96,11 +94,16 @@ def train(task: dict[str, Any], submission: str) -> None:
         slurm.release((j for j in jobs if j.name.startswith(submission)), _print)
 
 
-if __name__ == "__main__":
-    file, asked = Path(sys.argv[1]), int(sys.argv[2])
-    mine = json.loads(file.read_text().splitlines()[asked])
+def run(path: str, number: int) -> None:
+    """Do the task in a line of a file that `guard` has checked: the function of a job."""
+    task = json.loads(Path(path).read_text().splitlines()[number])
     try:
-        with stoppable(mine["requeues"]):
-            train(mine, file.parent.name)
+        with stoppable(task["requeues"]):
+            train(task, Path(path).parent.name)
     except LorasweepError as error:
         sys.exit(f"lorasweep: {error}")
+
+
+def follow(path: str) -> None:
+    """Become the command of a follow-up job, `python -m lorasweep --follow PATH`."""
+    os.execv(sys.executable, [sys.executable, "-u", "-m", "lorasweep", "--follow", path])

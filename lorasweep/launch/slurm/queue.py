@@ -5,12 +5,12 @@
         code/<snapshot>/          code that the jobs run
         <name>/submission.json    title of the sweep, and the run ids of each task
                tasks.jsonl        what each task does, one line a task
-               <part>.sh          script of an array of jobs
-               <job>.log          log of a job (12, 12_3)
+               <job>_0_log.out    log of a job (12, 12_3); submitit's scripts and pickles
 
 A job is named <name>-<its first task> or <name>-follow. So Slurm's queue alone says which runs
 wait, even after the submitting command was killed. In a copy of a run folder the names are those of
-the original's jobs; the place of a job's script tells the two apart.
+the original's jobs; the place of a job's script tells the two apart. A job whose command died
+before submitit's pickle fails a minute after its start; then its runs no longer wait.
 """
 
 import math
@@ -35,7 +35,7 @@ ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
 RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STOPPED", "SUSPENDED"}
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
 """Reasons in squeue if Slurm, and not a person, holds a job, because the job's start failed."""
-HIDDEN = ("SLURM_", "SRUN_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
+HIDDEN = ("SLURM_", "SUBMITIT_", "SRUN_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
 """Prefixes of environment variables that Slurm's commands must not get, except SLURM_CONF. They can
 hide live jobs; and a job submitted inside a job would inherit a second memory limit."""
 MORE_MEMORY = "; perhaps more memory helps (cluster.mem_gib, or a smaller exec.pack_size)"
@@ -47,9 +47,14 @@ FOLLOW = "follow"  # end of the name of a follow-up job
 # ---------------------------------------------------------------- Slurm's commands
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether Slurm's commands must not get this environment variable."""
+    return name.startswith(HIDDEN) and name != "SLURM_CONF"
+
+
 def run(*command: str) -> str:
     """Run one of Slurm's commands and return its output; raise ClusterError if it fails."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(HIDDEN) or k == "SLURM_CONF"}
+    env = {k: v for k, v in os.environ.items() if not is_hidden(k)}
     how: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     try:
         done = subprocess.run(command, **how, timeout=60, env=env)
@@ -240,7 +245,7 @@ def home(runs_dir: Path) -> Path:
 
 def log_of(folder: Path, label: str) -> Path:
     """Return the log file of a job (12, 12_3) of the submission in `folder`."""
-    return folder / f"{label}.log"
+    return folder / f"{label}_0_log.out"
 
 
 def read(folder: Path) -> Submission | None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch.local import VARIABLE, container_of
-from lorasweep.launch.slurm import guard
+from lorasweep.launch.slurm import guard, job
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.queue import FOLLOW, Job, Partition, Queue
 from lorasweep.plan import detect
@@ -87,10 +87,10 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
     killed = {p.id for p in free if states[p.id] == "interrupted"}
     exhausted = {i for i in killed if store.failures(i) >= request.exec.max_attempts}
     wanted, removed, n_removed = {p.id for p in now.points}, [], 0
-    for s, runs, job in queue.jobs if request.sweep_name is not None else ():
+    for s, runs, j in queue.jobs if request.sweep_name is not None else ():
         gone = [r for r in runs if r not in wanted and store.state(r) == "missing"]
-        if gone and job.state == "PENDING" and request.is_in_family(s.sweep):
-            removed.append(job)
+        if gone and j.state == "PENDING" and request.is_in_family(s.sweep):
+            removed.append(j)
             n_removed += len(gone)
     return Work(
         todo=[p for p in free if p.id not in exhausted],
@@ -368,7 +368,7 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
         return len(live), sum(state not in FINAL for state in states.values())
 
 
-# ---------------------------------------------------------------- the files and script of a job
+# ---------------------------------------------------------------- the files of a job, and sbatch
 
 
 def _write(root: Path, title: str, runs: list[list[str]], tasks: Sequence[Any]) -> Path:
@@ -391,7 +391,27 @@ def _write(root: Path, title: str, runs: list[list[str]], tasks: Sequence[Any]) 
     return folder
 
 
-def script(
+def setup(folder: Path, cluster: Cluster, code: "Snapshot") -> list[str]:
+    """Return the shell lines before a job's command.
+
+    They run the cluster's setup lines, check the files with `guard`, and put the snapshot of the
+    code on PYTHONPATH.
+    """
+    check = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
+    check += [str(folder), guard.digest(str(folder / guard.TASKS)), str(code.folder), code.sha256]
+    return [
+        *cluster.setup,
+        f"{shlex.join(check)} || exit 1",
+        # No bytecode: new files in the snapshot would change its digest.
+        f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1",
+        # Some releases of Slurm do not pass the job's CPU cores to its steps.
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+        f"export PYTHONPATH={shlex.quote(str(code.folder))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *([f"export {VARIABLE}={shlex.quote(cluster.container)}"] if cluster.container else []),
+    ]
+
+
+def _send(
     folder: Path,
     part: str,
     first: int,
@@ -401,74 +421,58 @@ def script(
     code: "Snapshot",
     after: Sequence[str] = (),
 ) -> str:
-    """Return the script of the tasks `first` to `first + n - 1` of the submission in `folder`.
+    """Submit the tasks `first` to `first + n - 1` of the submission in `folder`; return Slurm's id.
 
     `part`: end of the job's name, the number of the first task or FOLLOW. `after`: ids of jobs that
-    must end first. The script runs the cluster's setup lines, checks the files with `guard`, puts
-    the snapshot of the code on PYTHONPATH, and starts `launch.slurm.job`, or the follow-up command,
-    as a job step.
+    must end first. Raises ClusterError if Slurm refuses the jobs.
     """
-    tasks, path = needed.gpus if needed.nodes > 1 else 1, folder / guard.TASKS
+    tasks, path = needed.gpus if needed.nodes > 1 else 1, str(folder / guard.TASKS)
     given: dict[str, Any] = {
         **{name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint")},
-        "job-name": f"{folder.name}-{part}",
-        "output": slurm.log_of(folder, "%A_%a" if n > 1 else "%j"),
-        "open-mode": "append",
-        "array": f"0-{n - 1}%{cluster.parallel}" if n > 1 else None,
-        "time": needed.time_min,
-        "signal": f"USR2@{min(cluster.warn_s, 30 * needed.time_min)}",
         "nodes": needed.nodes,
         "ntasks-per-node": tasks,
         "cpus-per-task": needed.cpus // tasks,
         "gpus-per-node": needed.gpus or None,
         "mem": f"{round(needed.mem_gib * 1024)}M",
-        "requeue": "",
+        "requeue": True,
         "dependency": f"afterany:{':'.join(after)}" if after else None,
         "kill-on-invalid-dep": "no" if after else None,
-        **{k: "" if v.lower() == "true" else v for k, v in cluster.options.items()},
+        **{k: True if v.lower() == "true" else v for k, v in cluster.options.items()},
     }
-    options = [
-        f"--{k}={shlex.quote(str(v))}" if v != "" else f"--{k}"
-        for k, v in given.items()
-        if v is not None
-    ]
-    check = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
-    check += [str(folder), guard.digest(str(path)), str(code.folder), code.sha256]
-    # --overlap: share the cores with the steps of the workers
-    srun = "srun --overlap --nodes=1 --ntasks=1 --relative=0 --unbuffered"
-    module = ["lorasweep", "--follow"] if part == FOLLOW else ["lorasweep.launch.slurm.job"]
-    job = shlex.join([sys.executable, "-u", "-m", *module, str(path)])
-    line = "" if part == FOLLOW else f" $(({first} + ${{SLURM_ARRAY_TASK_ID:-0}}))"
-    lines = [
-        "#!/bin/bash",
-        # in one line: a second line would be a command of the script
-        *(f"#SBATCH {' '.join(option.split())}" for option in options),
-        *cluster.setup,
-        f"{shlex.join(check)} || exit 1",
-        # No bytecode: new files in the snapshot would change its digest.
-        f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1",
-        # Some releases of Slurm do not pass the job's CPU cores to its steps.
-        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-        f"export PYTHONPATH={shlex.quote(str(code.folder))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        *([f"export {VARIABLE}={shlex.quote(cluster.container)}"] if cluster.container else []),
-        f"{srun} {job}{line}",
-    ]
-    return "\n".join([*lines, ""])
+    # in one line: a second line would be a command of the script
+    lines = {k: " ".join(v.split()) if isinstance(v, str) else v for k, v in given.items()}
+    # Variables of an enclosing job would pass on its memory limit, and its ids to submitit.
+    hidden = {k: os.environ.pop(k) for k in [*os.environ] if slurm.is_hidden(k)}
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-
-def _send(folder: Path, part: str, first: int, n: int, needed: JobResources, *more: Any) -> str:
-    """Submit the tasks of a `script`; return Slurm's id, or raise ClusterError if it refuses."""
-    path = folder / f"{part}.sh"
-    files.write_atomic(path, script(folder, part, first, n, needed, *more).encode())
     try:
-        return slurm.run("sbatch", "--parsable", str(path)).strip().partition(";")[0]
-    except ClusterError as error:
+        executor = submitit.SlurmExecutor(folder=folder)
+        executor.update_parameters(
+            job_name=f"{folder.name}-{part}",
+            time=needed.time_min,
+            signal_delay_s=min(cluster.warn_s, 30 * needed.time_min),
+            array_parallelism=cluster.parallel,
+            setup=setup(folder, cluster, code),
+            stderr_to_stdout=True,
+            wckey=None,
+            additional_parameters={k: v for k, v in lines.items() if v is not None},
+            # --overlap: share the cores with the steps of the workers
+            srun_args=["--overlap", "--nodes=1", "--ntasks=1", "--relative=0"],
+        )
+        if part == FOLLOW:
+            return executor.submit(job.follow, path).job_id
+        jobs = executor.map_array(job.run, [path] * n, range(first, first + n))
+        return jobs[0].job_id.partition("_")[0]
+    except (FailedJobError, FailedSubmissionError) as error:  # contains sbatch's message
         raise ClusterError(
-            f"Slurm refused the jobs: {error}. Each asks for {needed.nodes} node(s) with "
-            f"{needed.cpus} CPU core(s), {needed.gpus} GPU(s), {needed.mem_gib:g} GiB and "
-            f"{needed.time_min} min: lower cluster.gpus, .cpus or .mem_gib, leave out large runs "
-            "(exec.max_gpus=N), or choose another cluster.partition."
+            f"Slurm refused the jobs: {' '.join(str(error).split())}. Each asks for {needed.nodes} "
+            f"node(s) with {needed.cpus} CPU core(s), {needed.gpus} GPU(s), {needed.mem_gib:g} GiB "
+            f"and {needed.time_min} min: lower cluster.gpus, .cpus or .mem_gib, leave out large "
+            "runs (exec.max_gpus=N), or choose another cluster.partition."
         ) from None
+    finally:
+        os.environ.update(hidden)
 
 
 # ---------------------------------------------------------------- before submitting

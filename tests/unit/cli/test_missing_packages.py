@@ -37,7 +37,9 @@ def names(error, package, what):
     return what in text and f"pip install {package} " in text and "make wheelhouse" in text
 
 
-@pytest.mark.parametrize("package, argument", [("wandb", "mirror=wandb")])
+@pytest.mark.parametrize(
+    "package, argument", [("wandb", "mirror=wandb"), ("submitit", "cluster=slurm")]
+)
 def test_a_request_is_refused_before_it_trains(without, tmp_path, package, argument):
     without(package)
     with pytest.raises(SpecError) as error:

@@ -1,6 +1,8 @@
 """The packs of a small sweep, to be put into jobs; Slurm's commands replaced by their output."""
 
 import pytest
+from submitit.core.utils import CommandFunction
+from submitit.slurm.slurm import SlurmExecutor
 
 from lorasweep.launch.slurm import queue
 from lorasweep.plan import detect
@@ -33,6 +35,8 @@ def slurm(monkeypatch):
 
         queue.setting.cache_clear()
         monkeypatch.setattr(queue, "run", run)
+        monkeypatch.setattr(CommandFunction, "__call__", lambda sbatch: run(*sbatch.command))
+        monkeypatch.setattr(SlurmExecutor, "affinity", lambda *_: 1)
         return asked
 
     yield set_up

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from submitit.core.utils import FailedJobError
 
 from lorasweep.cli import actions
 from lorasweep.errors import ClusterError, GaveUp, SpecError, StoreError
@@ -80,13 +81,13 @@ class Killed(BaseException):
 def test_a_command_killed_at_any_sbatch_is_completed_by_the_next(
     compose, tmp_path, slurm, monkeypatch, moment
 ):
-    """Each run is in one job, and none is cancelled."""
+    """Each run is in one job, and none is cancelled; jobs without submitit's pickle fail soon."""
     given = ("cluster=slurm", "cluster.runs_per_job=1", "exec.pack_size=1", "prune=true")
     asked = compose("+sweep=lr_ratio", "scale=smoke", *given)
     taken, rows, calls = submit.take(tmp_path), {}, []
     monkeypatch.setattr(submit, "prepare", lambda *_: (Partition(0, 2880.0), taken))
 
-    def sbatch(_, path):
+    def sbatch(path):
         text, number = Path(path).read_text(), str(100 * len(calls) + 100)
         calls.append(text)
         if len(calls) == at and moment == "before sbatch":
@@ -99,7 +100,7 @@ def test_a_command_killed_at_any_sbatch_is_completed_by_the_next(
             rows[label] = listed(Path(path).parent, job)
         if len(calls) == at:
             raise Killed
-        return f"{number};here\n"
+        return f"Submitted batch job {number}"
 
     cancel = Mock(side_effect=lambda _, *labels: [rows.pop(label) for label in labels] and "")
     slurm("here", squeue=lambda *_: "".join(rows.values()), scancel=cancel, sbatch=sbatch)
@@ -135,18 +136,28 @@ def test_a_command_killed_at_any_sbatch_is_completed_by_the_next(
 
 
 @pytest.mark.parametrize(("n", "image"), [(1, None), (3, "docker://x#y")])
-def test_what_sbatch_is_asked_for(tmp_path, slurm, n, image):
+def test_what_sbatch_is_asked_for(tmp_path, slurm, monkeypatch, n, image):
     given = {"partition": "gpu", "account": "a b", "qos": "q", "constraint": "c", "gpus": 2}
-    more = {"setup": ["module load x"], "options": {"exclusive": "true", "exclude": "n17"}}
+    more = {"setup": ["module load x"], "options": {"exclusive": "true", "comment": "a\nrm b"}}
     cluster = Cluster(kind="slurm", container=image, **given, **more)
     (tmp_path / guard.TASKS).write_text("{}")
     code, needed = submit.Snapshot(tmp_path, "0"), submit.JobResources(4, 2, 7.3, 3, 2)
-    slurm("here", sbatch=Mock(side_effect=ClusterError("error: seen")))
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "3")  # of an enclosing job
+    texts = []
+
+    def sbatch(path):
+        assert "SLURM_MEM_PER_NODE" not in os.environ
+        texts.append(Path(path).read_text())
+        raise FailedJobError("error: seen")
+
+    slurm("here", sbatch=sbatch)
     with pytest.raises(ClusterError, match=r"error: seen.* 2 GPU\(s\), 7\.3 GiB .*cluster\.gpus"):
         submit._send(tmp_path, "2", 2, n, needed, cluster, code, ("5", "6"))
-    text = (tmp_path / "2.sh").read_text()
+    assert os.environ["SLURM_MEM_PER_NODE"] == "3"
+    (text,) = texts
     lines = [x.removeprefix("#SBATCH --") for x in text.splitlines() if "#SBATCH" in x]
     given = dict(line.partition("=")[::2] for line in lines)
+    assert given["comment"] == "'a rm b'" and "wckey" not in given
     assert given["mem"] == "7475M" and given["exclusive"] == "" and given["account"] == "'a b'"
     assert given["dependency"] == "afterany:5:6" and ("array" in given) == (n > 1)
     assert given["job-name"] == f"{tmp_path.name}-2"
@@ -178,7 +189,7 @@ def job_of(number, restart=0, cluster="here"):
 
 def test_the_worst_step_decides_how_a_job_ended(folder, tmp_path, slurm):
     name = f"{folder.name}-0"
-    (folder / "7_1.log").touch()
+    (folder / "7_1_0_log.out").touch()
     lines = [f"11|7_1|{name}|FAILED|1:0|n1", "11.batch|7_1.batch|batch|FAILED|1:0|n1"]
     lines += ["11.0|7_1.0|python|OUT_OF_MEMORY|0:125|n1", f"12|7_2|{name}|CANCELLED by 5|0:0|n2"]
     lines += [f"13|7_3|{name}|RUNNING|0:0|n2", f"14|7_4|{name}|FAILED|9:0|n2"]
@@ -186,7 +197,7 @@ def test_the_worst_step_decides_how_a_job_ended(folder, tmp_path, slurm):
     owners = {str(k): job_of(k) for k in (11, 12, 13, 14)}
     found = queue.causes(tmp_path, {**owners, "other": {}, "there": job_of(12, cluster="there")})
     assert found.keys() == {"11", "12", "14"} and "CANCELLED" in found["12"]
-    assert "cluster.mem_gib" in found["11"] and "7_1.log" in found["11"]
+    assert "cluster.mem_gib" in found["11"] and "7_1_0_log.out" in found["11"]
     assert "memory" in found["14"] and "memory" not in found["12"]
 
 
