@@ -47,7 +47,7 @@ END = "end"
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
 """Stored key: whether the run resumed in a different pack, or with other ROWS, PROCESSES, PARTS."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
+NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError)
 """Errors that are never caused by a data set."""
 
 
@@ -86,7 +86,7 @@ def execute(
         raise
     except Exception as error:
         cause, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        if isinstance(error, OSError):  # of the machine, not of the runs
+        if isinstance(error, OSError) and claimed.concerns_folder(error):
             claimed.end_all("stopped", cause, trace)
             why = f"{error.filename or store.root} cannot be read or written ({error})"
             if error.errno in DISK_FULL:
@@ -155,6 +155,11 @@ class _Pack:
         if state == "failed":
             self.report({"run": rid, "ended": "failed", "cause": cause})
 
+    def concerns_folder(self, error: Exception) -> bool:
+        """Return whether an error is of the run folder or its disk, so that no run can go on."""
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        return full or str(getattr(error, "filename", "")).startswith(str(self.store.root))
+
     def end_all(self, state: str, cause: str, trace: str = "") -> str:
         """End the attempts at all unfinished runs.
 
@@ -186,7 +191,8 @@ class _Pack:
             try:
                 found = self._attempt(part, planned_rows, limit)
             except Exception as error:
-                if not self.exec.skip_broken_data or isinstance(error, NOT_OF_THE_DATA):
+                of_all = isinstance(error, NOT_OF_THE_DATA) or self.concerns_folder(error)
+                if of_all or not self.exec.skip_broken_data:
                     raise
                 parts = [*self._without_broken_data(part, error), *parts]
                 continue

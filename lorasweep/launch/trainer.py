@@ -82,12 +82,12 @@ class TorchTrainer:
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Events:
-        """Train a pack on one base. A DataError has the attribute `dataset`: the one at fault."""
+        """Train a pack on one base. Errors of data have an attribute: the `dataset` at fault."""
         base, data = self.base(pack[0], exec_), {}
         for spec in pack:
             try:
                 data[spec.id] = self.data(spec, exec_, base)
-            except DataError as error:
+            except (DataError, OSError) as error:
                 error.__dict__["dataset"] = spec.dataset
                 raise
         if base.mesh.size > 1:

@@ -43,6 +43,7 @@ from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.trainer import Events, Report, Trainer, trainer_named
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import load_of
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
@@ -154,6 +155,14 @@ def check_world_size(
     size, gpus = exec_.world_size, hardware.gpus
     for uneven in (spec.batch_size for spec in specs if spec.batch_size % size):
         raise SpecError(f"exec.world_size={size} does not divide batch_size={uneven}.")
+    for model, method in {(spec.model, spec.method) for spec in specs}:
+        rank = getattr(method, "rank", 0)  # each factor of an adapter is split along a side
+        for m in load_of(model, method).adapted:
+            if any(all(n % size for n in (side, rank, m.n_experts)) for side in (m.d_in, m.d_out)):
+                raise SpecError(
+                    f"exec.world_size={size} divides neither rank {rank} nor a side of an adapter "
+                    f"of {model.name} ({m.d_in} x {m.d_out}). Choose a divisor of its width."
+                )
     if cluster.kind == "local" and gpus and size * (exec_.workers or 1) > gpus:
         raise SpecError(
             f"exec.world_size={size}: every process of a run needs a separate GPU, and this "

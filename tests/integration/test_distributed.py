@@ -191,8 +191,16 @@ def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(tmp_path):
     assert same(*losses, ROUNDING[10]) and list(losses[0]) == [1, 2, 3, 4]
 
 
-def test_more_processes_than_gpus_are_refused():
+def test_processes_that_cannot_share_a_run_are_refused():
     (point,) = compose_request([*SMALL, "method=fullft"]).points
+    for size, given, why in ((3, (), "batch_size=8"), (5, ("batch_size=5",), "rank 4 nor a side")):
+        with pytest.raises(SpecError, match=f"exec.world_size={size} .*{why}"):
+            check_world_size(
+                compose_request([*SMALL, *KINDS["adapters"], *given]).points[0:1],
+                Exec(world_size=size),
+                Cluster(kind="slurm", gpus=size),
+                Hardware("box"),
+            )
     machine = Hardware("box", gpus=2, gpu_name="H100", gpu_memory_gib=80.0)
 
     def check(cluster=None, **settings):

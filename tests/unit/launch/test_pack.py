@@ -1,5 +1,6 @@
 """One pack in a worker: claims that other workers take over, stops, and accesses to the folder."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -103,13 +104,25 @@ def test_a_run_that_cannot_be_claimed_is_an_error_and_no_failure_of_others(pair,
 
     def of_another_user(spec):
         if spec is specs[1]:
-            raise PermissionError(errno.EACCES, "Permission denied", "x/attempts/1")
+            raise PermissionError(errno.EACCES, "Permission denied", f"{store.root}/attempts/1")
         return claim(spec)
 
     monkeypatch.setattr(store, "claim", of_another_user)
     with pytest.raises(StoreError, match="attempts/1 cannot be read or written"):
         train(store, specs, Scripted(1))
     assert store.end(specs[0].id, 1)["state"] == "stopped"
+
+
+@pytest.mark.parametrize(("number", "state"), [(errno.ENOENT, "failed"), (errno.ENOSPC, "stopped")])
+def test_a_file_of_a_run_that_is_gone_fails_it_alone_and_a_full_disk_stops_all(pair, number, state):
+    store, specs = pair
+
+    def before(*_):
+        raise OSError(number, "said", "/elsewhere/rows.jsonl")
+
+    with pytest.raises(StoreError) if state == "stopped" else contextlib.nullcontext():
+        train(store, specs, Scripted(1, before))
+    assert {store.end(s.id, 1)["state"] for s in specs} == {state}
 
 
 def test_a_stop_during_the_pretraining_of_a_base_takes_effect_after_one_update(tmp_path):

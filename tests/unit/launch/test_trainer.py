@@ -1,6 +1,7 @@
 """Data of the real trainer: tokenized once, one for a run folder, broken for its owner alone."""
 
 import dataclasses
+import errno
 import json
 from contextlib import suppress
 from types import SimpleNamespace
@@ -135,7 +136,8 @@ def test_broken_data_fail_only_their_owners_run(pack, tmp_path):
             train(pack, tmp_path / cause, skip_broken_data=False)
 
 
-def test_an_error_in_training_is_quoted_to_its_owner_only(pack, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KeyError(SECRET), OSError(errno.EIO, "broken", SECRET)])
+def test_an_error_in_training_is_quoted_to_its_owner_only(pack, tmp_path, monkeypatch, error):
     """It is found by halves: the runs resume from their checkpoints in smaller packs."""
     monkeypatch.setattr(packs, "CHECKPOINT_SHARE", 0)
 
@@ -143,7 +145,7 @@ def test_an_error_in_training_is_quoted_to_its_owner_only(pack, tmp_path, monkey
         def __call__(self, pack, exec_, resume):
             for event in super().__call__(pack, exec_, resume):
                 if event.step == 3 and any(s.dataset.name == "secret" for s in pack):
-                    raise KeyError(SECRET)
+                    raise error
                 yield event
 
     store, _, states = train(pack, tmp_path, Broken())
