@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.errors import DataError, ModelError
+from lorasweep.errors import DataError, ModelError, TrainingError
 from lorasweep.launch.process import (
     StopFlag,
     Stopped,
@@ -206,7 +206,8 @@ def measure_packs(
 ) -> None:
     """Time STEPS updates of ever larger packs for each shape of `specs` that is not measured yet.
 
-    Finished shapes are kept. Raises StoreError if another process measures and does not end.
+    Finished shapes are kept. Raises TrainingError if a measurement fails, StoreError if another
+    process measures and does not end.
     """
     os.environ.update(worker_environment(threads=1))  # before torch is imported
     keep_freed_memory()
@@ -229,7 +230,6 @@ def measure_packs(
                 "warmup_steps": 0,
             }
             spec_ = dataclasses.replace(spec, **short)
-            trainer.data(spec_, here)  # loads the base
             step_s: dict[int, float] = {}
             left = BUDGET_S
             sizes = GPU_SIZES if hardware.gpus else SIZES
@@ -238,17 +238,19 @@ def measure_packs(
                 most = MEMORY_SHARE * (hardware.worker_gib or math.inf)
                 if size > 1 and planned.memory_gib > most:
                     break
-                started = time.monotonic()
                 # learning rates too small to change anything
                 pack = [dataclasses.replace(spec_, lr=1e-6 * (1 + k)) for k in range(size)]
                 as_planned = dataclasses.replace(here, micro_batch_size=planned.layout.rows)
                 try:
+                    trainer.data(spec_, here)  # loads the base, once
+                    started = time.monotonic()
                     events = trainer(pack, as_planned, None)
                     times = [next(iter(event.records.values()))["step_s"] for event in events]
                 except Exception as error:
-                    if size == 1 or not is_out_of_memory(error):
-                        raise
-                    break
+                    if size > 1 and is_out_of_memory(error):
+                        break
+                    remedy = "Run the sweep without it, or lower exec.pack_size."
+                    raise TrainingError(f"the measurement failed: {error}. {remedy}") from error
                 step_s[size] = statistics.median_high(times[WARM:])
                 took = time.monotonic() - started
                 left -= took
