@@ -49,7 +49,7 @@ from lorasweep.spec.run import is_unpinned
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point, planned_seeds
-from lorasweep.sweep.names import run_names, trained_plain, trained_text
+from lorasweep.sweep.names import run_names, trained_by_set
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 from lorasweep.sweep.search import MIN_SEEDS
@@ -69,7 +69,7 @@ SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used if a larger scale states none."""
 EXAMPLE = 300
 """Characters of an example."""
-OPEN_STATES = ("missing", "queued", "running", "interrupted")
+OPEN_STATES = {"missing", "queued", "running", "interrupted"}
 """States of unfinished runs; queued: missing or interrupted, and in a live job."""
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
 SHOWN = 20
@@ -93,18 +93,29 @@ def show(request: Request, store: RunStore) -> Answer:
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
     if outlooks:
         found["claims"] = [o.plain() for o in outlooks]
-    if request.members:
-        found["fleet"] = fleet_costs(request, store, plan)
     lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
     lines += search_lines(request)
-    lines += fleet_lines(found["fleet"], f"on {plan.workers} worker(s)") if request.members else []
+    if request.members:
+        found["fleet"], more = fleet_costs(request, store, plan, f"on {plan.workers} worker(s)")
+        lines += more
     return Answer(found, [*lines, *(o.line() for o in outlooks)])
 
 
 def layers(request: Request, store: RunStore) -> Answer:
     """Show the matrices that each kind of run trains, by layer set."""
-    kinds = trained_plain(request.points)
-    return Answer({"sweep": request.sweep_name, "kinds": kinds}, trained_text(kinds))
+    kinds, lines = [], list[str]()
+    columns = ("layer_set", "matrices", "shapes", "ranks", "trained", "weights")
+    found = {(p.spec.model.name, p.spec.method.canonical): p.spec for p in request.points}
+    for s in found.values():
+        method, sets = s.method.plain(), trained_by_set(s.method, s.model)
+        trained = s.method.n_trainable(s.model)
+        names = {"model": s.model.name, "method": method}
+        kinds.append({**names, "trained": trained, "layer_sets": sets})
+        given = ", ".join(f"{k}={v}" for k, v in method.items() if k != "name")
+        rows = [{**f, "shapes": ", ".join(f["shapes"])} for f in sets]
+        rows.append({"layer_set": "total", "trained": trained, "weights": s.model.n_params})
+        lines += [f"{s.method.name} on {s.model.name} ({given})", *table(rows, *columns), ""]
+    return Answer({"sweep": request.sweep_name, "kinds": kinds}, lines[:-1])
 
 
 def measure(request: Request, store: RunStore) -> Answer:
@@ -214,11 +225,13 @@ def search_lines(request: Request) -> list[str]:
     ]
 
 
-def fleet_costs(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
+def fleet_costs(
+    request: Request, store: RunStore, plan: Plan, per: str
+) -> tuple[dict[str, Any], list[str]]:
     """Compare the cost of a fleet's unfinished runs in packs and one by one, for each base.
 
-    Returns JSON values. Times are those of all workers; on GPUs with a data sheet, of one GPU.
-    `alone_s` is None if no step of such runs was timed outside of a pack.
+    Returns JSON values and lines. Times are those of all workers; on GPUs with a data sheet, of one
+    GPU (`per`). `alone_s` is None if no step of such runs was timed outside of a pack.
     """
     hardware, bases, rows = plan.hardware, dict[str, list[Point]](), list[dict[str, Any]]()
     single = Planner(hardware, dataclasses.replace(request.exec, pack_size=1))
@@ -245,30 +258,21 @@ def fleet_costs(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]
     for row in (*rows, total):
         known = row["alone_s"] is not None and row["together_s"]
         row["ratio"] = row["alone_s"] / row["together_s"] if known else None
-    return {
-        **{"customers": customer_counts(request, store), "bases": rows, "total": total},
+    by_outcome = counts([outcome_of(m, store) for m in planned(request.members, request.points)])
+    values = {
+        **{"customers": by_outcome, "bases": rows, "total": total},
         **{"timed": total["alone_s"] is not None, "workers": plan.workers},
         "kinds": len({shape_of(p.spec) for p in plan.todo}),
     }
-
-
-def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
-    """Count a fleet's customers by outcome."""
-    return counts([outcome_of(m, store) for m in planned(request.members, request.points)])
-
-
-def fleet_lines(values: dict[str, Any], per: str) -> list[str]:
-    """Return the costs of a fleet in lines; `per`: unit of the times."""
-    lines = ["", counts_line(values["customers"])]
-    rows = [*values["bases"], *([values["total"]] if len(values["bases"]) > 1 else [])]
+    lines = ["", counts_line(by_outcome)]
     if not rows:
-        return [*lines, "nothing is left to train"]
+        return values, [*lines, "nothing is left to train"]
+    shown = [*rows, total] if len(rows) > 1 else rows
     keys = ("base", "customers", "runs", "packs", "together_s", "alone_s", "ratio")
-    lines += [f"unfinished runs, {per}:", "", *table(rows, *keys), ""]
     said = "computed from step times; alone, each run also starts a process and loads the base"
     if not values["timed"]:
         said = "Alone: not known, as no step of such runs was timed here: action=measure_packs"
-    return [*lines, said]
+    return values, [*lines, f"unfinished runs, {per}:", "", *table(shown, *keys), "", said]
 
 
 # ---------------------------------------------------------------- on GPUs with a data sheet
@@ -299,15 +303,15 @@ def _on_gpus(
         "sweeps": sweeps,
         "total": costs("total", total, hardware, request.cluster.work_max),
     }
+    budgeted, costly, queue = list[str](), list[str](), dict[str, Any]()
     if request.budget and not is_search(request):
-        found["budget"] = _within_budget(request, every)
-    queue: dict[str, Any] = {}
+        found["budget"], budgeted = _within_budget(request, every)
     points = planner.without_too_large(request.points)
     if points and (request.members or (request.cluster.kind == "slurm" and not request.parts)):
         with suppress(SpecError):  # the table says which runs fit nowhere, and why
             plan = make_plan(points, store, request.exec, hardware)
             if request.members:
-                found["fleet"] = fleet_costs(request, store, plan)
+                found["fleet"], costly = fleet_costs(request, store, plan, "in time of one GPU")
             if request.cluster.kind == "slurm":
                 asked = dataclasses.replace(request, points=points)
                 queue = difference(asked, store, plan)
@@ -326,11 +330,8 @@ def _on_gpus(
         training_share=TRAINING_SHARE,
         verdicts=[(c.request.sweep_name, c.plain, c.stays_open) for c in every],
     )
-    lines = [*about.get("understood", ()), text.rstrip(), *queue_lines(queue)]
-    lines += _budget_lines(found["budget"]) if "budget" in found else []
-    lines += search_lines(request)
-    lines += fleet_lines(found["fleet"], "in time of one GPU") if "fleet" in found else []
-    return Answer(found | queue, lines)
+    lines = [*about.get("understood", ()), text.rstrip(), *queue_lines(queue), *budgeted]
+    return Answer(found | queue, [*lines, *search_lines(request), *costly])
 
 
 # ---------------------------------------------------------------- claims, and within a budget
@@ -390,8 +391,10 @@ def _claim_costs(request: Request, missing: Sequence[Point], planner: Planner) -
     return found
 
 
-def _within_budget(request: Request, costs: Sequence[ClaimCost]) -> dict[str, Any]:
-    """Return as JSON values which claims a budget decides, in which order, and which stay open.
+def _within_budget(
+    request: Request, costs: Sequence[ClaimCost]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return which claims a budget decides, in which order, and which stay open; and in lines.
 
     `commands` are those that train the chosen claims; `open` has the reason for each other claim,
     and the GPU-hours that it takes in addition to the chosen ones.
@@ -416,24 +419,17 @@ def _within_budget(request: Request, costs: Sequence[ClaimCost]) -> dict[str, An
         for k, hours in sorted(others, key=lambda other: other[1])
     ]
     unknown = [name | {"why": c.stays_open} for name, c in zip(names, costs) if c.stays_open]
-    return {
-        "gpu_hours": asked.amount / 3600,
-        "used": chosen[-1][-1] if chosen else 0.0,
+    hours, used = asked.amount / 3600, chosen[-1][-1] if chosen else 0.0
+    found: dict[str, Any] = {
+        **{"gpu_hours": hours, "used": used},
         "chosen": [names[known[k]] | dict(zip(keys, values)) for k, *values in chosen],
-        "commands": [*commands.values()],
-        "open": [*over, *unknown],
+        **{"commands": [*commands.values()], "open": [*over, *unknown]},
     }
-
-
-def _budget_lines(found: dict[str, Any]) -> list[str]:
-    """Return a budget's claims as lines of text."""
-    keys = ("claim", "sweep", "runs", "gpu_hours", "cumulative_gpu_hours")
     left = table(found["open"], "claim", "sweep", "gpu_hours", "why")
-    total = f"{found['used']:,.0f} of {found['gpu_hours']:,.0f} GPU-hours"
-    bought = table(found["chosen"], *keys)
-    return [
-        "",
-        f"within the budget, by claims per GPU-hour: {len(found['chosen'])} claims, {total}",
+    bought = table(found["chosen"], "claim", "sweep", *keys)
+    total = f"{len(chosen)} claims, {used:,.0f} of {hours:,.0f} GPU-hours"
+    return found, [
+        *["", f"within the budget, by claims per GPU-hour: {total}"],
         *(bought and [*bought, "", "to train them:"]),
         *(f"  {command}" for command in found["commands"]),
         *(left and ["", "what stays open:", *left]),
@@ -448,7 +444,7 @@ def show_status(request: Request, store: RunStore) -> Answer:
     while True:
         values = status(request, store, all_points(request, store))
         answer = Answer(values, status_text(request, values))
-        if not (request.watch and any(values["runs"].get(s) for s in OPEN_STATES)):
+        if not request.watch or OPEN_STATES.isdisjoint(values["runs"]):
             return answer
         if request.format != "json" and sys.stdout.isatty():
             print("\033[2J\033[H", end="")  # shown in place
@@ -504,7 +500,11 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     return {
         "sweep": request.sweep_name,
         "scale": request.scale,
-        "customers": customer_counts(request, store) if request.members else None,
+        "customers": counts(
+            [outcome_of(m, store) for m in planned(request.members, request.points)]
+        )
+        if request.members
+        else None,
         "runs": {"total": len(plan.points), "todo": len(plan.todo), **Counter(states.values())},
         "arms": [*arms.values()],
         "best": best,

@@ -1,11 +1,8 @@
-"""Text for people: short names of runs, aligned tables, and what is trained of each layer set.
-
-No program parses this text. Trained parameters are counted from shapes alone.
-"""
+"""Short names of runs, aligned tables, and counts of what is trained of each layer set."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
@@ -15,7 +12,6 @@ from lorasweep.sweep.grid import Point
 FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")
 """Fields that come first in a name, in this order."""
 REST = "embedding, norms"
-HEAD = ("layer set", "matrices", "inputs x outputs", "rank", "trained", "weights")
 
 
 def run_names(points: Sequence[Point]) -> dict[str, str]:
@@ -53,21 +49,13 @@ def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> lis
     ]
 
 
-class Trained(NamedTuple):
-    """Trained parameters of one method in one layer set of a model."""
+def trained_by_set(method: Method, model: ModelSpec) -> list[dict[str, Any]]:
+    """Count trained parameters by layer set, and of the rest; their sum is `method.n_trainable`.
 
-    layer_set: str
-    matrices: int
-    """Number of matrices, over all experts."""
-    shapes: list[str]
-    ranks: list[int]
-    trained: int
-    weights: int
-
-
-def trained_by_set(method: Method, model: ModelSpec) -> list[Trained]:
-    """Count trained parameters by layer set, and of the rest; their sum is `method.n_trainable`."""
-    found, sets = [], method.target_layers()
+    Counts are made from shapes alone; `matrices` counts those of all experts.
+    """
+    keys = ("layer_set", "matrices", "shapes", "ranks", "trained", "weights")
+    found, sets = list[dict[str, Any]](), method.target_layers()
     for layer_set in (*LAYER_SETS, *([ROUTER] if model.n_experts else [])):
         matrices = model.matrices((layer_set,))
         weights = sum(m.size for m in matrices)
@@ -83,40 +71,8 @@ def trained_by_set(method: Method, model: ModelSpec) -> list[Trained]:
             for m in matrices
         )
         count = sum(m.count for m in matrices)
-        found.append(Trained(layer_set, count, list(shapes), sorted(ranks), trained, weights))
-    trained, weights = method.n_trainable(model), model.n_params
-    rest = trained - sum(f.trained for f in found), weights - sum(f.weights for f in found)
-    return [*found, Trained(REST, 0, [], [], *rest)]
-
-
-def trained_plain(points: Iterable[Point]) -> list[dict[str, Any]]:
-    """Return what is trained for each pair of model and method, as JSON values."""
-    found = {(p.spec.model.name, p.spec.method.canonical): p.spec for p in points}
-    return [
-        {
-            "model": s.model.name,
-            "method": s.method.plain(),
-            "trained": s.method.n_trainable(s.model),
-            "layer_sets": [f._asdict() for f in trained_by_set(s.method, s.model)],
-        }
-        for s in found.values()
-    ]
-
-
-def trained_text(kinds: Iterable[dict[str, Any]]) -> str:
-    """Return the values of `trained_plain` as tables."""
-    tables = []
-    for kind in kinds:
-        sets = [Trained(**f) for f in kind["layer_sets"]]
-        rows = [HEAD]
-        for f in sets:
-            shown, ranks = str(f.matrices or "-"), ", ".join(map(str, f.ranks)) or "-"
-            trained = f"{f.trained:,}" if f.trained else "frozen"
-            rows.append((f.layer_set, shown, ", ".join(f.shapes), ranks, trained, f"{f.weights:,}"))
-        weights = sum(f.weights for f in sets)
-        rows.append(("total", "", "", "", f"{kind['trained']:,}", f"{weights:,}"))
-        given = ", ".join(f"{k}={v}" for k, v in kind["method"].items() if k != "name")
-        lines = [f"  {line}" for line in aligned(rows, numbers=(1, 3, 4, 5))]
-        head = f"{kind['method']['name']} on {kind['model']} ({given})"
-        tables.append("\n".join([head, *lines]))
-    return "\n\n".join(tables)
+        row = (layer_set, count, list(shapes), sorted(ranks), trained, weights)
+        found.append(dict(zip(keys, row)))
+    trained = method.n_trainable(model) - sum(f["trained"] for f in found)
+    weights = model.n_params - sum(f["weights"] for f in found)
+    return [*found, dict(zip(keys, (REST, 0, [], [], trained, weights)))]

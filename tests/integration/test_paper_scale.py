@@ -42,7 +42,7 @@ def runs():
 
 def said(method, model):
     """How many parameters a method says that it trains, by layer set."""
-    found = Counter({t.layer_set: t.trained for t in trained_by_set(method, model)})
+    found = Counter({t["layer_set"]: t["trained"] for t in trained_by_set(method, model)})
     if model.tied and not method.target_layers():  # one matrix with the embedding, trained once
         found[REST] += found.pop("unembedding")
     return +found

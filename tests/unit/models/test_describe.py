@@ -128,7 +128,7 @@ def test_every_count_is_that_of_the_modules(made, tmp_path):
         return sum(p.numel() for n, p in named if p.dim() > 1 and any(w in n for w in words))
 
     assert spec.n_params == sum(p.numel() for p in model.parameters())
-    by_set = {f.layer_set: f.weights for f in trained_by_set(FullFT(), spec)}
+    by_set = {f["layer_set"]: f["weights"] for f in trained_by_set(FullFT(), spec)}
     router, head = count("mlp.gate."), model.lm_head.weight.numel()
     wanted = {"attention": count("self_attn"), "mlp": count("mlp") - router, "unembedding": head}
     assert by_set.items() >= {**wanted, **({ROUTER: router} if moe else {})}.items()
