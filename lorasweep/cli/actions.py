@@ -6,14 +6,13 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from lorasweep.cli import answer as answers
-from lorasweep.cli.printed import Answer
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError, unknown
 from lorasweep.launch.slurm.job import stoppable
 from lorasweep.launch.slurm.queue import RunningJobs
@@ -189,12 +188,6 @@ def check(request: Request) -> None:
             raise SpecError(f"{key} is only for {' and '.join(readers)}, so leave it out here.")
 
 
-def function_of(name: str) -> Callable[..., Answer]:
-    """Import the function of an action."""
-    module, _, function = ACTIONS[name].does.partition(":")
-    return getattr(import_module(f"lorasweep.cli.{module}"), function)
-
-
 def act(
     request: Request, trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None
 ) -> int:
@@ -214,7 +207,7 @@ def act(
         request = customers.plan_fleet(request)
         name = "fleet" if request.action == "run" else name
     status = int(name != "fleet" and any(m["problem"] for m in request.members))
-    do = function_of(name)
+    do = resolve_name(f"lorasweep.cli.{ACTIONS[name].does}")
     context = {"trainer": trainer, "follow": follow, "store": store}
     context = {k: v for k, v in context.items() if k in inspect.signature(do).parameters}
     on_gpus = bool(request.hardware) and hardware_of(request).has_speeds

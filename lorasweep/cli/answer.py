@@ -103,14 +103,13 @@ def is_search(request: Request) -> bool:
 def _searched(request: Request, store: RunStore) -> list[Point]:
     """Return the runs of a search so far, within its budget."""
     assert request.sweep is not None and request.sweep.search is not None
-    results = cache(store.result)
-    budget = parse_budget(request.budget, request.points[0].spec.steps)
+    results, first = cache(store.result), request.points[0].spec
+    budget = parse_budget(request.budget, first.steps)
 
     def loss(rid: str) -> float | None:
-        result = results(rid)
-        if result is None:
+        if (result := results(rid)) is None:
             return None
-        found = final_loss(result, on_validation=request.points[0].spec.dataset.n_validation > 0)
+        found = final_loss(result, on_validation=first.dataset.n_validation > 0)
         return math.inf if found is None else found
 
     def may_begin(known: Sequence[Point], new: Sequence[Point]) -> bool:

@@ -143,14 +143,6 @@ def _is_within(c: dict[str, Any], bound: float | None) -> bool:
     return c["same_state"] and abs(c["difference"] or 0.0) <= bound
 
 
-def _outcome(c: dict[str, Any]) -> str:
-    if c["difference"] is None:
-        return "diverged both times" if c["same_state"] else "ENDED DIFFERENTLY"
-    return "recorded {recorded:.6f}, alone {alone:.6f}, difference {difference:+.1e} nats".format(
-        **c
-    )
-
-
 # ---------------------------------------------------------------- adapter, verify, extend
 
 
@@ -183,7 +175,10 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
     then, here = ({**env, **env.get("packages", {})} for env in envs)
     shared = sorted(k for k in here.keys() & then.keys() if isinstance(here[k], str))
     differs = [f"{k} {then[k]} then, {here[k]} now" for k in shared if here[k] != then[k]]
-    why = f"{_outcome(comparison)}; what differs: {'; '.join(differs) or 'nothing recorded'}"
+    why = "ended differently"  # the recorded run is done
+    if comparison["difference"] is not None:
+        why = "recorded {recorded:.6f}, alone {alone:.6f}, difference {difference:+.1e} nats"
+    why = f"{why.format(**comparison)}; what differs: {'; '.join(differs) or 'nothing recorded'}"
     if not _is_within(comparison, bound):
         needed = math.ceil(100 * abs(comparison["difference"] or 0.0)) / 100
         raise TrainingError(
@@ -284,16 +279,6 @@ def extend(request: Request, store: RunStore) -> Answer:
 # ---------------------------------------------------------------- a search of learning rates
 
 
-def _used(request: Request, points: Sequence[Point], store: RunStore) -> dict[str, str]:
-    """Return the budget that was given and the used amount, in words; empty without a budget."""
-    budget = parse_budget(request.budget, request.points[0].spec.steps)
-    if budget is None:
-        return {}
-    used = budget.used(points, store)
-    words = f"{used:.3g} runs" if budget.unit == "runs" else duration(used)
-    return {"given": budget.text, "used": words + " of GPUs" * (budget.unit == "gpuh")}
-
-
 def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     """Delete states and weights that no later run and no export needs.
 
@@ -369,12 +354,40 @@ def finish(
     for p in judged(request, points):
         rates.setdefault(_rank(p), []).append(p.spec.lr)
     conclusion = conclude(request, results, max(map(min, rates.values()), default=math.inf))
-    if used := _used(request, points, store):
-        conclusion["budget"] = used
+    if budget := parse_budget(request.budget, request.points[0].spec.steps):
+        used = budget.used(points, store)
+        words = f"{used:.3g} runs" if budget.unit == "runs" else duration(used)
+        words += " of GPUs" * (budget.unit == "gpuh")
+        conclusion["budget"] = {"given": budget.text, "used": words}
     if request.out and conclusion["method"] is None:
         conclusion["out"] = f"nothing is written to {request.out}"
     elif request.out:
-        conclusion["out"] = _export(request, store, points, results, conclusion)
+        out, (served, form) = Path(request.out).expanduser(), _served(request)
+        arm = next(a for a in results["arms"] if a["rank"] == conclusion["rank"])
+        by_lr = _by_lr([p for p in judged(request, points) if _rank(p) == arm["rank"]], store)
+        tried = arm["best_tried"] or conclusion["lr"]
+        # of the seeds at the learning rate that the answer chose
+        lr = min(by_lr, key=lambda lr: abs(math.log(lr / tried)))
+        best = min(by_lr[lr], key=by_lr[lr].__getitem__)
+        conclusion["out"] = f"written to {request.out} (learning rate {lr:g})"
+        try:
+            weights = checkpoint.load_weights(store.folder(best.id))
+            if weights is None:
+                raise StoreError(
+                    f"the weights of run {best.id} were not kept (another command trained it, "
+                    "several processes did, or the disk was nearly full): python -m lorasweep "
+                    f"action=adapter run={best.id} out=FOLDER"
+                )
+            with folders.replaced(out, ANSWER) as partial:
+                commit = (store.result(best.id) or {}).get("base_commit")
+                write_adapter(partial, best.spec, weights, commit, request.exec.models_dir)
+                if served:
+                    templates.save(served, form["stop"], partial)
+                content = {k: v for k, v in conclusion.items() if k != "out"}
+                content = {**results, "answer": content, "prompt_form": form}
+                (partial / ANSWER).write_text(json.dumps(content, indent=1))
+        except LorasweepError as error:
+            conclusion["out"] = f"not written to {request.out}: {error}"
     return {**results, "answer": conclusion}, _lines(request, results, conclusion)
 
 
@@ -470,41 +483,6 @@ def gap_line(results: Mapping[str, Any]) -> str:
         f"gain on {results['n_test']} test rows"
         + said.get(verdict["outcome"], f": not decided at 5% ({verdict['why']})")
     )
-
-
-def _export(
-    request: Request,
-    store: RunStore,
-    points: Sequence[Point],
-    results: Mapping[str, Any],
-    conclusion: Mapping[str, Any],
-) -> str:
-    """Write the weights of the best run; return a sentence that says where they are, or why not."""
-    out, (served, form) = Path(request.out).expanduser(), _served(request)
-    arm = next(a for a in results["arms"] if a["rank"] == conclusion["rank"])
-    by_lr = _by_lr([p for p in judged(request, points) if _rank(p) == arm["rank"]], store)
-    tried = arm["best_tried"] or conclusion["lr"]
-    # of the seeds at the learning rate that the answer chose
-    lr = min(by_lr, key=lambda lr: abs(math.log(lr / tried)))
-    best = min(by_lr[lr], key=by_lr[lr].__getitem__)
-    try:
-        weights = checkpoint.load_weights(store.folder(best.id))
-        if weights is None:
-            raise StoreError(
-                f"the weights of run {best.id} were not kept (another command trained it, several "
-                "processes did, or the disk was nearly full): python -m lorasweep action=adapter "
-                f"run={best.id} out=FOLDER"
-            )
-        with folders.replaced(out, ANSWER) as partial:
-            commit = (store.result(best.id) or {}).get("base_commit")
-            write_adapter(partial, best.spec, weights, commit, request.exec.models_dir)
-            if served:
-                templates.save(served, form["stop"], partial)
-            content = json.dumps({**results, "answer": conclusion, "prompt_form": form}, indent=1)
-            (partial / ANSWER).write_text(content)
-    except LorasweepError as error:
-        return f"not written to {request.out}: {error}"
-    return f"written to {request.out} (learning rate {lr:g})"
 
 
 def _rank(point: Point) -> int | None:

@@ -55,11 +55,6 @@ class Conversation:
     """The format, and what the row has that is not in every such row."""
 
     @property
-    def with_tools(self) -> bool:
-        """Whether tools are described, called or heard."""
-        return "with tools" in self.kinds
-
-    @property
     def messages(self) -> list[Message]:
         """The role and the text of each message."""
         return [(turn["role"], text_of(turn)) for turn in self.turns]

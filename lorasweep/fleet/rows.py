@@ -290,7 +290,7 @@ def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> di
     """
     if spec.format in messages.LISTS:
         speaker, content = messages.LISTS[spec.format]
-        plain = [r for w, r in first if not messages.read(spec, r, w).with_tools]
+        plain = [r for w, r in first if "with tools" not in messages.read(spec, r, w).kinds]
         question_and_answer = [{speaker: "user"}, {speaker: "assistant"}]
         turns = min((r[spec.format] for r in plain), key=len, default=question_and_answer)
         roles = [messages.ROLES[spec.format][turn[speaker]] for turn in turns]

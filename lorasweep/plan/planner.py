@@ -89,11 +89,6 @@ def best_size(step_s: StepTimes) -> int:
     return best
 
 
-def step_s_at(step_s: StepTimes, size: int) -> float:
-    """Return the seconds per step and run at a pack size, or at the next smaller known size."""
-    return step_s[max((n for n in step_s if n <= size), default=min(step_s))]
-
-
 def shape_of(spec: RunSpec) -> Shape:
     """Return the settings that determine the time of a step; of text data only max_length."""
     method = spec.method
@@ -627,7 +622,8 @@ def make_packs(
         found, seconds = planner.speeds and planner.speeds.of(spec), None
         if found:
             updates = sum(updates_with_evaluations(p.spec) for p in points)
-            seconds = step_s_at(found, n) * updates
+            known = max((k for k in found if k <= n), default=min(found))  # else the next smaller
+            seconds = found[known] * updates
         where = planner.place(spec, n, planner.kind(spec).place if n > 1 else None)
         flops = sum(run_flops(p.spec) for p in points)
         packs.append(Pack(points, where.layout.rows, flops, seconds, where.memory_bytes))

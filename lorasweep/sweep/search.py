@@ -67,8 +67,12 @@ def search(
                 by_lr.setdefault(p.spec.lr, []).append(found)
         return {lr: sum(found) / len(found) for lr, found in by_lr.items()}
 
+    def is_of(p: Point, start: Point) -> bool:  # an arm and rank, at any length
+        same = dataclasses.replace(p.spec, steps=start.spec.steps)
+        return p.arm == start.arm and curve_key(Point(p.arm, same)) == curve_key(start)
+
     while True:
-        arms = [(start, [p for p in points if _is_of(p, start)]) for start in starts]
+        arms = [(start, [p for p in points if is_of(p, start)]) for start in starts]
         seeds, new = {p.spec.seed for p in points}, list[Point]()
         for start, own in arms:  # the range of each arm, with its first seed
             steps, seed = start.spec.steps, start.spec.seed
@@ -198,9 +202,3 @@ def _beyond(losses: Losses, factor: float) -> float | None:
     low = best == lrs[0] or math.isinf(losses[best])
     found = lrs[0] / factor if low else lrs[-1] * factor
     return snap_lr(found) if found <= HIGHEST else None
-
-
-def _is_of(point: Point, start: Point) -> bool:
-    """Return whether a run is one of an arm and rank, at any length."""
-    same = dataclasses.replace(point.spec, steps=start.spec.steps)
-    return point.arm == start.arm and curve_key(Point(point.arm, same)) == curve_key(start)
