@@ -196,14 +196,14 @@ def fleet(
 def plan_fleet(request: Request) -> Request:
     """Return the request for the runs of a table's customers; print the problems of rows.
 
-    With action=fleet, folders that will be written are checked first. One that cannot be written is
-    the problem of its customer alone.
+    With action=fleet, folders that will be written are checked first, and the licenses of the bases
+    are added. A folder that cannot be written is the problem of its customer alone.
 
     Raises:
         SpecError: a fleet cannot use the settings, or the table cannot be read.
         LorasweepError: the fleet's own folder cannot be written.
     """
-    from lorasweep.models import load
+    from lorasweep.models import find, load
 
     check_installed("jinja2", f"action={request.action} with a table of customers")
     if request.members:  # planned before; a follow-up job does not read the table again
@@ -227,7 +227,22 @@ def plan_fleet(request: Request) -> Request:
         request.exec, data_dir=data_dir, keep_weights=True, skip_broken_data=True
     )
     if training:
-        members = _for_training(members, customers, request, exec_)
+        data = {c.data for c in customers if isinstance(c, Customer) and c.data}
+        inputs = {request.customers, *filter(os.path.exists, data)}
+        points = [p for m in members for p in m.points]
+        models = {p.spec.model for p in points}
+        folders.check(folder, runs.RULES, exec_, models, inputs)
+        store, license_of = RunStore(exec_.runs_dir), cache(find.license_of)
+        every = with_further(points, store, go_on="rates" not in request.given)
+        unfinished = {p.arm for p in every if not store.result(p.id)}
+        for k, m in enumerate(members):
+            try:
+                if m.folder in unfinished:  # else it is checked only if it is written
+                    folders.check(folder / m.folder, adapters.FACTS, exec_, models, inputs)
+                found = license_of(m.points[0].spec.model, tuple(dirs)) if m.points else {}
+                members[k] = dataclasses.replace(m, license=found)
+            except LorasweepError as error:
+                members[k] = Member(m.where, m.name, m.folder, f"{m.where}: {error}")
     notify = notifier(request, always=True)
     for m in members:
         if m.problem:
@@ -255,35 +270,6 @@ def plan_fleet(request: Request) -> Request:
         members=[m.plain() for m in members],
     )
     return dataclasses.replace(planned, points=all_points(planned, RunStore(exec_.runs_dir)))
-
-
-def _for_training(
-    members: Sequence[Member],
-    customers: Sequence[Customer | RowError],
-    request: Request,
-    exec_: Exec,
-) -> list[Member]:
-    """Check the folders that will be written, and add the licenses of the bases."""
-    from lorasweep.models import find
-
-    folder, points = Path(request.out), [p for m in members for p in m.points]
-    data = {c.data for c in customers if isinstance(c, Customer) and c.data}
-    inputs = {request.customers, *filter(os.path.exists, data)}
-    models = {p.spec.model for p in points}
-    folders.check(folder, runs.RULES, exec_, models, inputs)
-    store, license_of = RunStore(exec_.runs_dir), cache(find.license_of)
-    every = with_further(points, store, go_on="rates" not in request.given)
-    unfinished = {p.arm for p in every if not store.result(p.id)}
-    found = []
-    for m in members:
-        try:
-            if m.folder in unfinished:  # else it is checked only if it is written
-                folders.check(folder / m.folder, adapters.FACTS, exec_, models, inputs)
-            of = license_of(m.points[0].spec.model, tuple(exec_.models_dir)) if m.points else {}
-            found.append(dataclasses.replace(m, license=of))
-        except LorasweepError as error:
-            found.append(Member(m.where, m.name, m.folder, f"{m.where}: {error}"))
-    return found
 
 
 # ---------------------------------------------------------------- action=verify_served
