@@ -231,11 +231,6 @@ class Batch:
     """Whether models get the rows end to end instead of padded to the longest."""
 
     @property
-    def padded_tokens(self) -> int:
-        """Tokens of one run, with padding."""
-        return self.tokens_NX.shape[1]
-
-    @property
     def n_loss(self) -> int:
         """Number of tokens in the loss of all runs."""
         return int(self.weight_NM.sum())

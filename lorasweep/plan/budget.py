@@ -52,20 +52,16 @@ class Budget:
             until = max(until, end)
         return total
 
-    def expected(self, new: Sequence[Point], known: Sequence[Point], store: RunStore) -> float:
-        """Return how much of the budget `new` runs will use, as measured on the `known` runs.
-
-        0 if no run has finished.
-        """
-        done = full_runs(known, self.steps)
-        more = full_runs([*known, *new], self.steps) - done
-        return self.used(known, store) / done * more if done else 0.0
-
     def allows(self, new: Sequence[Point], known: Sequence[Point], store: RunStore) -> bool:
-        """Return whether runs may begin after others; runs that have begun always go on."""
+        """Return whether runs may begin after others; runs that have begun always go on.
+
+        They are expected to use as much of the budget as the `known` runs did.
+        """
         if any(store.last_attempt(p.id) or store.result(p.id) for p in new):
             return True
-        return self.used(known, store) + self.expected(new, known, store) <= self.amount
+        used, done = self.used(known, store), full_runs(known, self.steps)
+        more = used * full_runs([*known, *new], self.steps) / done if done else used
+        return more <= self.amount
 
 
 def parse_budget(text: str, steps: int) -> Budget | None:

@@ -125,7 +125,7 @@ def train(
 
             # ------------------------------------------------------------ records
             losses = (total_N / divisor_N.double())[groups].tolist()
-            n_padded = sum(b.padded_tokens for b in batches)
+            n_padded = sum(b.tokens_NX.shape[1] for b in batches)
             records: dict[str, Record] = {}
             diverged = set()
             update = objective.metrics(losses)

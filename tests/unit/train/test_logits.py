@@ -170,7 +170,7 @@ def test_padded_rows_need_no_mask_and_each_layer_keeps_a_mask_of_joined_rows():
     model, n_layers = model_of("Qwen3"), 2
     for join_rows, expected in ((True, n_layers), (False, 0)):
         batch = batch_of(2, LENGTHS, join_rows)
-        side = batch.padded_tokens if join_rows else max(max(x) for x in batch.lengths)
+        side = batch.tokens_NX.shape[1] if join_rows else max(max(x) for x in batch.lengths)
         rows = 2 if join_rows else 2 * len(LENGTHS)
         saved = saved_for_backward(model, lambda b=batch: nll.nll_sums(model, b, "fp64"))
         entries = [t.untyped_storage().nbytes() // t.element_size() for t in saved]
