@@ -62,7 +62,7 @@ CLUSTER = (*BATCHES, "cluster=slurm", "hardware=h100")
 def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere):
     plan = json.loads(command(*CLUSTER, "action=plan", "format=json").stdout)
     needed = [(j["nodes"], j["gpus"], j["workers"]) for j in plan["queue"]["jobs"]]
-    assert needed == [(1, 1, 1), (1, 4, 1)]
+    assert sorted(needed) == [(1, 1, 1), (1, 4, 1)]
     assert plan["queue"]["to_submit"] <= plan["sweeps"][0]["runs"]
     plan = command(*CLUSTER, "hardware.gpu_memory_gib=4", "action=plan")
     assert plan.returncode == 0 and "does not fit: fullft of llama-3.1-8b" in plan.stdout
