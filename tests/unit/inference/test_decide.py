@@ -63,20 +63,16 @@ def test_the_interval_is_compared_with_the_margin(low, value, high, better, outc
     assert gated.outcome == "UNDECIDED" and gated.why == gate.sentence
 
 
-def test_looks_are_judged_at_pococks_levels():
+def test_looks_are_judged_at_pococks_levels_and_p_is_the_level_at_which_it_is_decided():
     assert look_level(1) == pytest.approx(0.95) and look_level(3) == pytest.approx(0.9779)
     e = from_draws(np.exp(draws(math.log(10), 0.165, 0)), 9)
     once, thrice = (judged(e, log=True, level=look_level(n)) for n in (1, 3))
     assert once.outcome == "SUPPORTED" and thrice.outcome == "UNDECIDED" and "97.8%" in thrice.why
-
-
-def test_the_p_value_is_the_level_at_which_it_is_decided():
     values = np.exp(draws(math.log(10), 0.1, 1))
     p = p_value(values, 7.1, 14.1)
     low, high = np.quantile(values, [p / 2, 1 - p / 2])
     assert low >= 7.0 and high <= 14.2 and p < 0.01
-    assert p_value(values, 9.9, 10.1) > 0.5
-    assert p_value(values, 30, 40) <= 0.001
+    assert p_value(values, 9.9, 10.1) > 0.5 and p_value(values, 30, 40) <= 0.001
 
 
 def test_holm_corrects_primary_claims_only():
@@ -101,9 +97,7 @@ def test_a_run_without_a_value_decides_nothing_and_makes_no_other_claim_easier()
     weak = judged(from_draws(one_sided, 5), margin=[-10, 0], name="weak")
     assert weak.outcome == "SUPPORTED" and weak.p == pytest.approx(0.03)
     assert [v.outcome for v in holm([unknown, weak])] == ["UNDECIDED", "UNDECIDED"]
-
-
-def test_where_likely_rates_say_nothing_there_is_no_interval():
+    # nor where likely rates say nothing
     best, far = {s: 0.1 * s for s in range(3)}, dict.fromkeys(range(3), -math.inf)
     assert over_seeds(AtBest(best, (best,) * 40)).has_interval()
     one_in_four = over_seeds(AtBest(best, (best,) * 30 + (far,) * 10))
@@ -112,12 +106,9 @@ def test_where_likely_rates_say_nothing_there_is_no_interval():
     assert verdict.outcome == "UNDECIDED" and verdict.needed == REMEDIES["unread_at_likely_rates"]
 
 
-CASES = 8000
-
-
 def supported(n, sd, margin, level):
     """Share of planted samples of n seeds about 0 whose Student's interval lies in the margin."""
-    x = sd * np.random.default_rng(n).standard_normal((CASES, n))
+    x = sd * np.random.default_rng(n).standard_normal((8000, n))
     half = stats.t.ppf(0.5 + level / 2, n - 1) * x.std(1, ddof=1) / math.sqrt(n)
     return float(((margin[0] <= x.mean(1) - half) & (x.mean(1) + half <= margin[1])).mean())
 
@@ -168,8 +159,8 @@ def test_the_usual_variance_is_that_of_most_samples():
 @pytest.mark.parametrize(
     ("spreads", "shared"),
     [
-        *(((1,) * 8, 0.0), ((1, 3), 0.0), ((1, 5), 0.0), ((1, 1, 4), 0.0)),
-        *(((1, 1, 1, 1, 4), 0.0), ((1,) * 5, 0.8), ((1,) * 5, 0.95), ((1, 2, 2, 3, 4), 0.8)),
+        *((own, 0.0) for own in ((1,) * 8, (1, 3), (1, 5), (1, 1, 4), (1, 1, 1, 1, 4))),
+        *(((1,) * 5, 0.8), ((1,) * 5, 0.95), ((1, 2, 2, 3, 4), 0.8)),
     ],
 )
 def test_intervals_over_three_seeds_cover_and_are_at_least_students(spreads, shared):
@@ -199,14 +190,11 @@ def test_the_wider_interval_is_picked_at_the_level_that_judges(rounds):
     assert e.high == pytest.approx(widest, rel=2e-3) and e.low == pytest.approx(-widest, rel=2e-3)
 
 
-def test_three_seeds_need_nine_and_not_twenty_three():
-    """Three seeds' t is 5.7: it narrows faster than 1/sqrt(n), which asked for 23."""
+def test_seeds_that_are_needed_narrow_the_interval_and_not_an_error_that_all_share():
+    """Three seeds' t is 5.7: it narrows faster than 1/sqrt(n), which asked for 23 and not 9."""
     three = from_sample(np.exp(math.log(0.821) + 0.0766 * np.linspace(-1, 1, 3)), log=True)
     verdict = judged(three, log=True, level=0.9706, expected=1, margin=[0.9, 1.11])
     assert verdict.needed == "about 9 seeds at each optimum (now 3)" and verdict.missing == 6
-
-
-def test_an_error_that_all_seeds_share_does_not_fall_with_their_number():
     found = {}
     for shared in (0.0, 0.03, 0.06):
         spread = Spread(3, parts=(Part(0.05, 2),), shared=shared)
@@ -231,10 +219,8 @@ def test_what_is_counted_are_the_units_of_the_interval():
     ):
         verdict = judged(e, expected=1, margin=margin)
         assert verdict.outcome == "UNDECIDED" and unit in verdict.needed
-
-
-def test_a_partial_correlation_counts_the_means_that_were_subtracted():
-    """Twelve pairs of four groups, correlated within them. With n - 3 they held it in 90 to 92%."""
+    # A partial correlation counts the means that were subtracted: twelve pairs of four groups,
+    # correlated within them. With n - 3 they held it in 90 to 92%.
     rng, held = np.random.default_rng(1), 0
     for _ in range(600):
         pairs = rng.multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], (4, 3))

@@ -43,22 +43,16 @@ def test_every_gate_forbids_a_verdict_and_names_what_opens_it(code):
     assert written["code"] == code.name and gate_of(written) == gate
 
 
-@pytest.mark.parametrize(
-    ("flags", "first"),
-    [
+def test_the_remedy_follows_from_the_flags_and_from_what_more_runs_do_not_open():
+    for flags, first in (
         (("few_points", "at_edge"), "at_edge"),
         (("at_edge", "bounded_by_divergence"), "bounded_by_divergence"),
         (("no_usable_points", "no_variance"), "no_variance"),
         (("flat",), None),
-    ],
-)
-def test_the_remedy_follows_from_the_flags_of_an_optimum(flags, first):
-    verdict = judged(Gate(GateCode.FLAGGED, place="fullft: ", flags=flags))
-    assert verdict.why == f"fullft: {', '.join(flags)}"
-    assert verdict.needed == (REMEDIES[first] if first else SEEDS)
-
-
-def test_of_many_gates_the_one_that_more_runs_do_not_open_counts_first():
+    ):
+        verdict = judged(Gate(GateCode.FLAGGED, place="fullft: ", flags=flags))
+        assert verdict.why == f"fullft: {', '.join(flags)}"
+        assert verdict.needed == (REMEDIES[first] if first else SEEDS)
     edge = Gate(GateCode.FLAGGED, place="fullft: ", flags=("at_edge",))
     solved, rank = Gate(GateCode.TASK, "nearly solved"), Gate(GateCode.ONE_RANK)
     verdict = judged(edge, rank, solved)

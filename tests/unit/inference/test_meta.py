@@ -73,16 +73,13 @@ def test_random_effects_are_those_published_for_the_bcg_trials():
     assert equal.tau == 0 and equal.mean == pytest.approx(0.5) and equal.p_equal == pytest.approx(1)
 
 
-def draws(centre, sd, stream, n=4000):
-    return centre + sd * np.random.default_rng(stream).standard_normal(n)
-
-
 def test_a_planted_drift_is_found_and_a_flat_one_is_not():
-    ranks = [4, 8, 16, 32]
-    steep = drift(ranks, [draws(0.3 * k, 0.05, k) for k in range(4)], 40)
+    def found(ranks, slope, sd=0.05):
+        rngs = enumerate(map(np.random.default_rng, range(len(ranks))))
+        return drift(ranks, [slope * k + sd * rng.standard_normal(4000) for k, rng in rngs], 40)
+
+    steep, flat = (found([4, 8, 16, 32], slope) for slope in (0.3, 0.0))
     assert steep.slope.low < 0.3 < steep.slope.high
     assert steep.p_slope < 0.01 and steep.p_equal < 0.01
-    flat = drift(ranks, [draws(0.0, 0.05, k) for k in range(4)], 40)
     assert flat.slope.low < 0 < flat.slope.high and flat.p_slope > 0.05 and flat.p_equal > 0.05
-    assert drift([4], [draws(0, 1, 0)], 1).slope.value is None
-    assert drift([4, 4], [draws(0, 1, 0), draws(0, 1, 1)], 1).slope.value is None
+    assert found([4], 0.0).slope.value is found([4, 4], 0.0).slope.value is None

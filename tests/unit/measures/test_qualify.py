@@ -42,21 +42,19 @@ def test_runs_are_cut_where_their_task_is_over(rank_answer):
 
 
 def test_a_task_is_fit_by_its_gain_over_the_noise_and_by_what_is_left():
-    assert task_problems(2.0, 1.0, 1.5, noise=0.01) == []
-    (noisy,) = task_problems(2.0, 1.0, 1.5, noise=0.02)  # 0.5 / (0.02 sqrt(2)) is 17.7
-    assert noisy.startswith("the gain is 17.7 standard deviations")
-    assert task_problems(2.0, math.nan, 1.5, noise=0.01) == []  # real text has no floor
-    assert task_problems(2.0, 1.0, 1.5, noise=math.nan) == []
-    (solved,) = task_problems(2.0, 1.0, 1.1, noise=0.01)
-    assert solved.startswith("nearly solved")
-    assert task_problems(2.0, 1.9, 1.95, noise=1e-3) == []  # little to learn, but well measured
-
-
-@pytest.mark.parametrize(
-    ("gains", "stops"),
-    [([0.02, 0.025, 0.018], False), ([0.01, -0.02, 0.015], True), ([-0.01], True), ([0.01], False)],
-)
-def test_an_arm_has_stalled_if_its_last_doubling_does_not_clearly_gain(gains, stops):
-    points = {seed: [(32, 2.0), (64, 2.0 - g)] for seed, g in enumerate(gains)}
-    one = SimpleNamespace(curve=SimpleNamespace(name="fullft"))
-    assert bool(stalled([one], [points])) == stops
+    for *losses, noise, says in (
+        (2.0, 1.0, 1.5, 0.01, ""),
+        (2.0, 1.0, 1.5, 0.02, "the gain is 17.7 standard deviations"),  # 0.5 / (0.02 sqrt(2))
+        (2.0, math.nan, 1.5, 0.01, ""),  # real text has no floor
+        (2.0, 1.0, 1.5, math.nan, ""),
+        (2.0, 1.0, 1.1, 0.01, "nearly solved"),
+        (2.0, 1.9, 1.95, 1e-3, ""),  # little to learn, but well measured
+    ):
+        found = task_problems(*losses, noise=noise)
+        assert len(found) == bool(says) and all(problem.startswith(says) for problem in found)
+    # an arm has stalled if its last doubling does not clearly gain
+    clear, unclear = [0.02, 0.025, 0.018], [0.01, -0.02, 0.015]
+    for gains, stops in ((clear, False), (unclear, True), ([-0.01], True), ([0.01], False)):
+        points = {seed: [(32, 2.0), (64, 2.0 - g)] for seed, g in enumerate(gains)}
+        one = SimpleNamespace(curve=SimpleNamespace(name="fullft"))
+        assert bool(stalled([one], [points])) == stops

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from analysis.measures.ratio import (
@@ -16,25 +15,18 @@ from analysis.measures.ratio import (
 )
 from analysis.optimum.fit import fit_all
 from analysis.optimum.valley import linex
-from analysis.runs.lr_curves import lr_curves
 from tests.tables import lr_curve
-
-
-def fitted(runs):
-    """Full fine-tuning's optimum and LoRA's; `runs`: (rank or None, lr, seed, NLL)."""
-    rows = [
-        {"method": "lora" if r else "fullft", "rank": r, "lr": lr, "seed": seed, "test_nll": nll}
-        for r, lr, seed, nll in runs
-    ]
-    common = {"model": "m", "dataset": "d", "status": "done", "nll_start": 5.0}
-    return fit_all(lr_curves(pd.DataFrame(rows).assign(**common)))
 
 
 def test_a_ratio_of_two_brackets_is_bracketed():
     """Four LRs and one seed: no noise is known, but the minimum lies between its neighbours."""
-    arms = ((None, 1e-4), (4, 1e-3))
-    full, lora = fitted(
-        (rank, best * 2.0**k, 0, 2 + 0.1 * (k - 1.3) ** 2) for rank, best in arms for k in range(4)
+    x = math.log(2) * np.arange(4)
+    y = 2 + 0.1 * (np.arange(4) - 1.3) ** 2
+    full, lora = fit_all(
+        [
+            lr_curve(x + math.log(best), y, np.zeros(4, int), start=5.0, method=method, rank=rank)
+            for method, rank, best in (("fullft", math.nan, 1e-4), ("lora", 4.0, 1e-3))
+        ]
     )
     e = ratio_of([lora], full)
     assert abs(math.log(e.value / 10)) < 0.05 and e.low <= 2.5001 and e.high >= 39.999

@@ -84,29 +84,20 @@ def test_only_lrs_of_all_seeds_count():
     assert [e.value for e in rewards] == [pytest.approx(0.5), pytest.approx(0.7), None]
 
 
-@pytest.mark.parametrize("best", [0, 3])
-def test_a_best_lr_at_the_edge_of_those_tried_is_gated(best):
-    losses = [[-0.4 - 0.1 * abs(k - (3 - best))] * 3 for k in range(4)]
-    (gate,) = gates_on_stable([curve(losses, X[:4])])
-    assert gate.code == GateCode.FLAGGED and gate.flags == ("at_edge",)
-    (gate,) = gates_on_stable([curve([row[:2] for row in losses], X[:4])])
-    assert gate.code == GateCode.FEW_SEEDS
-
-
-@pytest.mark.parametrize(
-    ("beyond", "gated"),
-    [
-        ((-0.7, -0.7), True),
-        ((-0.5, -0.5), False),
-        ((NAN, -0.7), False),
-        ((NAN, NAN), False),
-        ((None, None), True),
-    ],
-)
-def test_a_best_lr_at_the_end_of_those_with_all_seeds_is_compared_with_the_next(beyond, gated):
-    """Two of five seeds ran there; the best of the others is .6, at their highest LR."""
-    losses = [[-0.4] * 5, [-0.5] * 5, [-0.6] * 5, [*beyond, None, None, None]]
-    assert bool(gates_on_stable([curve(losses, X[:4])])) == gated
+def test_a_best_lr_at_the_edge_of_those_tried_is_gated():
+    for best in (0, 3):
+        losses = [[-0.4 - 0.1 * abs(k - (3 - best))] * 3 for k in range(4)]
+        (gate,) = gates_on_stable([curve(losses, X[:4])])
+        assert gate.code == GateCode.FLAGGED and gate.flags == ("at_edge",)
+        (gate,) = gates_on_stable([curve([row[:2] for row in losses], X[:4])])
+        assert gate.code == GateCode.FEW_SEEDS
+    # at the end of those with all seeds it is compared with the next, where two of five seeds ran
+    for beyond, gated in (
+        *(((-0.7, -0.7), True), ((-0.5, -0.5), False), ((NAN, -0.7), False)),
+        *(((NAN, NAN), False), ((None, None), True)),
+    ):
+        losses = [[-0.4] * 5, [-0.5] * 5, [-0.6] * 5, [*beyond, None, None, None]]
+        assert bool(gates_on_stable([curve(losses, X[:4])])) == gated
 
 
 RISING = 0.05 * (X[-1] - X)
@@ -123,10 +114,7 @@ ARMS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other", "counts"),
-    [
-        ("plateau", "peak", [6]),
-        *(("far", "near", [6, 12, 24]), ("early", "near", [6, 12, 24])),
-    ],
+    [("plateau", "peak", [6]), *((one, "near", [6, 12, 24]) for one in ("far", "early"))],
 )
 def test_the_interval_of_a_difference_covers_and_more_seeds_hardly_move_it(one, other, counts):
     """With what the seeds share and what they do not, as large as in real runs."""
@@ -151,15 +139,13 @@ def test_the_interval_of_a_difference_covers_and_more_seeds_hardly_move_it(one, 
     assert "near" in (one, other) or abs(means[0] - best + its_best) < 0.012
 
 
-@pytest.mark.parametrize(
-    ("reward", "expected"),
-    [
+def test_the_range_of_good_lrs_ends_between_lrs_or_is_open():
+    for reward, *wanted in (
         # .53 is crossed a quarter of the way from 1 to 0, and half of the way from 2 to 3
-        ([0.50, 0.54, 0.55, 0.51, 0.20], (0.75, 2.5, False)),
-        ([0.50, 0.54, 0.55], (0.75, 2.0, True)),
-        ([0.0, 0.5, 0.0, 0.0, 0.5], (0.96, 1.04, False)),  # one range, around the best LR
-    ],
-)
-def test_the_range_of_good_lrs_ends_between_lrs_or_is_open(reward, expected):
-    low, high, is_open = good_range(np.arange(len(reward)) * 1.0, np.array(reward))
-    assert (low, high, is_open) == (*map(pytest.approx, expected[:2]), expected[2])
+        ([0.50, 0.54, 0.55, 0.51, 0.20], 0.75, 2.5, False),
+        ([0.50, 0.54, 0.55], 0.75, 2.0, True),
+        ([0.0, 0.5, 0.0, 0.0, 0.5], 0.96, 1.04, False),  # one range, around the best LR
+    ):
+        assert [*good_range(np.arange(len(reward)) * 1.0, np.array(reward))] == pytest.approx(
+            wanted
+        )

@@ -10,41 +10,39 @@ from analysis.questions.registry import read_question
 from tests import planted
 
 
-def of_folder(folder):
-    results = json.loads((folder / "results.json").read_text())
-    return rows_of(results, read_question(folder), pd.read_parquet(folder / "table.parquet"))
-
-
 @pytest.fixture(scope="module")
 def kept():
-    return [r for folder in planted.ANSWERS for r in of_folder(folder)]
+    found = []
+    for folder in planted.ANSWERS:
+        results = json.loads((folder / "results.json").read_text())
+        table = pd.read_parquet(folder / "table.parquet")
+        found += [(results, rows_of(results, read_question(folder), table))]
+    return found
 
 
-def test_every_kept_verdict_has_one_row_and_no_two_rows_have_one_key(kept):
-    judged = [r for r in kept if r.verdict]
-    there = [json.loads((f / "results.json").read_text())["verdicts"] for f in planted.ANSWERS]
-    assert [r.verdict.plain() for r in judged] == [v for of in there for v in of]
+def test_every_kept_verdict_has_one_row_and_says_where_it_was_measured(kept):
+    rows = [row for _, own in kept for row in own]
+    there = [verdict for results, _ in kept for verdict in results["verdicts"]]
+    assert [r.verdict.plain() for r in rows if r.verdict] == there
     columns = ("sweep", "scale", "task", "quantity", "arm", "rank", "batch_size", "updates")
-    keys = [(*(getattr(r, c) for c in columns), r.alpha, r.claim) for r in kept]
+    keys = [(*(getattr(r, c) for c in columns), r.alpha, r.claim) for r in rows]
     assert len(set(keys)) == len(keys)
-
-
-@pytest.mark.parametrize(
-    ("sweep", "claim", "base", "at", "setting"),
-    [
-        ("regime", "low", "tiny128", "rank 16, 256 updates", Setting.IN_REGIME),
-        ("rank", "alike", "tiny128", "ranks 1 to 32, to update 256", Setting.IN_REGIME),
-        ("large_batches", "at_512", "tiny64", "rank 8, after 12,288 examples", Setting.IN_REGIME),
-        ("rl_matrices", "top_rank", "tiny64-skilled", "rank 16, 100 updates", Setting.BEYOND),
+    regime, beyond = Setting.IN_REGIME, Setting.BEYOND
+    for sweep, claim, *where in (
+        ("regime", "low", "tiny128", "rank 16, 256 updates", regime),
+        ("rank", "alike", "tiny128", "ranks 1 to 32, to update 256", regime),
+        ("large_batches", "at_512", "tiny64", "rank 8, after 12,288 examples", regime),
+        ("rl_matrices", "top_rank", "tiny64-skilled", "rank 16, 100 updates", beyond),
         (
-            *("layers", "attention_everywhere", "tiny128 and tiny64-skills"),
-            *("128 to 256 updates", Setting.BEYOND),
+            "layers",
+            "attention_everywhere",
+            "tiny128 and tiny64-skills",
+            "128 to 256 updates",
+            beyond,
         ),
-    ],
-)
-def test_a_verdict_says_where_it_was_measured(kept, sweep, claim, base, at, setting):
-    row = pick(kept, sweep=sweep, claim=claim, scale="tiny")[0]
-    assert (row.base, row.at, row.setting) == (base, at, setting)
+    ):
+        row = pick(rows, sweep=sweep, claim=claim, scale="tiny")[0]
+        assert [row.base, row.at, row.setting] == where
 
 
 def test_arms_of_one_rank_have_each_their_own_ratio():

@@ -116,28 +116,18 @@ def test_the_interval_over_six_seeds_covers_the_planted_effect(b):
     covered = np.mean([e.low <= b <= e.high for e in found])
     assert 0.92 <= covered <= 0.98
     assert np.mean([e.value for e in found]) == pytest.approx(b, abs=2e-3)
-
-
-def test_the_difference_of_two_ranks_is_paired_by_seed():
     rng = np.random.default_rng(3)
-    common = rng.normal(0, 5, 6)  # cancels: seeds are blocks
-    high, low = planted(-0.1, rng, common=common), planted(-0.02, rng, rank=1, common=common)
+    common = rng.normal(0, 5, 6)  # cancels: the difference of two ranks is paired by seed
+    high, low = planted(b, rng, common=common), planted(b + 0.08, rng, rank=1, common=common)
     e = difference(high, low)
     assert e.low < -0.08 < e.high and e.high - e.low < 0.08
 
 
 def test_infinite_and_missing_values_and_lonely_prefixes_count_for_nothing():
-    def prefix(batch, steps, logs):
-        return Prefix(batch, steps, 4, None, None, AtBest(logs))
-
-    grid = [
-        prefix(4, 8, {0: 0.0, 1: 1.0}),
-        prefix(16, 8, {0: -0.4, 1: 0.6}),
-        prefix(4, 16, {0: -math.inf, 1: 0.3}),
-        prefix(16, 16, {0: 7.0}),
-        prefix(4, 512, {0: -9.0, 1: -9.0}),
-    ]
-    assert effect(grid).best == pytest.approx({0: -0.2, 1: -0.2})
+    logs = {(4, 8): {0: 0.0, 1: 1.0}, (16, 8): {0: -0.4, 1: 0.6}, (4, 512): {0: -9.0, 1: -9.0}}
+    logs |= {(4, 16): {0: -math.inf, 1: 0.3}, (16, 16): {0: 7.0}}
+    found = effect([Prefix(*at, 4, None, None, AtBest(v)) for at, v in logs.items()])
+    assert found.best == pytest.approx({0: -0.2, 1: -0.2})
     assert within([1, 2], np.array([1.0, 2.0]), np.array([1.0, 2.0])) is None
 
 

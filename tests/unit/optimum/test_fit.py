@@ -121,28 +121,25 @@ def test_the_misfits_covariance_is_the_curvatures_integrated_twice():
     assert near[0, 0] == 0 and near[1, 1] < 1e-9 * near[2, 2]
 
 
-def unsteady_sweep(broken):
-    """Four curves of six LRs and three seeds; at one LR of the first, a seed has begun to break."""
-    rng, out = np.random.default_rng(11), []
-    x = np.repeat(math.log(1e-3) + math.log(2) * np.arange(-3, 3), 3)
-    for k in range(4):
-        y = 2.0 + 0.1 * (x - math.log(1e-3)) ** 2 + 0.004 * rng.standard_normal(18)
-        if k == 0 and broken:
-            y[15] += 0.4
-        out.append(lr_curve(x, y, np.tile(np.arange(3), 6), 3.5, rank=2.0**k))
-    return out
-
-
 def test_one_rate_that_begins_to_break_down_spoils_no_other_curve():
-    steady, broken = (weights_of(unsteady_sweep(b)) for b in (False, True))
-    assert all((t == 1).all() for t in steady)
+    """Four curves of six LRs and three seeds; at one LR of the first, a seed has begun to break."""
+
+    def sweep(broken):
+        rng, out = np.random.default_rng(11), []
+        x = np.repeat(math.log(1e-3) + math.log(2) * np.arange(-3, 3), 3)
+        for k in range(4):
+            y = 2.0 + 0.1 * (x - math.log(1e-3)) ** 2 + 0.004 * rng.standard_normal(18)
+            y[15] += 0.4 * (k == 0 and broken)
+            out.append(lr_curve(x, y, np.tile(np.arange(3), 6), 3.5, rank=2.0**k))
+        return out
+
+    steady, broken = (weights_of(sweep(b)) for b in (False, True))
+    assert all((t == 1).all() for t in (*steady, *broken[1:]))
     assert (broken[0][15:] < 0.01).all() and (broken[0][:15] == 1).all()
-    assert all((t == 1).all() for t in broken[1:])
     rng = np.random.default_rng(12)  # repeats that differ no more than others are trusted
     sweeps = [plant(family, Design(7, 2.0, 2, 3), rng)[0] for family in FAMILIES for _ in range(20)]
     assert np.mean([any((t < 1).any() for t in weights_of(curves)) for curves in sweeps]) < 0.02
-    before, after = (fit_all(unsteady_sweep(b)) for b in (False, True))
-    for k, (o, p) in enumerate(zip(before, after)):
+    for k, (o, p) in enumerate(zip(fit_all(sweep(False)), fit_all(sweep(True)))):
         assert p.flags == o.flags and p.best_lr.low < 1e-3 < p.best_lr.high
         wider = math.log(p.best_lr.high / p.best_lr.low) / math.log(o.best_lr.high / o.best_lr.low)
         assert wider < (1.3 if k else 3)
@@ -185,24 +182,19 @@ def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone(rise):
     assert e.low < math.exp(1.7) < e.high and e.high / e.low < 1.8
 
 
-# ---------------------------------------------------------------- regret of the best rate
-
 STEPS = np.log(2) * np.array([-4, -2, -1, 0, 1, 2, 3])
 
 
-def height_at(x, best, curvature=0.1, steep=0.7):
-    return curvature * float(linex(np.array(x - best), steep))
-
-
 def near_the_middle(rng, noise, seeds=4):
-    """Three curves with optima near the middle of the LRs, and their optima."""
-    found, best = [], rng.normal(0, 0.5, 3)
-    for k, m in enumerate(best):
+    """Three curves with optima near the middle of the LRs, and functions of their regret."""
+    found, regrets = [], []
+    for k, m in enumerate(rng.normal(0, 0.5, 3)):
         runs = [(x, s) for x in STEPS for s in range(seeds if abs(x) < 0.8 else 1)]
         x, seed = map(np.array, zip(*runs))
-        y = np.array([2 + height_at(v, m) + rng.normal(0, noise) for v in x])
+        regrets.append(lambda x, m=m: 0.1 * float(linex(np.array(x - m), 0.7)))
+        y = np.array([2 + regrets[-1](v) + rng.normal(0, noise) for v in x])
         found.append(lr_curve(x - 7, y, seed, start=6.0, rank=4 * (k + 1)))
-    return found, best
+    return found, regrets
 
 
 def test_without_noise_the_regret_is_nothing_and_without_a_fit_it_is_unknown():
@@ -217,10 +209,10 @@ def test_without_noise_the_regret_is_nothing_and_without_a_fit_it_is_unknown():
 def test_the_true_regret_lies_below_the_bound_as_often_as_stated(noise, most):
     rng, held, bounds = np.random.default_rng(2), [], []
     for _ in range(60):
-        found, best = near_the_middle(rng, noise)
-        for o, m in zip(fit_all(found), best):
+        found, regrets = near_the_middle(rng, noise)
+        for o, regret in zip(fit_all(found), regrets):
             bound = o.regret_of_best(0.95)
             if bound is not None:
-                held.append(height_at(math.log(o.best_lr.value) + 7, m) <= bound)
+                held.append(regret(math.log(o.best_lr.value) + 7) <= bound)
                 bounds.append(bound)
     assert np.mean(held) > 0.85 and len(held) > 120 and np.median(bounds) < most

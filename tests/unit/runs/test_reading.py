@@ -22,19 +22,22 @@ from lorasweep.spec.run import RunSpec
 from lorasweep.spec.values import fields
 from lorasweep.store.table import table_row
 from tests.tables import planted, run, table, write
-from tests.world import ROOT, tiny_spec
+from tests.world import ROOT, tiny_spec, write_json
 
 
 def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
     """Its optional columns (floor_nats, clip_norm, ...) are empty cells in the CSV."""
-    kept = pd.read_parquet(ROOT / "analysis/results/lr_ratio-small" / "table.parquet")
-    table = tmp_path / "table.csv"
-    kept.to_csv(table, index=False)
-    kept.to_parquet(table.with_suffix(".parquet"))
-    assert read(table).table["floor_nats"].isna().all()
-    from_csv, from_parquet = (commands.fit(read(p)) for p in (table, table.with_suffix(".parquet")))
-    assert len(from_csv) == 2 and from_csv == from_parquet
-    assert variants(lr_curves(read(table).table)[1:]) == [""]
+    kept = ROOT / "analysis/results/lr_ratio-small" / "table.parquet"
+    pd.read_parquet(kept).to_csv(tmp_path / "table.csv", index=False)
+    own = read(tmp_path / "table.csv")
+    assert own.table["floor_nats"].isna().all()
+    fits = [commands.fit(reading) for reading in (own, read(kept))]
+    assert len(fits[0]) == 2 and fits[0] == fits[1]
+    assert variants(lr_curves(own.table)[1:]) == [""]
+    # a curve has several learning rates and seeds; test rows and train_version train nothing
+    settings = {f.key for cls in (RunSpec, *METHODS.values()) for f in fields(cls)}
+    known = {"lr", "seed", "method", "name", "test_rows", "train_version"}
+    assert settings - known <= {*CURVE_KEYS}
 
 
 THEIRS = {"lr": "learning_rate", "test_nll": "eval_loss"}
@@ -113,28 +116,19 @@ def test_other_ways_to_write_the_same_table(tmp_path, capsys):
         table.to_csv(paths[-1], sep=separator, **look)
     rows = table.astype(object).replace({np.nan: None})
     objects = [  # as W&B exports runs
-        {"State": "finished", "config": dict(row.drop("test_nll")), "summary": dict(row[-1:])}
-        for _, row in rows.drop(columns="status").iterrows()
+        {"State": "finished", "summary": {"test_nll": row.pop("test_nll")}, "config": row}
+        for row in rows.drop(columns="status").to_dict("records")
     ]
-    paths.append(tmp_path / "export.json")
-    paths[-1].write_text(json.dumps(objects, default=float))
-    foreign = rows.assign(
-        metric="loss", block="attn", result="ok", dataset=[["a", "b"]] * len(rows)
-    )
+    paths.append(write_json(tmp_path / "export.json", [json.dumps(objects, default=float)]))
+    foreign = {"metric": "loss", "block": "attn", "result": "ok"}
     paths.append(tmp_path / "foreign.json")
+    foreign = rows.assign(**foreign, dataset=[["a", "b"]] * len(rows))
     foreign.to_json(paths[-1], orient="records")
     for path in paths:
         mapped = [f"--map={v}={k}" for k, v in THEIRS.items()] if path.stem == "theirs" else []
         code, text, _ = run(capsys, "fit", path, "--json", *mapped)
         assert code == 0 and [r["rank"] for r in json.loads(text)] == [None, 4, 16]
     assert run(capsys, "html", paths[-1], "--out", tmp_path / "new" / "page.html")[0] == 0
-
-
-def test_repeats_without_a_seed_are_seeds_that_share_nothing(tmp_path):
-    reading = read(write(tmp_path, planted(seeds=(0, 1)).drop(columns="seed")))
-    assert set(reading.table["seed"]) == {0, 1} and set(reading.table["block"]) == {0}
-    (full, *_) = lr_curves(reading.table)
-    assert len(set(full.block)) == 1 and len(full.x) == 14
 
 
 @pytest.mark.parametrize("seeded", [True, False])
@@ -147,6 +141,11 @@ def test_runs_that_differ_in_a_column_of_a_curve_are_no_repeats(tmp_path, column
     reading = read(write(tmp_path, both if seeded else both.drop(columns="seed")))
     assert not reading.notes and set(reading.table["seed"]) == {0}
     assert len(reading.table) == len(both) and len(lr_curves(reading.table)) == 2 * 3
+    # repeats without a seed are seeds that share nothing
+    reading = read(write(tmp_path, planted(seeds=(0, 1)).drop(columns="seed")))
+    assert set(reading.table["seed"]) == {0, 1} and set(reading.table["block"]) == {0}
+    (full, *_) = lr_curves(reading.table)
+    assert len(set(full.block)) == 1 and len(full.x) == 14
 
 
 def test_what_is_left_out_or_taken_otherwise_is_noted_with_its_rows(tmp_path, capsys):
@@ -163,31 +162,22 @@ def test_what_is_left_out_or_taken_otherwise_is_noted_with_its_rows(tmp_path, ca
         assert code == 0 and all(word in err for word in words), err
 
 
-A, B = "a" * 64, "b" * 64
-
-
-def two_arms(**changes):
+def test_runs_of_different_or_unknown_bases_or_data_are_never_mixed():
     """Runs 0 to 6 of full fine-tuning and 7 to 13 of LoRA, on the same base and data."""
+    a, b = "a" * 64, "b" * 64
     full = table(lambda lr, s: 2.0).assign(method="fullft", rank=np.nan)
     both = pd.concat([full, table(lambda lr, s: 2.0)], ignore_index=True)
-    both = both.assign(run_id=[f"run{k}" for k in range(14)], base_sha256=A, data_sha256=A)
-    return both.assign(**changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"base_sha256": [A, B] * 7}, "cannot share a curve"),
-        ({"data_sha256": [*[A] * 9, B, *[A] * 4]}, r"a in 13 runs, b{8} in 1 runs; runs run9\)"),
-        ({"data_sha256": [*[A] * 3, None, None, *[A] * 9]}, r"2 of 14 runs \(runs run3, run4\)"),
-    ],
-)
-def test_runs_of_different_or_unknown_bases_or_data_are_never_mixed(changes, words):
-    with pytest.raises(TableError, match=words):
-        lr_curves(two_arms(**changes))
-    assert len(lr_curves(two_arms())) == 2
-    lr_curves(two_arms(data_sha256=[A] * 7 + [B] * 7, model=["m"] * 7 + ["n"] * 7))
-    lr_curves(two_arms().drop(columns="data_sha256"))
+    both = both.assign(run_id=[f"run{k}" for k in range(14)], base_sha256=a, data_sha256=a)
+    assert len(lr_curves(both)) == 2
+    lr_curves(both.assign(data_sha256=[a] * 7 + [b] * 7, model=["m"] * 7 + ["n"] * 7))
+    lr_curves(both.drop(columns="data_sha256"))
+    for column, values, words in (
+        ("base_sha256", [a, b] * 7, "cannot share a curve"),
+        ("data_sha256", [*[a] * 9, b, *[a] * 4], r"a in 13 runs, b{8} in 1 runs; runs run9\)"),
+        ("data_sha256", [*[a] * 3, None, None, *[a] * 9], r"2 of 14 runs \(runs run3, run4\)"),
+    ):
+        with pytest.raises(TableError, match=words):
+            lr_curves(both.assign(**{column: values}))
 
 
 def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there():
@@ -228,56 +218,40 @@ def test_the_best_rate_is_that_of_the_highest_reward():
     assert best.best_lr.value == pytest.approx(np.exp(top), rel=0.1)
 
 
-def test_nlls_are_left_as_they_are_and_metrics_are_never_mixed():
-    nlls = pd.DataFrame([row(lr, 1.0, METRICS["sft"]) for lr in (1e-3, 2e-3)])
-    assert as_losses(nlls) is nlls and shown(nlls) == NLL
-    mixed = pd.DataFrame([row(1e-3, 1.0, METRICS["sft"]), row(2e-3, 0.5)])
+def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
+    """As the control of a bandit is: equal rates and seeds, and neither a run twice nor one curve."""
+    sampled = {"objective": "policy_gradient", "group_size": 4, "max_new_tokens": 1}
+    nlls = [row(lr, 1.0, METRICS["sft"]) for lr in (1e-3, 2e-3, 4e-3)]
+    rewards = [row(lr, 0.5, **sampled) for lr in (1e-3, 2e-3, 4e-3)]
+    curves = lr_curves(as_losses(pd.DataFrame([*rewards, *nlls])))
+    assert sorted(c.y.mean() for c in curves) == [-0.5, 1.0]
+    assert len({c.group for c in curves}) == 2 and {c.shown.sign for c in curves} == {1, -1}
+    assert [len(pool) for pool in pools(curves)] == [1, 1]  # no noise in common
+    assert any("policy gradient" in c.group for c in curves)
+    # NLLs are left as they are, and without groups metrics are never mixed
+    table, mixed = pd.DataFrame(nlls), pd.DataFrame([nlls[0], row(2e-3, 0.5)])
+    assert as_losses(table) is table and shown(table) == NLL
     with pytest.raises(TableError, match=r"test_nll, test_reward.*Analyse them separately"):
         as_losses(mixed)
     with pytest.raises(TableError):
         analyse(mixed, {"analysis": "lr_ratio", "claims": {}})
 
 
-def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
-    """As the control of a bandit is: equal rates and seeds, and neither a run twice nor one curve."""
-    sampled = {"objective": "policy_gradient", "group_size": 4, "max_new_tokens": 1}
-    rates = (1e-3, 2e-3, 4e-3)
-    both = [row(lr, 0.5, **sampled) for lr in rates] + [
-        row(lr, 1.0, METRICS["sft"]) for lr in rates
-    ]
-    table = pd.DataFrame(both)
-    curves = lr_curves(as_losses(table))
-    assert sorted(c.y.mean() for c in curves) == [-0.5, 1.0]
-    assert len({c.group for c in curves}) == 2 and {c.shown.sign for c in curves} == {1, -1}
-    assert [len(pool) for pool in pools(curves)] == [1, 1]  # no noise in common
-    assert any("policy gradient" in c.group for c in curves)
-
-
 def test_a_run_has_collapsed_by_its_own_best_reward():
     """0.5 is the limit: of the run's best reward on the same rows, and not of the base's."""
-
-    def run(lr, curve, last, state):
+    rows, wanted = [], []
+    for curve, last, state, collapsed in (
+        ([0.1, 0.8, 0.41], None, "done", False),
+        ([0.1, 0.8, 0.39], None, "done", True),  # although four times the base's reward
+        ([0.1, 0.8, 0.39], 0.42, "done", False),  # on the rows of the others it kept more
+        ([0.3, 0.2, 0.16], None, "done", False),
+        ([0.1, 0.5, 0.45], None, "diverged", True),  # stopped in training
+    ):
         points = [{"step": k, "test_reward": r} for k, r in enumerate(curve)]
         points[-1] |= {} if last is None else {"test_reward_curve": last}
-        return row(lr, curve[-1], curve=points, state=state)
-
-    cases = {
-        1e-3: ([0.1, 0.8, 0.41], None, "done", False),
-        2e-3: ([0.1, 0.8, 0.39], None, "done", True),  # although four times the base's reward
-        3e-3: ([0.1, 0.8, 0.39], 0.42, "done", False),  # on the rows of the others it kept more
-        4e-3: ([0.3, 0.2, 0.16], None, "done", False),
-        5e-3: ([0.1, 0.5, 0.45], None, "diverged", True),  # stopped in training
-    }
-    table = pd.DataFrame([run(lr, c, last, state) for lr, (c, last, state, _) in cases.items()])
-    losses = as_losses(table)
-    assert dict(zip(losses["lr"], losses["collapsed"])) == {k: v[3] for k, v in cases.items()}
+        rows.append(row(1e-3 * (1 + len(rows)), curve[-1], curve=points, state=state))
+        wanted.append(collapsed)
+    losses = as_losses(pd.DataFrame(rows))
     (curve,) = lr_curves(losses)
-    assert np.isnan(curve.y).tolist() == [v[3] for v in cases.values()]
-    assert curve.broke_down.tolist() == [v[3] for v in cases.values()]
-
-
-def test_runs_that_are_trained_otherwise_share_no_curve():
-    """A curve has several learning rates and seeds; test rows and train_version train nothing."""
-    settings = {f.key for cls in (RunSpec, *METHODS.values()) for f in fields(cls)}
-    known = {"lr", "seed", "method", "name", "test_rows", "train_version"}
-    assert settings - known <= {*CURVE_KEYS}
+    assert losses["collapsed"].tolist() == wanted
+    assert np.isnan(curve.y).tolist() == curve.broke_down.tolist() == wanted
