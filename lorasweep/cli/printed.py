@@ -14,6 +14,16 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import aligned, run_names
 from lorasweep.sweep.request import Request
 
+HEADERS = {
+    "gpus_a_run": "GPUs per run",
+    "micro_batch": "rows per pass",
+    "memory_gib": "GiB per GPU",
+    "tokens_s": "tokens/s per GPU",
+    "gpu_hours": "GPU-hours",
+    "cost_usd": "dollars",
+    "n_trainable": "parameters trained",
+}
+"""Headers of columns whose keys are no words; of the others the key is the header."""
 SAID_S = 30.0
 """Seconds after which progress is printed, if no run ends."""
 
@@ -73,7 +83,11 @@ def table(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[str]:
     numbers = [
         k for k, key in enumerate(keys) if not any(isinstance(r.get(key), str) for r in rows)
     ]
-    return aligned([[key.replace("_", " ") for key in keys], *cells], numbers) if cells else []
+    return (
+        aligned([[HEADERS.get(k, k.replace("_", " ")) for k in keys], *cells], numbers)
+        if cells
+        else []
+    )
 
 
 def notifier(request: Request, always: bool = False) -> Notify:
