@@ -32,6 +32,7 @@ def main() -> None:
             "lorasweep is installed (after make run: . .venv/bin/activate), or pip install -e ."
         )
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     # signals act like Ctrl-C: workers write a checkpoint, then stop
@@ -40,7 +41,7 @@ def main() -> None:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         _compose_and_act(given)
-    except (HydraException, LorasweepError) as error:
+    except (HydraException, OmegaConfBaseException, LorasweepError) as error:
         cause = str(error.__cause__ or "").partition("\n")[0]
         named = isinstance(error, LorasweepError) or cause in str(error)
         _fail(str(error) if named else f"{error}\n{cause}")

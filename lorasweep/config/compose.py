@@ -174,8 +174,7 @@ class Composer:
             SpecError: a file, model, data set or key does not exist, or the sweep's file is wrong.
             NotAtScale: the sweep does not have the scale.
         """
-        escaped = [str(f).replace("\\", "\\\\").replace("'", "\\'") for f in self.folders]
-        path = ",".join(f"'file://{folder}'" for folder in escaped)
+        path = ",".join(_quoted(f"file://{folder}") for folder in self.folders)
         chosen, changes = [f"hydra.searchpath=[{path}]"], list[Override]()
         for text in typed:
             try:
@@ -192,7 +191,7 @@ class Composer:
                 )
             if is_group:
                 option = self._option(group, str(value), typed)
-                chosen.append(f"{text.partition('=')[0]}={option}")
+                chosen.append(f"{text.partition('=')[0]}={_quoted(option)}")
             else:
                 changes.append(override)
         cfg = hydra_compose("config", chosen)
@@ -200,12 +199,14 @@ class Composer:
             cfg.model.recipe = {**defaults_of(Recipe), **cfg.model.recipe}
         if cfg.sweep:
             cfg.sweep = _at_scale(_value_of("sweep", typed), cfg)
-        known = OmegaConf.to_container(cfg, resolve=False)
-        for override in changes:
-            _check_key(known, override)
-        for override in changes:
+        known: Any = OmegaConf.to_container(cfg, resolve=False)
+        if wrong := next((key for key in known if key not in SCHEMA), None):
+            raise SpecError(f"a configuration file: {unknown('setting', str(wrong), SCHEMA)}")
+        in_files = [_check_key(known, override) for override in changes]
+        for override, was in zip(changes, in_files, strict=True):
             key, value = override.key_or_group, override.value()
-            if isinstance(OmegaConf.select(cfg, key), str) and isinstance(value, int | float):
+            is_text = isinstance(was, str) and was != UNSET and "${" not in was
+            if is_text and isinstance(value, int | float):
                 value = str(override.input_line).partition("=")[2]  # such as an id of digits alone
             try:
                 with open_dict(cfg):
@@ -214,7 +215,7 @@ class Composer:
                         del (OmegaConf.select(cfg, parent) if parent else cfg)[name]
                     else:
                         OmegaConf.update(cfg, key, value, force_add=True)
-            except OmegaConfBaseException as error:
+            except (OmegaConfBaseException, TypeError) as error:
                 first = str(error).partition("\n")[0]
                 raise SpecError(f"{override.input_line!r}: {first}") from None
         return cfg
@@ -279,6 +280,9 @@ class Composer:
 
     def _request(self, typed: Sequence[str]) -> Request:
         config = _plain(self.composed(typed))
+        for key, default in SCHEMA.items():
+            if isinstance(default, dict) and not isinstance(config[key], dict):
+                raise SpecError(f"{key}={config[key]!r}: expected its settings, {key}.NAME=VALUE.")
         given = [o.lstrip("+~").partition("=")[0] for o in typed]
         if changed := next((key for key in given if key.startswith("serve.")), None):
             raise SpecError(
@@ -291,7 +295,8 @@ class Composer:
             raise SpecError(problem)
         cluster, texts = config["cluster"], [f.key for f in fields(Cluster) if f.kind is str]
         cluster |= {k: str(cluster[k]) for k in texts if cluster[k] is not None}  # account=123
-        cluster["options"] = {name: str(value) for name, value in cluster["options"].items()}
+        if isinstance(options := cluster["options"], dict):
+            cluster["options"] = {name: str(value) for name, value in options.items()}
         for problem in problems_of(Cluster, cluster, "cluster."):
             raise ClusterError(problem)
         if config["rates"] != "advised" and not isinstance(config["rates"], int):
@@ -357,12 +362,15 @@ class Composer:
         shipped = {f"+sweep={path.stem}" for path in (conf_dir() / "sweep").glob("*.yaml")}
 
         def look_up(group: str, name: str) -> Any:
-            concerned = (*SELECT_FILES, f"{group}.", f"+{group}.", f"~{group}.", "exec.models_dir=")
-            of_group = [o for o in typed if o.startswith(concerned) and o not in shipped]
+            concerned = ("sweep=", "scale=", f"{group}.", "exec.models_dir=")
+            of_group = [
+                o for o in typed if o.lstrip("+~").startswith(concerned) and o not in shipped
+            ]
+            if not isinstance(name, str):
+                raise SpecError(f"{group}={name!r}: expected a name. A number needs quotes.")
             key = (group, name, *of_group)
             if key not in self._looked_up:
-                quoted = name.replace("\\", "\\\\").replace("'", "\\'")
-                values = _plain(self.composed([*of_group, f"{group}='{quoted}'"])[group])
+                values = _plain(self.composed([*of_group, f"{group}={_quoted(name)}"])[group])
                 cls = ModelSpec if group == "model" else DatasetSpec
                 self._looked_up[key] = build(cls, values)
             return self._looked_up[key]
@@ -424,6 +432,11 @@ def _described(
         raise SpecError(f"{unknown(group, given, [*options, *beside])} {error}") from None
 
 
+def _quoted(text: str) -> str:
+    """Return text as Hydra reads it whatever its characters."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def _value_of(key: str, typed: Sequence[str], default: str = "") -> str:
     """Return the value of a setting on the command line, without quotes."""
     found = [o.partition("=")[2] for o in typed if o.lstrip("+").startswith(f"{key}=")]
@@ -458,8 +471,12 @@ def _merged(top: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
     return {**top, **block, **both}
 
 
-def _check_key(known: Any, override: Override) -> None:
-    """Raise SpecError if an override sets a key that does not exist, which nothing would read."""
+def _check_key(known: Any, override: Override) -> Any:
+    """Return what the files say at an override's key, None if nothing.
+
+    Raises:
+        SpecError: no such key exists, which nothing would read, or it cannot be left out.
+    """
     key, given = override.key_or_group, str(override.input_line)
     if key.startswith("sweep.") and not known["sweep"]:
         raise SpecError(f"{given!r} changes a sweep. Add one: +sweep=NAME.")
@@ -468,18 +485,20 @@ def _check_key(known: Any, override: Override) -> None:
             f"{given!r} has no effect: a scale is chosen whole. Write scale=NAME; sweep.axes, "
             "sweep.arms and sweep.replicate change it."
         )
+    if override.is_delete() and FREE.isdisjoint(key.split(".")[:-1]):
+        raise SpecError(f"{given!r} removes a setting that must have a value. Set it: KEY=VALUE.")
     node, path = known, list[str]()
     for name in key.split("."):
         if not isinstance(node, dict) or "[" in name:
-            return
+            return None
         if name not in node:
             break
         node, path = node[name], [*path, name]
     else:
-        return
+        return node
     free = not FREE.isdisjoint(path)
     if free and (override.is_add() or override.is_force_add()):
-        return
+        return None
     inside = [f"{part}.{name}" for part in PARTS if not path and name in known[part]]
     names = inside or [".".join([*path, str(key)]) for key in node]
     add = f" To add it: +{given}" if free and not override.is_delete() else ""
@@ -489,10 +508,10 @@ def _check_key(known: Any, override: Override) -> None:
 def _sweep(name: str, config: dict[str, Any], models: Sequence[str] = ()) -> Sweep:
     """Make the sweep of a configuration, with the arms that arms=NAME or arms=[NAME,...] names."""
     sweep, arms = made(name, config["sweep"], models), config["arms"]
-    chosen = [arms] if isinstance(arms, str) else list(arms)
-    if wrong := next((arm for arm in chosen if arm and arm not in sweep.arms), None):
-        raise SpecError(unknown("arm", str(wrong), sweep.arms))
-    if any(chosen):
+    chosen = [str(arm) for arm in (arms if isinstance(arms, list) else [arms]) if arm]
+    if wrong := next((arm for arm in chosen if arm not in sweep.arms), None):
+        raise SpecError(unknown("arm", wrong, sweep.arms))
+    if chosen:
         sweep.arms = {arm: axes for arm, axes in sweep.arms.items() if arm in chosen}
     return sweep
 

@@ -75,6 +75,9 @@ def expand(base: RunSpec, sweep: Sweep, look_up: Callable[[str, str], Any]) -> l
                 k: look_up(k, v) if k in ("model", "dataset") else v for k, v in given.items()
             }
             if params := values.pop(GENERATOR_PARAMS, None):
+                numbers = params.values() if isinstance(params, dict) else [None]
+                if not all(isinstance(v, int | float) for v in numbers):
+                    raise SpecError(f"generator_params={params!r}: expected numbers by name.")
                 data = values.get("dataset", start.dataset)
                 name = f"{data.name}({', '.join(f'{k}={v:g}' for k, v in sorted(params.items()))})"
                 if name not in with_params:

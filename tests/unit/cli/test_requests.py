@@ -68,6 +68,12 @@ def refused(done, *words):
         ("+sweep=lr_ratio scale=small exec.models_dir=[/no]", "make weights"),
         ("dataset=gsm8k exec.data_dir=[/no]", "exec.data_dir"),
         ("dataset=skills model=tiny64", "48 symbols"),
+        *((f"~{key}", "must have a value") for key in ("lr", "lr.x", "exec", "cluster.options")),
+        *((f"{key}=null", f"{key}=None: expected") for key in ("exec", "cluster.options")),
+        ("--cfg job --resolve lr=${no}", "'no' not found"),
+        ("+sweep=lr_ratio arms=5", "'5' not found"),
+        *((f"+sweep=lr_ratio sweep.axes.model={v}", "expected a name") for v in ("[5]", "null")),
+        ("+sweep=lr_ratio +sweep.axes.generator_params=5", "expected numbers by name"),
     ],
 )
 def test_wrong_requests_end_with_status_2_and_start_nothing(command, tmp_path, arguments, words):
@@ -108,6 +114,10 @@ def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
     (tmp_path / "mine/sweep/lr_ratio.yaml").unlink()
     own(tmp_path, "sweep/odd.yaml", text.replace("question:", "quesion:"))
     refused(command(*mine, "+sweep=odd", "action=plan"), "Did you mean 'question'")
+    own(tmp_path, "scale/odd.yaml", "# @package _global_\nstepz: 3\nscale: {name: odd}\n")
+    refused(command(*mine, "scale=odd", "lr=1e-3"), "Did you mean 'steps'")
+    own(tmp_path, "model/123.yaml", model.replace("narrow", "'123'"))
+    assert command(*mine, "model=123", "dataset=dialect", "lr=1e-3", "action=plan").returncode == 0
     own(tmp_path, "sweep/broken.yaml", "question: [")
     refused(command(*mine, "+sweep=broken", "action=plan"), "YAML")
 

@@ -50,6 +50,12 @@ def test_a_command_line_that_changes_the_runs_changes_title_and_looks(compose, c
     assert len(both) == 1 and other.title not in both  # two changes, whatever their order
 
 
+def test_a_forced_setting_is_one_of_the_data_sets_on_the_axes_and_the_later_value_wins(compose):
+    twice = ("sweep.arms.lora.lr=${no}", "sweep.arms.lora.lr=1e-3")
+    found = compose(*ASKED, "++dataset.n_test=32", *twice)
+    assert {p.spec.dataset.n_test for p in found.points} == {32}
+
+
 def test_options_that_change_no_run_keep_the_title(compose):
     options = ["exec.pack_size=1", "format=json", "cluster.time_min=5", "sweep.rounds=2"]
     margin = ["sweep.claims.ratio.margin=[2,50]"]  # the looks keep the first: see store.looks
