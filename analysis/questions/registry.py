@@ -56,8 +56,11 @@ def question_named(
 
 
 def read_question(folder: Path) -> dict[str, Any]:
-    """Read question.json of a report."""
-    found: dict[str, Any] = json.loads((folder / "question.json").read_text())
+    """Read question.json of a report; TableError if it is broken."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "question.json").read_text())
+    except ValueError as error:
+        raise TableError(f"{folder / 'question.json'} is broken: {error}") from None
     return found
 
 

@@ -5,6 +5,7 @@ Nothing is judged again: all rows are made from results.json; see `analysis.meas
 
 import functools
 import json
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +122,14 @@ def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) 
     found: dict[str, Answer] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
-            if names is None or path.parent.name in names:
-                results, question = json.loads(path.read_text()), read_question(path.parent)
-                found.setdefault(path.parent.name, Answer(path.parent, results, question))
+            if (names is None or path.parent.name in names) and path.parent.name not in found:
+                try:
+                    results, question = json.loads(path.read_text()), read_question(path.parent)
+                    answer = Answer(path.parent, results, question)
+                    _ = answer.scale, answer.rows  # reads all of its files
+                    found[path.parent.name] = answer
+                except (OSError, ValueError, LookupError) as error:  # the others still count
+                    print(f"left out: {path.parent}: {error!r}", file=sys.stderr)
 
     def place(a: Answer) -> tuple[int, str, str]:
         known = ORDER.index(a.sweep) if a.sweep in ORDER else len(ORDER)

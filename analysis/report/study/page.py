@@ -113,7 +113,8 @@ def pages(
         by_sweep.setdefault(a.sweep, []).append(a)
     folder = path.parent
     found = findings(data.rows) if kept else []
-    runs = pd.concat([a.runs.reindex(columns=USED) for a in answers])
+    tables = [a.runs.reindex(columns=USED) for a in answers]
+    runs = pd.concat(tables) if tables else pd.DataFrame(columns=USED)
     sizes = sizes_of(runs) / 1e6
     primary = [
         f"**{r.says[0].upper()}{r.says[1:]}**: {v.shown}, {with_interval(v.estimate)} on "

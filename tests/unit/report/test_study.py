@@ -137,6 +137,16 @@ def test_pages_replace_earlier_ones_once_all_of_them_can_be_written(reports, tmp
             assert target.startswith("http") or there, (name, target)
 
 
+@pytest.mark.parametrize("name", ["table.parquet", "results.json", "question.json"])
+def test_a_broken_report_leaves_the_others(tmp_path, capsys, name):
+    for sweep in ("recipes-tiny", "invariance-tiny"):
+        shutil.copytree(KEPT / sweep, tmp_path / sweep)
+    (tmp_path / "recipes-tiny" / name).write_text("{")
+    assert [a.sweep for a in read_answers([tmp_path])] == ["invariance"]
+    assert "left out" in capsys.readouterr().err
+    page.write([], tmp_path / "none" / "study.md")  # all of a study's parts may be broken
+
+
 @pytest.mark.parametrize(
     ("group", "setting"),
     [
