@@ -191,7 +191,7 @@ def outlooks(
     seeds, found = planned_seeds(points, sweep.replicate), []
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])
-        stated = claim.planned_at(source)
+        stated, few = claim.planned_at(source), claim.underpowered
         decides = outlook(
             name,
             claim.expected,
@@ -201,7 +201,7 @@ def outlooks(
             rounds=sweep.rounds,
             log=claim.estimand in ratios,
             units="observations" if stated.units else "seeds",
-            underpowered=claim.is_underpowered_at(source),
+            underpowered=source in few if isinstance(few, list) else few,
         )
         found.append((source, decides))
     return found

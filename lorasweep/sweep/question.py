@@ -60,7 +60,7 @@ class Claim:
     planning: dict[str, Planning] = field(default_factory=dict)
     """{scale: {sd, units}}, or {all: ...}."""
     underpowered: Any = False
-    """True or a list of scales (`is_underpowered_at`)."""
+    """Known to have too few seeds: true, or a list of the scales with too few."""
     exploratory: dict[str, str] = field(default_factory=dict)
     """{scale: why}: verdicts at this scale are exploratory, because the claim or its analysis was
     changed, or the question asked, after the runs had been seen. The reason is shown with every
@@ -72,11 +72,6 @@ class Claim:
         """Return the inputs of the power calculation at a scale."""
         stated = [vars(self.planning[k]) for k in (ALL_SCALES, scale) if k in self.planning]
         return Planning(**{k: v for p in stated for k, v in p.items() if v is not None})
-
-    def is_underpowered_at(self, scale: str) -> bool:
-        """Return whether the sweep is known to have too few seeds for the claim at a scale."""
-        known = self.underpowered
-        return scale in known if isinstance(known, list) else known
 
 
 @dataclass

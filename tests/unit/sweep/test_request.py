@@ -152,9 +152,8 @@ def test_a_claim_that_contradicts_the_metrics_direction_is_refused():
 
 def test_power_is_stated_for_a_scale_or_for_all():
     planning = {"all": Planning(sd=0.1), "tiny": Planning(sd=0.2, units=3)}
-    stated = Claim(planning=planning, underpowered=["tiny"])
-    assert stated.planned_at("tiny") == Planning(0.2, 3) and stated.is_underpowered_at("tiny")
-    assert stated.planned_at("small") == Planning(0.1) and not stated.is_underpowered_at("small")
+    stated = Claim(planning=planning)
+    assert [stated.planned_at(s) for s in ("tiny", "small")] == [Planning(0.2, 3), Planning(0.1)]
 
 
 @pytest.mark.parametrize("group", ["model", "dataset"])
