@@ -37,9 +37,7 @@ class World:
 
     start = START
 
-    def __init__(
-        self, rho=lambda spec: 0.5, best=None, more=lambda spec: {}, falls=lambda step: 1.0
-    ):
+    def __init__(self, rho=lambda spec: 0.5, best=None, more=lambda spec: {}, falls=lambda t: 1.0):
         self.rho, self.more, self.falls = rho, more, falls
         self.best = best or (lambda spec, step: FULL if is_full(spec) else LORA)
 
@@ -67,23 +65,21 @@ def _noise(spec, step, sd):
 class Valley(World):
     """NLL over the LR: an asymmetric valley; LoRA's optimum is `ratio` times full fine-tuning's.
 
-    From `cliff` times the optimum on, a run diverges. `drift`: doublings of LoRA's optimum per
-    doubling of the rank. `behind`: added loss by rank.
+    From `cliff` times the optimum on, a run diverges.
     """
 
-    def __init__(self, ratio, noise=5e-4, steep=0.7, cliff=None, drift=0.0, behind=()):
+    steep = 0.7
+
+    def __init__(self, ratio, noise=5e-4, cliff=math.inf):
         super().__init__()
-        self.ratio, self.noise, self.steep, self.cliff = ratio, noise, steep, cliff
-        self.drift, self.behind = drift, dict(behind)
+        self.ratio, self.noise, self.cliff = ratio, noise, cliff
 
     def nll(self, spec):
-        best, rank = FULL_BEST, rank_of(spec)
-        if rank:
-            best *= self.ratio * 2 ** (self.drift * math.log2(rank / 4))
-        if self.cliff is not None and spec.lr > self.cliff * best:
+        off = spec.lr / (FULL_BEST * (1 if is_full(spec) else self.ratio))
+        if off > self.cliff:
             return math.nan
-        valley = 0.16 * float(linex(np.array(math.log(spec.lr / best)), self.steep))
-        return 2.0 + valley + self.behind.get(rank, 0.0) + _noise(spec, 0, self.noise)
+        valley = 0.16 * float(linex(np.array(math.log(off)), self.steep))
+        return 2.0 + valley + _noise(spec, 0, self.noise)
 
     def curve(self, spec):
         return [{"step": 1, "test_nll": self.nll(spec)}]
@@ -99,14 +95,13 @@ class Rewards(World):
 
     start_reward = 0.1
 
-    def __init__(self, top, best, bend, more=lambda spec: {}, noise=1e-3):
-        super().__init__(best=best)
-        self.top, self.bend, self.also, self.noise = top, bend, more, noise
-        self.more = self.results
+    def __init__(self, top, best, bend):
+        super().__init__(best=best, more=self.results)
+        self.top, self.bend = top, bend
 
     def reward(self, spec, step):
         off = math.log(spec.lr / self.best(spec))
-        return self.top(spec, step) - self.bend(spec) * off**2 + _noise(spec, step, self.noise)
+        return self.top(spec, step) - self.bend(spec) * off**2 + _noise(spec, step, 1e-3)
 
     def nll(self, spec):
         return -self.reward(spec, spec.steps)
@@ -118,7 +113,7 @@ class Rewards(World):
 
     def results(self, spec):
         named = {"metric": dataclasses.asdict(METRICS["policy_gradient"])}
-        return {**named, "test_reward": self.reward(spec, spec.steps), **self.also(spec)}
+        return {**named, "test_reward": self.reward(spec, spec.steps)}
 
 
 @functools.cache
@@ -132,6 +127,9 @@ def base(model="tiny64", dataset="dialect", *overrides, **params):
         name = f"{data.name}({shown})"
         data = dataclasses.replace(data, name=name, generator_params=merged)
     return dataclasses.replace(spec, dataset=data)
+
+
+smoke = functools.partial(base, dataset="dialect_smoke")
 
 
 def around(best, n=7):
@@ -150,10 +148,8 @@ def runs(spec, method, lrs, seeds=range(4), **changes):
 
 def arms(spec, ranks=(1, 4), full=FULL, lora=LORA, n=7, seeds=range(4), alpha=32.0, **changes):
     """Full fine-tuning and LoRA of several ranks, with LRs around their optima."""
-    found = runs(spec, FullFT(), around(full, n), seeds, **changes)
-    for rank in ranks:
-        found += runs(spec, LoRA(rank=rank, alpha=alpha), around(lora, n), seeds, **changes)
-    return found
+    methods = [(FullFT(), full), *((LoRA(rank=rank, alpha=alpha), lora) for rank in ranks)]
+    return [s for m, best in methods for s in runs(spec, m, around(best, n), seeds, **changes)]
 
 
 def is_full(spec):
@@ -179,11 +175,11 @@ RANKS = {"attention": 8, "mlp": 4, "attention+mlp": 4}
 
 def layers(speeds, models=("tiny64",), of=RANKS, also=lambda s, t: 0.0, **world):
     """LoRA of each layer set at the rank of the shipped sweep."""
-    specs, ranks = [], of
-    for spec in (base(model, "dialect_smoke") for model in models):
+    specs = []
+    for spec in map(smoke, models):
         specs += arms(spec, (), steps=64)
-        for of, rank in ranks.items():
-            specs += runs(spec, LoRA(rank=rank, layers=of), around(LORA), steps=64)
+        for name, rank in of.items():
+            specs += runs(spec, LoRA(rank=rank, layers=name), around(LORA), steps=64)
     world = lost(also, **world)
     world.rho = lambda s: speeds(s)[s.method.layers]
     return "layers", world, specs
@@ -206,24 +202,23 @@ def facts(stored, lrs=3, seeds=range(4), most=1.0):
     return "capacity", Facts(more=lambda s: {"retain_nll": 3.0, "retain_start": 2.8}), of
 
 
-def rank_runs(ranks=(1, 4, 8), steps=96, seeds=range(4), models=("tiny64",), **params):
+def rank_runs(ranks=(1, 4, 8), steps=96, seeds=range(4), **params):
     """Full fine-tuning and all ranks, and redraws of A at one LR."""
-    found = []
-    for spec in (base(model, "dialect_smoke", **params) for model in models):
-        found += arms(spec, ranks, steps=steps, seeds=seeds)
-        for rank, draw in ((r, d) for r in ranks for d in (1, 2)):
-            found += runs(spec, LoRA(rank=rank, init_seed=draw), [LORA], seeds, steps=steps)
+    spec = smoke(**params)
+    found = arms(spec, ranks, steps=steps, seeds=seeds)
+    for rank, draw in ((r, d) for r in ranks for d in (1, 2)):
+        found += runs(spec, LoRA(rank=rank, init_seed=draw), [LORA], seeds, steps=steps)
     return found
 
 
 LENGTHS = {4: 256, 16: 128, 64: 32}
 
 
-def batches(ranks=(4,), lengths=LENGTHS, full=FULL, lora=LORA, n=5):
+def batches(ranks=(4,), lengths=LENGTHS):
     """Runs of several batch sizes: size -> updates."""
-    spec, found = base("tiny64", "dialect_smoke"), []
+    found = []
     for size, steps in lengths.items():
-        found += arms(spec, ranks, full, lora, n, range(3), batch_size=size, steps=steps)
+        found += arms(smoke(), ranks, n=5, seeds=range(3), batch_size=size, steps=steps)
     return found
 
 
@@ -241,16 +236,14 @@ def rewarded(
     sweep="",
     ratio=4.0,
     bends=(0.03, 0.03),
-    models=("tiny64-skilled",),
 ):
     """`lora`: LoRA's seeds; `control`: with full fine-tuning of LoRA's matrices; `ratio` of optima."""
-    found, steps = [], {"steps": 64}
-    for spec in (base(model, "words", *WORDS) for model in models):
-        found += arms(spec, (), 1e-4, n=lrs, seeds=seeds, **steps)
-        for rank in ranks:
-            found += runs(spec, LoRA(rank=rank), around(ratio * 1e-4, lrs), lora or seeds, **steps)
-        if control:
-            found += runs(spec, FullFT(scope="matrices"), around(1e-4, lrs), seeds, **steps)
+    spec, steps = base("tiny64-skilled", "words", *WORDS), {"steps": 64}
+    found = arms(spec, (), 1e-4, n=lrs, seeds=seeds, **steps)
+    for rank in ranks:
+        found += runs(spec, LoRA(rank=rank), around(ratio * 1e-4, lrs), lora or seeds, **steps)
+    if control:
+        found += runs(spec, FullFT(scope="matrices"), around(1e-4, lrs), seeds, **steps)
     world = Rewards(
         top, lambda s: 1e-4 * (1 if is_full(s) else ratio), lambda s: bends[not is_full(s)]
     )
@@ -284,16 +277,12 @@ def kept_question(sweep, claims=None):
     return asked
 
 
-def ask(sweep, world, specs, folder: Path | None = None, claims=None):
-    """Ask a kept question of planted runs: results.json and verdicts by claim, or a whole report."""
+def ask(sweep, world, specs, claims=None):
+    """Ask a kept question of planted runs: results.json, with the page, and verdicts by claim."""
     table, asked = planted_table(world, specs), kept_question(sweep, claims)
-    if folder is not None:
-        report.judge_and_report(table, asked, folder, kept=answer.KEPT)
-        out = json.loads((folder / "results.json").read_text())
-    else:
-        found = analyse(table, asked, answer.KEPT)
-        assert report.render(found, asked, table)
-        out = json.loads(json.dumps(report.results_of(found, asked, table)))
+    found = analyse(table, asked, answer.KEPT)
+    out = json.loads(json.dumps(report.results_of(found, asked, table), allow_nan=False))
+    out["page"] = report.render(found, asked, table)
     return out, {v["claim"]: v for v in out["verdicts"]}
 
 

@@ -13,26 +13,19 @@ from analysis.questions.registry import analyse
 from analysis.runs.table import read
 from lorasweep.cli.answer import KEPT
 from lorasweep.methods.lora import LoRA
+from tests import planted
 from tests.planted import (
     FULL,
-    FULL_BEST,
-    GAIN,
     LORA,
     Valley,
     World,
     arms,
-    around,
-    base,
-    batches,
     facts,
     is_full,
-    kept_question,
     layers,
     lost,
-    planted_table,
-    rank_runs,
     rewarded,
-    runs,
+    smoke,
 )
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
@@ -47,12 +40,12 @@ ON_TWO = ("tiny64", "tiny64-s1")
 
 
 def ratio(valley, ranks=(4, 8), full=1.2e-3, **more):
-    spec, lora = base(dataset="dialect_smoke"), FULL_BEST * valley.ratio
-    return "lr_ratio", valley, arms(spec, ranks, full, lora, steps=8, **more)
+    lora = planted.FULL_BEST * valley.ratio
+    return "lr_ratio", valley, arms(smoke(), ranks, full, lora, steps=8, **more)
 
 
 def ratio_over_updates(of):
-    return "lr_ratio", lost(of), arms(base(dataset="dialect_smoke"), (4, 8), steps=64)
+    return "lr_ratio", lost(of), arms(smoke(), (4, 8), steps=64)
 
 
 def apart(seeds):
@@ -66,11 +59,11 @@ def even(spec):
 
 
 def ranks(world, of=(1, 4), *more):
-    return "rank", world, rank_runs(of, *more)
+    return "rank", world, planted.rank_runs(of, *more)
 
 
 def costs(world):
-    return "compute", world, arms(base(dataset="dialect_smoke"), (1,), steps=384)
+    return "compute", world, arms(smoke(), (1,), steps=384)
 
 
 def timed(factor):
@@ -78,34 +71,30 @@ def timed(factor):
     return lambda spec: {"step_s": 0.1 * (1 + (factor - 1) * (spec.seed % 2))}
 
 
-def recipes(default=2e-4, forgotten=0.2, behind=lambda spec: 0.0):
-    spec, common = base(dataset="dialect_smoke"), {"steps": 96}
-    found = arms(spec, (8,), **common)
-    found += runs(spec, LoRA(rank=8, layers="attention+mlp"), around(default), **common)
-    world = lost(lambda s, t: behind(s), more=lambda s: {"retain_nll": 2.2, "retain_start": 2.0})
-    return "recipes", world, found
+def recipes(default=2e-4, behind=lambda spec, step: 0.0):
+    found = arms(smoke(), (8,), steps=96)
+    found += planted.runs(
+        smoke(), LoRA(rank=8, layers="attention+mlp"), planted.around(default), steps=96
+    )
+    return "recipes", lost(behind, more=lambda s: {"retain_nll": 2.2, "retain_start": 2.0}), found
 
 
 def two_batches(rho, *best):
-    return "batch_size", World(rho, *best), batches((4,), {4: 64, 16: 32})
+    return "batch_size", World(rho, *best), planted.batches((4,), {4: 64, 16: 32})
 
 
-def novel(gap=lambda rank, step: 0.0, noise=0.0, steps=256, ranks=(1, 8), new=NEW):
-    """LoRA is `gap(rank, step)` of the gain behind; the losses of full fine-tuning vary."""
+def novel(gap=0.0, noise=0.0, steps=256, ranks=(1, 8)):
+    """LoRA is `gap` of the gain behind; the losses of full fine-tuning vary."""
+    parts = {"bits_generator": 1e4, "changed_share": 0.4}
+    parts |= dict.fromkeys(("test_nll_changed", "test_nll_unchanged"), 2.5)
 
     def of(spec, step):
-        gain = GAIN * math.log2(1 + spec.steps)
         if is_full(spec):
             return np.random.default_rng(int(spec.id, 16)).normal(0, noise)
-        return gain * gap(spec.method.rank, step)
+        return planted.GAIN * math.log2(1 + spec.steps) * gap
 
-    parts = {"bits_generator": 1e4, "changed_share": 0.4}
-
-    def more(spec):
-        return parts | dict.fromkeys(("test_nll_changed", "test_nll_unchanged"), 2.5)
-
-    spec = base("tiny64", "dialect", **new)
-    return "regime", lost(of, more=more), arms(spec, ranks, steps=steps, batch_size=4)
+    specs = arms(planted.base(**NEW), ranks, steps=steps, batch_size=4)
+    return "regime", lost(of, more=lambda spec: parts), specs
 
 
 def climbs(spec, step):
@@ -114,9 +103,9 @@ def climbs(spec, step):
 
 def judged(sweep, world, specs, claims=None, kept=None, **question):
     """The gates of each claim's verdicts, without their subjects; each as text."""
-    table = specs if isinstance(specs, pd.DataFrame) else planted_table(world, specs)
+    table = specs if isinstance(specs, pd.DataFrame) else planted.planted_table(world, specs)
     found = {}
-    for v in analyse(table, kept_question(sweep, claims) | question, kept).verdicts:
+    for v in analyse(table, planted.kept_question(sweep, claims) | question, kept).verdicts:
         assert v.outcome == "UNDECIDED" or not v.gates or v.gates[0].code == GateCode.BY_TASK
         found.setdefault(v.claim, []).append(", ".join(f"{g.place}{g.code.name}" for g in v.gates))
     return found
@@ -127,7 +116,7 @@ def stops(of):
 
     def also(spec, step):
         last = 3 * spec.steps // 8
-        return GAIN * math.log2((1 + step) / (1 + min(step, last))) * of(spec)
+        return planted.GAIN * math.log2((1 + step) / (1 + min(step, last))) * of(spec)
 
     return also
 
@@ -160,7 +149,7 @@ def at_once(spec, step):
     return -0.8 * is_full(spec)
 
 
-def unlucky(spec):
+def unlucky(spec, step):
     """Full fine-tuning learns less than LoRA with all seeds but one."""
     return 0.5 * (is_full(spec) and spec.seed > 0)
 
@@ -218,7 +207,7 @@ CASES = [
     case("penalty", AT_EDGE, two_batches, lambda s: 0.5, edge_of_batch_16),
     case("small_best", "MISSING", two_batches, lambda s: 0.5),
     case("low", "NOISY", novel, noise=0.016, steps=32),
-    case("growth", "NO_GAP", novel, lambda r, t: -0.05),
+    case("growth", "NO_GAP", novel, -0.05),
     case("unchanged", "NO_ADVANTAGE", novel, steps=32),
     case("needs_longer", "NO_LAW", novel, steps=32),
     case("low", "MISSING", novel, ranks=(1, 4), steps=32),
