@@ -35,13 +35,6 @@ MAY_REFUSE = {
 COMMAND = re.compile(r"^python -m (lorasweep|analysis)\b(.*)$", re.MULTILINE)
 
 
-def documented(page):
-    """List (package, arguments) of every command in a page's bash blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    found = [m for block in blocks for m in COMMAND.finditer(block.replace("\\\n", " "))]
-    return [(m[1], shlex.split(m[2], comments=True)) for m in found]
-
-
 def tried(args):
     """Return the arguments with which a documented command of lorasweep is tried."""
     if not args or {"--help", "action=import", "action=advise", "action=measure"} & set(args):
@@ -59,31 +52,29 @@ def tried(args):
 
 
 def commands():
-    """Every documented command once, as it is tried: (page, package, *arguments)."""
+    """Every command of the pages' bash blocks once, as it is tried: (page, package, *arguments)."""
     found = {}
     for page in PAGES:
-        for package, args in documented(page):
+        blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+        for m in (m for block in blocks for m in COMMAND.finditer(block.replace("\\\n", " "))):
+            package, args = m[1], shlex.split(m[2], comments=True)
             args = tried(args) if package == "lorasweep" else args
             found.setdefault((package, *args), (page.name, package, *args))
     return list(found.values())
 
 
-LONG = (
-    *(f"action={a}" for a in ("fleet", "qualify", "extend", "verify", "check_gpu")),
-    "+sweep=study",
-    "mirror=",
-)
+LONG = tuple(f"action={a}" for a in ("fleet", "qualify", "extend", "verify", "check_gpu"))
+LONG += ("+sweep=study", "mirror=")
 
 
-def in_halves():
+def halves():
     """Divide the commands: one for each action that takes about a second, and all others."""
-    short = {}
-    for page, package, *args in reversed(commands()):
+    short, every = {}, commands()
+    for page, package, *args in reversed(every):
         action = next((a for a in args if a.startswith(("action=", "--help"))), package)
         if not any(a.startswith(LONG) for a in args):
             short[action] = (page, package, *args)
-    first = [*short.values()]
-    return first, [one for one in commands() if one not in first]
+    return [*short.values()], [one for one in every if one not in short.values()]
 
 
 @pytest.mark.slow
@@ -105,7 +96,7 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
     (tmp_path / "customers.csv").write_text(row)
     assert command(*SMOKE, "action=export", "table=runs.parquet").returncode == 0
     monkeypatch.setenv("WANDB_MODE", "offline")
-    wanted, failed = in_halves()[half], []
+    wanted, failed = halves()[half], []
     assert len(wanted) > 9
     for page, package, *args in wanted:
         capsys.readouterr()
@@ -145,19 +136,15 @@ def test_the_tree_names_every_room():
         assert (ROOT / path).exists(), path
 
 
-def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results():
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 150
-    assert study_page.readme(text, KEPT) == text
-
-
-def test_the_page_of_results_is_one_screen_and_all_its_pages_are_of_the_kept_results():
+def test_front_pages_are_short_and_all_pages_of_results_are_of_the_kept_results():
     today = study_page.pages(answers.read_answers([KEPT]), KEPT / "README.md", kept=True)
     del today[study_page.TABLE]  # see test_freshness
     assert {name: (KEPT / name).read_text() for name in today} == today
     there = {f"questions/{p.name}" for p in (KEPT / "questions").iterdir()}
     assert there == {name for name in today if name.startswith("questions/")}
     assert not any("rule_shift=" in text for text in today.values())  # parameters are words
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150 and study_page.readme(text, KEPT) == text
     front = today["README.md"]
     assert len(front.splitlines()) <= 85
     assert front.count("](") - front.count("![") > 5 and front.count("![") == 3

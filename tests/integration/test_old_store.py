@@ -29,7 +29,7 @@ def old(tmp_path):
     return RunStore(tmp_path / "runs")
 
 
-def test_states_specs_and_table_of_an_old_store_are_those_of_then(old):
+def test_states_specs_table_and_answers_of_an_old_store_are_those_of_then(old):
     states = old.states(sorted(old.existing()))
     assert sorted(states.values()) == ["diverged", *["done"] * 6, "interrupted"]
     assert states[INTERRUPTED] == "interrupted"
@@ -42,15 +42,12 @@ def test_states_specs_and_table_of_an_old_store_are_those_of_then(old):
     for column in ("spec", "result"):
         for a, b in zip(now[column], then[column], strict=True):
             assert json.loads(b).items() <= json.loads(a).items()
-
-
-def test_old_answers_are_given_again():
-    question = json.loads((OLD / "question.json").read_text())
-    then = json.loads((OLD / "results.json").read_text())["verdicts"]
-    now = analyse(pd.read_parquet(OLD / "table.parquet"), question).verdicts
-    assert [(v.claim, v.outcome) for v in now] == [(v["claim"], v["outcome"]) for v in then]
-    for a, b in zip(now, then):
-        assert a.estimate.value == pytest.approx(b["estimate"]["value"])
+    question, answer = (
+        json.loads((OLD / f"{n}.json").read_text()) for n in ("question", "results")
+    )
+    for v, was in zip(analyse(then, question).verdicts, answer["verdicts"], strict=True):
+        assert (v.claim, v.outcome) == (was["claim"], was["outcome"])
+        assert v.estimate.value == pytest.approx(was["estimate"]["value"])
 
 
 @pytest.mark.full

@@ -52,12 +52,13 @@ def peft_server(base, folders, parents=True, owner="vllm"):
 def changed(folder, to, alpha=1.0, b=1.0):
     """A copy of an adapter's folder with another alpha, or another B."""
     shutil.copytree(folder, to)
-    path = to / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "lora_alpha": alpha * config["lora_alpha"]}))
-    path = to / "adapter_model.safetensors"
-    tensors = load_file(path)
-    save_file({k: b * t if "lora_B" in k else t for k, t in tensors.items()}, path)
+    config = json.loads((to / "adapter_config.json").read_text())
+    config["lora_alpha"] *= alpha
+    (to / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(to / "adapter_model.safetensors")
+    for name in (n for n in tensors if "lora_B" in n):
+        tensors[name] *= b
+    save_file(tensors, to / "adapter_model.safetensors")
     return to
 
 
@@ -95,7 +96,9 @@ def test_a_right_fleet_is_served_and_each_fault_has_its_name(fleet, tmp_path, ca
     assert [found[n]["verdict"] for n in NAMES] == [swapped, swapped, "served"]
 
 
-def test_a_wrong_server_is_an_error_that_says_what_to_type(fleet, tmp_path, capsys):
+def test_a_wrong_server_is_an_error_and_without_one_the_folders_are_checked(
+    fleet, tmp_path, capsys
+):
     home, check = fleet
     with peft_server(home / "base", {"dan": home / "out/ann"}) as url:
         assert check(f"url={url}", "format=json") == 1
@@ -111,10 +114,6 @@ def test_a_wrong_server_is_an_error_that_says_what_to_type(fleet, tmp_path, caps
     for wrong in (["action=verify_served"], ["action=fleet", "customers=c.csv", "url=http://a:1"]):
         with pytest.raises(SpecError, match="action=verify_served"):
             check_request(compose_request(wrong))
-
-
-def test_without_a_server_the_folders_are_checked(fleet, capsys):
-    home, check = fleet
     assert check("format=json") == 0
     assert {row["verdict"] for row in verdicts(capsys).values()} == {"folder is right"}
     path = home / "out/bob/adapter_model.safetensors"
@@ -122,6 +121,5 @@ def test_without_a_server_the_folders_are_checked(fleet, capsys):
     path.write_bytes(kept[:-4])
     assert check("format=json") == 1
     path.write_bytes(kept)
-    found = verdicts(capsys)
-    assert found["bob"]["verdict"] == "folder refused"
-    assert "truncated" in found["bob"]["notes"][0]
+    found = verdicts(capsys)["bob"]
+    assert found["verdict"] == "folder refused" and "truncated" in found["notes"][0]

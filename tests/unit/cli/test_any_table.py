@@ -30,7 +30,9 @@ SWEEPS = sorted({path.stem for path in (ROOT / "sweeps").glob("*.yaml")} - {"stu
 KEPT = {
     "all": lambda specs: specs,
     "one": lambda specs: specs[:1],
-    "one rate": lambda specs: [s for s in specs if s.lr == _lowest(s, specs)],
+    "one rate": lambda specs: [
+        s for s in specs if s.lr == min(t.lr for t in specs if t.method == s.method)
+    ],
     "one seed": lambda specs: [s for s in specs if s.seed == specs[0].seed],
     "no fullft": lambda specs: [s for s in specs if s.method.name != "fullft"],
     "no lora": lambda specs: [s for s in specs if s.method.name != "lora"],
@@ -38,13 +40,7 @@ KEPT = {
 ENDS = ("good", "hurt", "equal", "diverged", "nan", "none", "infinite")
 GOOD = {"fullft": "good", "lora": "good"}
 CURVES = ("whole", "start", "none")
-TABLE_ACTIONS = ("status", "plan", "export", "extend", "qualify")
 SEARCHED = {"deadline": None, "derandomize": True}
-COMMANDS = ("fit", "fit --ratio", "fit --drift", "fit --law", "html")
-
-
-def _lowest(spec, specs):
-    return min(s.lr for s in specs if s.method == spec.method)
 
 
 @functools.cache
@@ -126,7 +122,7 @@ def test_any_planted_table_is_answered_with_all_pages(case):
         judge(*case, Path(folder))
 
 
-@pytest.mark.parametrize("action", TABLE_ACTIONS)
+@pytest.mark.parametrize("action", ["status", "plan", "export", "extend", "qualify"])
 def test_actions_on_any_store_answer(compose, capsys, tmp_path, action):
     asked = compose("+sweep=lr_ratio", "scale=smoke", f"action={action}")
     for ends in ((), ("diverged",), ("good", "hurt", "nan"), ("none",)):
@@ -151,25 +147,23 @@ COLUMNS = {
     "hidden_size": ("64", "128", ""),
     "nll_start": ("2.0", "0.5", ""),
 }
-ROWS = {name: st.sampled_from(cells) for name, cells in COLUMNS.items()}
 
 
-def _run_tables(rows):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "runs.csv"
+@pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.full)])
+def test_commands_on_any_table_answer(tmp_path, count):
+    path, page = tmp_path / "runs.csv", ("--out", f"{tmp_path}/page.html")
+    row = st.fixed_dictionaries({name: st.sampled_from(cells) for name, cells in COLUMNS.items()})
+
+    @settings(max_examples=count, **SEARCHED)
+    @given(st.lists(row, max_size=12))
+    def check(rows):
         pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(path, index=False)
-        for command in COMMANDS:
+        for command in ("fit", "fit --ratio", "fit --drift", "fit --law", "html"):
             out, errors = io.StringIO(), io.StringIO()
-            where = ["--out", f"{folder}/page.html"] if command == "html" else []
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-                code = tables([*command.split(), str(path), *where])
-            refused = any(v.startswith("analysis:") for v in errors.getvalue().splitlines())
-            assert refused == (code == 2)
-            assert code in (0, 2) and len(errors.getvalue().splitlines()) <= 6
+                code = tables([*command.split(), str(path), *(page if command == "html" else ())])
+            lines = errors.getvalue().splitlines()
+            assert any(v.startswith("analysis:") for v in lines) == (code == 2)
+            assert code in (0, 2) and len(lines) <= 6
 
-
-@pytest.mark.parametrize("tables", [12, pytest.param(400, marks=pytest.mark.full)])
-def test_commands_on_any_table_answer(tables):
-    settings(max_examples=tables, **SEARCHED)(
-        given(st.lists(st.fixed_dictionaries(ROWS), max_size=12))(_run_tables)
-    )()
+    check()
