@@ -315,7 +315,7 @@ class Composer:
             sweep=None,
             points=[],
         )
-        for problem in misfits(request.cluster, "cluster."):
+        for problem in request.cluster.problems():
             raise ClusterError(problem)
         base = _run_spec(config)
         if not sweep_name:

@@ -10,6 +10,9 @@ Count = Annotated[int, Is("", 1)]
 CountOrNone = Annotated[int | None, Is("", 1)]
 Amount = Annotated[float, Is("", ABOVE_0)]
 AmountOrNone = Annotated[float | None, Is("", ABOVE_0)]
+OURS = {"job-name", "array", "output", "error", "signal", "dependency", "nodes", "requeue"}
+OURS |= {"ntasks-per-node"}
+"""Options of sbatch on which jobs depend."""
 
 
 @dataclass(frozen=True)
@@ -137,3 +140,18 @@ class Cluster:
     """More sbatch options, by name without dashes. Write "true" for an option without a value."""
     shared: bool = False
     """True: the nodes share the run folder, although it looks local to this machine."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield the problems that the settings have on every cluster."""
+        inside, uneven = not self.container, self.workers and self.gpus % self.workers
+        yield from misfits(
+            self,
+            "cluster.",
+            [
+                ("container_kind", inside and self.container_kind, "a cluster.container=IMAGE"),
+                ("container_mounts", inside and self.container_mounts, "a cluster.container=IMAGE"),
+                ("work_max", self.work_max < self.work_min, "at least cluster.work_min"),
+                ("gpus", uneven, "a multiple of cluster.workers"),
+                ("options", OURS & self.options.keys(), f"none of {', '.join(sorted(OURS))}"),
+            ],
+        )
