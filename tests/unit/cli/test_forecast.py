@@ -14,6 +14,12 @@ from tests.world import ROOT
 BATCHES = ("+sweep=batch_size", "scale=paper")
 
 
+CLUSTER = (*BATCHES, "cluster=slurm", "hardware=h100")
+ASKED = ("action=plan", "hardware=h100", "format=json")
+UNKNOWN = {"rank": ["faster"], "regime": ["nothing", "real", "real_16"], "rl": ["wider"]}
+"""Claims of which no data were run at tiny, so that no spread over seeds is known."""
+
+
 @pytest.fixture
 def nowhere(monkeypatch):
     """A machine that may not be asked."""
@@ -24,6 +30,11 @@ def nowhere(monkeypatch):
     for name in ("this_machine", "cores", "gpus"):
         monkeypatch.setattr(detect, name, refuse)
     monkeypatch.delenv("SLURM_CONF", raising=False)  # of the cluster that other tests started
+
+
+@pytest.fixture
+def planned(command, nowhere):
+    return lambda *args: json.loads(command(*args, *ASKED).stdout)
 
 
 def test_the_study_is_planned_without_weights_and_without_a_look_at_this_machine(planned):
@@ -56,9 +67,6 @@ def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_
     assert row.split()[1:4] == ["256", "256", "224"]
 
 
-CLUSTER = (*BATCHES, "cluster=slurm", "hardware=h100")
-
-
 def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere):
     plan = json.loads(command(*CLUSTER, "action=plan", "format=json").stdout)
     needed = [(j["nodes"], j["gpus"], j["workers"]) for j in plan["queue"]["jobs"]]
@@ -71,19 +79,9 @@ def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere
     assert "fullft of llama-3.1-8b takes" in done.stderr and "It fits with" in done.stderr
 
 
-# ---------------------------------------------------------------- claims within a budget
-
-SHARED = ("+sweep=study", "sweep.parts=[compute,short_runs,layers,capacity]", "scale=paper")
-ASKED = ("action=plan", "hardware=h100", "format=json")
-
-
-@pytest.fixture
-def planned(command, nowhere):
-    return lambda *args: json.loads(command(*args, *ASKED).stdout)
-
-
 def test_a_budget_buys_claims_of_several_sweeps_and_shared_runs_once(planned):
-    found = planned(*SHARED, "budget=1000gpuh")
+    parts = "sweep.parts=[compute,short_runs,layers,capacity]"
+    found = planned("+sweep=study", parts, "scale=paper", "budget=1000gpuh")
     budget = found["budget"]
     chosen, used = budget["chosen"], budget["used"]
     assert sum(c["gpu_hours"] for c in chosen) == pytest.approx(used) and 500 < used <= 1000
@@ -127,8 +125,6 @@ def test_sampling_and_what_a_serving_engine_would_save_are_named(command, planne
     assert f"at least {total['gpu_hours_with_serving_engine']:,.0f} GPU-hours" in text
 
 
-# ---------------------------------------------------------------- which claims can be decided
-
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")
 
 
@@ -139,14 +135,6 @@ def test_a_single_run_does_not_load_the_analysis(compose, monkeypatch):
     request = compose("scale=smoke")
     answer.check_claims(request.sweep)
     assert answer.outlooks(request.points, request.sweep, request.scale) == []
-
-
-UNKNOWN = {
-    "rank": ["faster"],
-    "regime": ["nothing", "real", "real_16"],
-    "rl": ["wider"],
-}
-"""Claims of which no data were run at tiny, so that no spread over seeds is known."""
 
 
 @pytest.mark.parametrize(

@@ -32,19 +32,26 @@ def without(monkeypatch):
     return block
 
 
-def names(error, package, what):
-    text = str(error.value)
-    return what in text and f"pip install {package} " in text and "make wheelhouse" in text
+HUB = DatasetSpec(name="rows", source="hub", location="org/rows", format="text")
+NEEDED = {
+    **{
+        package: (asked, lambda asked=asked: act(compose_request(["scale=smoke", asked])))
+        for package, asked in (("wandb", "mirror=wandb"), ("submitit", "cluster=slurm"))
+    },
+    "gguf": ("some.gguf", lambda: describe_model("some.gguf")),
+    "datasets": ("rows", lambda: sources.of_hub(HUB, False)),
+}
 
 
-@pytest.mark.parametrize(
-    "package, argument", [("wandb", "mirror=wandb"), ("submitit", "cluster=slurm")]
-)
-def test_a_request_is_refused_before_it_trains(without, tmp_path, package, argument):
+@pytest.mark.parametrize("package", NEEDED)
+def test_what_needs_a_package_is_refused_before_it_trains(without, tmp_path, monkeypatch, package):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
     without(package)
-    with pytest.raises(SpecError) as error:
-        act(compose_request(["scale=smoke", argument, f"exec.runs_dir={tmp_path}"]))
-    assert names(error, package, argument) and not list(tmp_path.glob("*/spec.json"))
+    what, ask = NEEDED[package]
+    with pytest.raises(SpecError, match=f"(?s){what}.*pip install {package} .*make wheelhouse"):
+        ask()
+    assert not list(tmp_path.glob("runs/*/spec.json"))
 
 
 def test_a_python_without_the_environment_is_named(without, monkeypatch, capsys):
@@ -55,18 +62,6 @@ def test_a_python_without_the_environment_is_named(without, monkeypatch, capsys)
     said = capsys.readouterr().err
     assert end.value.code == 2 and sys.executable in said and "activate" in said
     assert analysis(["lr_ratio"]) == 2 and sys.executable in capsys.readouterr().err
-
-
-def test_rows_of_the_hub_and_a_gguf_file_name_what_reads_them(without, tmp_path):
-    without("datasets", "gguf")
-    (tmp_path / "some.gguf").write_bytes(b"GGUF")
-    with pytest.raises(SpecError) as error:
-        describe_model(str(tmp_path / "some.gguf"))
-    assert names(error, "gguf", "some.gguf")
-    rows = DatasetSpec(name="rows", source="hub", location="org/rows", format="text")
-    with pytest.raises(SpecError) as error:
-        sources.of_hub(rows, False)
-    assert names(error, "datasets", "rows")
 
 
 @pytest.mark.parametrize("absent", [(), ("matplotlib",), ("plotly", "jinja2")])

@@ -105,7 +105,7 @@ def own(folder, name, text):
     return "--config-dir", folder / "mine"
 
 
-def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
+def test_a_users_sweep_and_model_come_in_by_config_dir_and_wrong_ones_are_named(command, tmp_path):
     text = (ROOT / "sweeps/lr_ratio.yaml").read_text().replace("model: tiny64,", "model: narrow,")
     own(tmp_path, "sweep/my_ratio.yaml", text)
     model = (ROOT / "conf/model/tiny64.yaml").read_text()
@@ -113,17 +113,22 @@ def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
     mine = own(tmp_path, "model/narrow.yaml", model)
     plan = command(*mine, "+sweep=my_ratio", "scale=smoke", "action=plan", "format=json")
     assert json.loads(plan.stdout)["arms"][0]["model"] == "narrow"
-    own(tmp_path, "sweep/lr_ratio.yaml", text)
-    refused(command(*mine, "+sweep=lr_ratio", "action=plan"), "would be ignored. Rename it")
-    (tmp_path / "mine/sweep/lr_ratio.yaml").unlink()
-    own(tmp_path, "sweep/odd.yaml", text.replace("question:", "quesion:"))
-    refused(command(*mine, "+sweep=odd", "action=plan"), "Did you mean 'question'")
+    scale = "# @package sweep\nquestion: So?\nanalysis: lr_ratio\nscales:\n  tiny: "
+    for name, body, *says in (
+        ("lr_ratio", text, "would be ignored. Rename it"),
+        ("odd", text.replace("question:", "quesion:"), "Did you mean 'question'"),
+        ("broken", "question: [", "YAML"),
+        ("arm", f"{scale}{{armz: {{}}}}\n", "sweep 'arm'", "at scale tiny", "armz"),
+        ("round", f"{scale}{{rounds: two}}\n", "sweep 'round'", "at scale tiny", "roun"),
+        ("empty", f"{scale}\n", "sweep 'empty'"),
+    ):
+        own(tmp_path, f"sweep/{name}.yaml", body)
+        refused(command(*mine, f"+sweep={name}", "action=plan"), *says)
+        (tmp_path / f"mine/sweep/{name}.yaml").unlink()
     own(tmp_path, "scale/odd.yaml", "# @package _global_\nstepz: 3\nscale: {name: odd}\n")
     refused(command(*mine, "scale=odd", "lr=1e-3"), "Did you mean 'steps'")
     own(tmp_path, "model/123.yaml", model.replace("narrow", "'123'"))
     assert command(*mine, "model=123", "dataset=dialect", "lr=1e-3", "action=plan").returncode == 0
-    own(tmp_path, "sweep/broken.yaml", "question: [")
-    refused(command(*mine, "+sweep=broken", "action=plan"), "YAML")
 
 
 def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):
@@ -147,16 +152,6 @@ def test_a_hub_name_without_a_commit_is_named_and_shipped_ones_have_one(command)
     assert all(re.search(r"^revision: [0-9a-f]{40}$", text, re.M) for text in shipped)
 
 
-@pytest.mark.parametrize("block", ["{armz: {}}", "{rounds: two}", ""])
-def test_a_wrong_scale_of_a_users_sweep_is_named(command, tmp_path, block):
-    path = tmp_path / "sweep/mine.yaml"
-    path.parent.mkdir()
-    text = "# @package sweep\nquestion: So?\nanalysis: lr_ratio\nscales:\n  tiny: "
-    path.write_text(f"{text}{block}\n")
-    says = ["sweep 'mine'", *(["at scale tiny", block[1:5]] if block else [])]
-    refused(command("--config-dir", tmp_path, "+sweep=mine", "action=plan"), *says)
-
-
 def test_with_format_json_every_action_prints_one_object(command, tmp_path):
     done = command("+sweep=lr_ratio", "scale=smoke", "action=cancel", "format=json")
     assert json.loads(done.stdout) == {"jobs": 0, "runs": 0}
@@ -166,17 +161,15 @@ def test_with_format_json_every_action_prints_one_object(command, tmp_path):
     refused(command("action=export", f"table={table}/x.csv"), "cannot be written", "Name another")
 
 
-def test_reports_that_cannot_be_written_are_an_error_before_training(command, tmp_path):
+@pytest.mark.parametrize("action", ["run", "check_gpu", "measure", "status", "plan", "adapter"])
+def test_a_folder_that_cannot_be_written_is_an_error_before_training(command, tmp_path, action):
     (tmp_path / "a").write_text("")
-    asked = ("+sweep=lr_ratio", "scale=smoke", f"exec.reports_dir={tmp_path}/a/b")
-    refused(command(*asked), f"{tmp_path}/a: it is no folder. Choose another folder")
-    for asked in ("check_gpu", "measure model=tiny64 dataset=dialect"):
-        done = command(*f"action={asked} exec.reports_dir={tmp_path}/a".split())
-        refused(done, f"{tmp_path}/a: it is no folder. Choose another folder")
-    for action in ("status", "plan", "adapter run=x out=y"):
-        refused(
-            command(*f"action={action}".split(), f"exec.runs_dir={tmp_path}/a"), f"{tmp_path}/a"
-        )
+    asked = {"measure": ("model=tiny64", "dataset=dialect"), "adapter": ("run=x", "out=y")}
+    trains, place = action in ("run", "check_gpu", "measure"), f"{tmp_path}/a"
+    folder = f"exec.reports_dir={place}/b" if trains else f"exec.runs_dir={place}"
+    more = asked.get(action, ("+sweep=lr_ratio", "scale=smoke") if action == "run" else ())
+    says = f"{place}: it is no folder. Choose another folder" if trains else place
+    refused(command(f"action={action}", *more, folder), says)
     assert not (tmp_path / "runs").exists()
 
 
@@ -190,8 +183,6 @@ def test_quotes_of_a_name_and_a_folder_are_no_part_of_it(command, tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("lr_ratio at scale smoke")
 
 
-# ---------------------------------------------------------------- advice
-
 TABLE = (
     "name,model,task,examples,tokens_per_example,hardware\n"
     'acme,llama-3.1-8b,sft,"50,000",300,\n'
@@ -199,33 +190,22 @@ TABLE = (
 )
 
 
-@pytest.fixture
-def table(tmp_path):
-    path = tmp_path / "customers.csv"
-    path.write_text(TABLE)
-    return path
-
-
-def test_a_table_is_answered_in_text_with_a_page(command, table, tmp_path):
-    for page, out in (
-        ("reports/advice-customers.html", []),
-        ("p.html", [f"out={tmp_path}/p.html"]),
-    ):
-        done = command("action=advise", f"customers={table}", *out)
-        assert done.returncode == 0 and "2 customers: 2 LoRA" in done.stdout
-        assert "acme" in (tmp_path / page).read_text() and f"{tmp_path}/{page}" in done.stdout
-
-
-def test_json_is_one_list_and_a_wrong_row_makes_the_status_1(command, table):
-    with table.open("a") as rows:
-        rows.write("bad,gpt-9,sft,10,10,\n")
-    done = command("action=advise", f"customers={table}", "format=json", "hardware=a100")
+def test_a_table_is_answered_in_text_with_a_page_and_as_a_list(command, tmp_path):
+    table = tmp_path / "customers.csv"
+    table.write_text(TABLE)
+    asked = ("action=advise", f"customers={table}")
+    page = tmp_path / "p.html"
+    done = command(*asked, f"out={page}")
+    assert "2 customers: 2 LoRA" in done.stdout and f"{page}" in done.stdout
+    assert command(*asked).returncode == done.returncode == 0
+    assert "acme" in page.read_text() and (tmp_path / "reports/advice-customers.html").exists()
+    why = command(*asked, "why=acme")
+    assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
+    assert "+sweep=tune model=llama-3.1-8b dataset=ROWS sweep.arms.lora.rank=" in why.stdout
+    table.write_text(f"{TABLE}bad,gpt-9,sft,10,10,\n")  # a wrong row makes the status 1
+    done = command(*asked, "format=json", "hardware=a100")
     found = json.loads(done.stdout)
     assert done.returncode == 1 and [a["name"] for a in found] == ["acme", "lab", "bad"]
     assert all(set(KEYS) <= a.keys() for a in found) and set(KEYS) == found[2].keys()
-    assert "NaN" not in done.stdout
-    assert [a["gpu"] for a in found] == ["a100", "h200", None]
+    assert "NaN" not in done.stdout and [a["gpu"] for a in found] == ["a100", "h200", None]
     assert found[2]["error"].startswith("row 4: column model: model 'gpt-9' not found")
-    why = command("action=advise", f"customers={table}", "why=acme")
-    assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
-    assert "+sweep=tune model=llama-3.1-8b dataset=ROWS sweep.arms.lora.rank=" in why.stdout

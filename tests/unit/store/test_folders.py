@@ -30,14 +30,11 @@ def exec_in(folder):
     return Exec(runs_dir=str(folder / "runs"), models_dir=[], data_dir=[str(folder / "data")])
 
 
-OLD = {"facts_json": "1", "README_md": "a", "adapter__model": "x"}
-
-
 def test_only_our_files_are_replaced_and_those_of_the_user_stay(tmp_path):
     out, there = tmp_path / "out", (".git", ".DS_Store", "lost+found")  # as in a new folder
     for name in there:
         (out / name).mkdir(parents=True)
-    write(out, **OLD)
+    write(out, facts_json="1", README_md="a", adapter__model="x")
     assert all((out / name).exists() for name in there)
     (out / "notes.txt").write_text("mine")
     write(out, facts_json="2", README_md="b")
@@ -74,8 +71,8 @@ def test_a_name_in_a_marker_cannot_point_outside(tmp_path):
     out, other = tmp_path / "out", tmp_path / "other.txt"
     write(out, README_md="a")
     other.write_text("a")
-    text = (out / MARK).read_text()
-    (out / MARK).write_text(text + text.replace("README.md", "../other.txt"))
+    with (out / MARK).open("r+") as mark:
+        mark.write(mark.read().replace("README.md", "../other.txt"))
     with pytest.raises(SpecError, match="is not as lorasweep wrote it"):
         write(out, facts_json="1")
     assert other.read_text() == "a"
@@ -85,9 +82,8 @@ def test_a_name_in_a_marker_cannot_point_outside(tmp_path):
 def test_after_a_kill_at_any_rename_the_next_command_repairs(tmp_path, monkeypatch, at):
     """An exception that nothing handles stands for the kill; the staged files stay, too."""
     out = tmp_path / "out"
-    write(out, **OLD)
+    write(out, facts_json="1", README_md="a", adapter__model="x")
     (out / "notes.txt").write_text("mine")
-    monkeypatch.setattr(folders.shutil, "rmtree", lambda *a, **k: None)
     steps = iter(range(100))
 
     def killed(do):
@@ -98,11 +94,11 @@ def test_after_a_kill_at_any_rename_the_next_command_repairs(tmp_path, monkeypat
 
         return one
 
-    monkeypatch.setattr(folders.os, "replace", killed(os.replace))
-    monkeypatch.setattr(folders.Path, "unlink", killed(Path.unlink))
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(folders.shutil, "rmtree", lambda *a, **k: None)
+        m.setattr(folders.os, "replace", killed(os.replace))
+        m.setattr(folders.Path, "unlink", killed(Path.unlink))
         write(out, facts_json="2", README_md="b", new_txt="3", more_txt="4")
-    monkeypatch.undo()
     assert files_of(out).get("facts.json") != "2"  # the last: so the folder is not complete
     write(out, facts_json="3", README_md="c")
     assert files_of(out) == {"facts.json": "3", "README.md": "c", "notes.txt": "mine"}
@@ -125,16 +121,16 @@ def test_commands_at_once_leave_the_files_of_one_also_if_some_fail(tmp_path):
     assert len({*found.values()}) == 1 and len(found) == 3
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
-    for error in (OSError(28, "No space left on device"), Exception("os error 28")):
-        for name, before in {"old": {"README.md": "a"}, "new": {}}.items():
-            out = tmp_path / name
-            if before:
-                write(out, README_md="a")
-            with pytest.raises(StoreError, match="written"), replaced(out, "x") as partial:
-                (partial / "README.md").write_text("b")
-                raise error
-            assert files_of(out) == before and not (out / folders.PARTIAL).exists()
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), Exception("os error 28")])
+@pytest.mark.parametrize("before", [{}, {"README.md": "a"}])
+def test_a_full_disk_leaves_what_was_there(tmp_path, error, before):
+    out = tmp_path / "out"
+    if before:
+        write(out, README_md="a")
+    with pytest.raises(StoreError, match="written"), replaced(out, "x") as partial:
+        (partial / "README.md").write_text("b")
+        raise error
+    assert files_of(out) == before and not (out / folders.PARTIAL).exists()
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path):

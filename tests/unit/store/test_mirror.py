@@ -60,16 +60,15 @@ def test_what_wandb_lacks_is_said_before_training_and_costs_no_answer(
 ):
     """A folder; a key; at last the network."""
     (tmp_path / "file").touch()
-    wandb = sys.modules["wandb"]
     with (
         monkeypatch.context() as m,
         pytest.raises(StoreError, match=r"WANDB_DIR=.*it is no folder"),
     ):
-        m.setenv("WANDB_DIR", str(tmp_path / "file"))
+        m.setenv("WANDB_DIR", f"{tmp_path}/file")
         mirror([POINT], world, "g")
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(SpecError, match="wandb login"):
         check()
-    wandb.api.api_key = "key"
-    wandb.init = Mock(side_effect=ConnectionError("no network"))
+    wandb = sys.modules["wandb"]
+    wandb.api.api_key, wandb.init = "key", Mock(side_effect=ConnectionError("no network"))
     assert mirror([POINT], world, "g") == 0 and "no network" in capsys.readouterr().err

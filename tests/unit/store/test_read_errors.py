@@ -3,7 +3,6 @@
 import builtins
 import errno
 import io
-import json
 import os
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -16,38 +15,37 @@ from lorasweep.launch.slurm import queue
 from lorasweep.store import checkpoint, claims, files, looks
 from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.unit.store.conftest import save
-from tests.world import tiny_spec
-
-RESULT = {"test_nll": 2.5, "curve": [], "base_sha256": "x"}
-FOLDERS = ("attempts", ".slurm")
+from tests.world import tiny_spec, write_json
 
 
 @pytest.fixture
 def failing(monkeypatch):
-    """failing(name, number, times): reads of files or folders of this name fail with this error."""
+    """failing(name, number, times): reads of files or folders of this name fail with this error;
+    failing(): no more."""
     monkeypatch.setattr(files, "PAUSES_S", (0, 0))
     left: dict[str, list[int]] = {}
-    listdir = os.listdir
 
-    def wrap(real):
+    def wrap(module, function):
+        real = getattr(module, function)
+
         def call(path, *args, **kwargs):
             name = os.path.basename(path) if isinstance(path, str | os.PathLike) else None
-            fault = left.get(name) if real is listdir or name not in FOLDERS else None
+            of_folder = name in ("attempts", ".slurm")
+            fault = left.get(name) if not of_folder or function == "listdir" else None
             if fault and fault[1] > 0:
                 fault[1] -= 1
                 raise OSError(fault[0], os.strerror(fault[0]), str(path))
             return real(path, *args, **kwargs)
 
-        return call
+        monkeypatch.setattr(module, function, call)
 
-    for module, name in ((builtins, "open"), (io, "open"), (os, "stat"), (os, "listdir")):
-        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
+    for where in ((builtins, "open"), (io, "open"), (os, "stat"), (os, "listdir")):
+        wrap(*where)
 
-    def fail(name, number, times=10**6):
+    def fail(name=None, number=0, times=10**6):
         left.clear()
-        left[name] = [number, times]
+        left[name] = [number, times if name else 0]
 
-    fail.stop = left.clear
     return fail
 
 
@@ -63,21 +61,19 @@ def runs(store, monkeypatch):
         if kind == "failed":
             store.write_end(spec.id, n, "failed", "out of memory")
         if kind in ("done", "damaged"):
-            store.finish(spec.id, "done", RESULT)
-    path = store.folder(specs["damaged"].id) / "result.json"
+            store.finish(spec.id, "done", {"test_nll": 2.5, "curve": [], "base_sha256": "x"})
+    ids, looks_path = {kind: spec.id for kind, spec in specs.items()}, store.root / "looks.json"
+    path = store.folder(ids["damaged"]) / "result.json"
     path.write_bytes(path.read_bytes()[:-9])
-    slots = store.folder(specs["running"].id) / "checkpoint"
+    slots = store.folder(ids["running"]) / "checkpoint"
     save(slots, 3, 4)
     folder = queue.home(store.root) / "s"
-    folder.mkdir(parents=True)
-    (folder / "submission.json").write_text(json.dumps({"sweep": "t", "tasks": [["x"]]}))
+    write_json(folder / "submission.json", [{"sweep": "t", "tasks": [["x"]]}])
     job = queue.Job("12", "12", 0, "RUNNING", "", 0, "", "s-0", f"{folder}/0.sh")
     monkeypatch.setattr(queue, "jobs_of", lambda runs_dir: [job])
-    paths = {"slots": slots, "submission": folder}
-    found = SimpleNamespace(store=store, specs=specs, looks=store.root / "looks.json", **paths)
-    found.id = {kind: spec.id for kind, spec in specs.items()}
-    looks.note_look(found.looks, "x", 2)
-    return found
+    looks.note_look(looks_path, "x", 2)
+    paths = {"slots": slots, "submission": folder, "looks": looks_path}
+    return SimpleNamespace(store=store, specs=specs, id=ids, **paths)
 
 
 READERS = [
@@ -108,23 +104,23 @@ READERS = [
 ]
 
 
-def everything(root):
-    return {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != "heartbeat"}
-
-
 @pytest.mark.parametrize("name", dict(READERS))
 def test_a_read_error_is_raised_and_nothing_follows_from_it(runs, tmp_path, failing, name):
-    before = everything(tmp_path)
+    def everything():
+        files = (p for p in tmp_path.rglob("*") if p.is_file() and p.name != "heartbeat")
+        return {p: p.read_bytes() for p in files}
+
+    before = everything()
     for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES):
         for reader in (read for of, read in READERS if of == name):
             failing(name, number)
             with pytest.raises(StoreError, match=f"{name} cannot be read"):
                 reader(runs)
-            failing.stop()
-            assert everything(tmp_path) == before
+            failing()
+            assert everything() == before
 
 
-def test_a_read_that_fails_for_a_moment_is_tried_again(runs, failing):
+def test_a_read_that_fails_for_a_moment_is_tried_again(runs, failing, monkeypatch):
     for name, number, reader in (
         ("result.json", errno.ESTALE, lambda r: r.store.state(r.id["done"]) == "done"),
         ("b.safetensors", errno.EIO, lambda r: checkpoint.load(r.slots, 4)),
@@ -132,12 +128,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(runs, failing):
     ):
         failing(name, number, 2)
         assert reader(runs)
-
-
-def test_a_checkpoint_that_safetensors_cannot_open_is_not_lost(runs, monkeypatch):
-    """Its reader says "no such file" when too many are open."""
-
-    monkeypatch.setattr(files, "PAUSES_S", ())
+    # a checkpoint is not lost where its reader says "no such file", as when too many are open
     monkeypatch.setattr("safetensors.torch.load_file", Mock(side_effect=FileNotFoundError))
     with pytest.raises(StoreError, match="cannot be read"):
         checkpoint.load(runs.slots, 4)
@@ -156,7 +147,7 @@ def test_a_worker_that_cannot_read_a_checkpoint_stops_and_loses_nothing(store, f
     failing("a.json", errno.EIO)
     with pytest.raises(StoreError, match="cannot be read"):
         train(store, [spec], trainer, stop=stop)
-    failing.stop()
+    failing()
     assert store.end(spec.id, 2)["state"] == "stopped" and store.failures(spec.id) == 0
     train(store, [spec], trainer, stop=stop)
     assert [t[3] for t in trainer.tried] == [0, 5] and store.state(spec.id) == "done"
@@ -179,27 +170,23 @@ def test_a_failure_is_recorded_for_the_runs_that_can_be_read(store, failing):
     assert steps_of(store, specs[1].id) == [1]  # a failed run keeps its records
 
 
-def test_an_owner_that_cannot_be_read_is_not_called_dead(runs, failing):
-    store, spec = runs.store, runs.specs["running"]
+def test_an_owner_is_dead_after_a_silence_and_not_because_it_cannot_be_read(
+    runs, change_owner, monkeypatch, failing
+):
+    """Of one elsewhere only its heartbeat's content counts, by our own clock."""
+    store, spec, rid = runs.store, runs.specs["running"], runs.id["running"]
     failing("owner.json", errno.EIO)
-    assert store.states([spec.id]) == {spec.id: "running"} and store.claim(spec) is None
-    failing.stop()
-    assert store.last_attempt(spec.id) == 1
-    (store.attempt(spec.id, 1) / "owner.json").write_bytes(b"{")  # damaged, which is different
-    assert store.state(spec.id) == "interrupted"
-
-
-def test_an_owner_elsewhere_is_dead_after_a_silence(runs, change_owner, monkeypatch, failing):
-    """Only its heartbeat's content counts, by our own clock; an error of reading is no silence."""
-    rid = runs.id["running"]
-    attempt, clock, liveness = runs.store.attempt(rid, 1), [0.0], claims.Liveness()
+    assert store.states([rid]) == {rid: "running"} and store.claim(spec) is None
+    failing()
+    assert store.last_attempt(rid) == 1
+    attempt, clock, liveness = store.attempt(rid, 1), [0.0], claims.Liveness()
     change_owner(rid, boot="other", host="elsewhere")
     monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
     assert liveness.alive(attempt) and not liveness.sure(attempt)
     failing("heartbeat", errno.ESTALE)
     clock[0] += 10 * claims.SILENCE_S
     assert liveness.alive(attempt) and not liveness.sure(attempt)
-    failing.stop()
+    failing()
     for beat in ("5", "6"):
         (attempt / "heartbeat").write_text(beat)
         assert liveness.alive(attempt)
@@ -207,3 +194,5 @@ def test_an_owner_elsewhere_is_dead_after_a_silence(runs, change_owner, monkeypa
         assert liveness.alive(attempt)
     clock[0] += 2
     assert not liveness.alive(attempt)
+    (attempt / "owner.json").write_bytes(b"{")  # damaged, which is different
+    assert store.state(rid) == "interrupted"
