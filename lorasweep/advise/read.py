@@ -24,10 +24,17 @@ from lorasweep.spec.values import ABOVE_0, Field, Is, fields, problems_of
 
 LONGEST = 131_072
 """Largest accepted number of tokens of an example: no public row is longer."""
+SLACK = 0.1
+"""Accepted relative difference of steps x batch size from examples x epochs, for skipped rows."""
 FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
 """Matches cells that a spreadsheet would compute (OWASP, CSV injection)."""
+THOUSANDS = re.compile(r"^[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?$")
 AMBIGUOUS = re.compile(r"^[+-]?[1-9]\d{0,2}([.,]\d{3})+$")
 """Matches cells with a separator of thousands in one country, and of decimals in another."""
+MEANS = (
+    "means different numbers in different countries. Write 50000 or 2.95: no separators of "
+    "thousands, and a decimal point."
+)
 WORDS = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0"), False)}
 
 
@@ -123,11 +130,12 @@ def read_customers(path: Path) -> list[Customer | RowError]:
 
 
 def _csv(text: str) -> Iterator[Row | RowError]:
-    head = text.split("\n", 1)[0]
+    head = next((line for line in text.splitlines() if line.strip(",;\t ")), "")
     delimiter = max(",;\t", key=head.count)  # spreadsheets in some languages use ; or tabs
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True, restkey="")
     try:
-        header = reader.fieldnames = [cell.strip() for cell in reader.fieldnames or ()]
+        first = next((cells for cells in reader.reader if "".join(cells).strip()), [])
+        header = reader.fieldnames = [cell.strip() for cell in first]
         rows = [(f"row {reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise SpecError(f"row {reader.reader.line_num}: {error}") from None
@@ -140,20 +148,16 @@ def _csv(text: str) -> Iterator[Row | RowError]:
         raise SpecError(f"{', '.join(wrong)}. {EXPECTED}")
     for where, row in rows:
         problems = [
-            f"column {name}: {cell.strip()!r} means different numbers in different countries. "
-            "Write 50000 or 2.95: no separators of thousands, and a decimal point."
+            f"column {name}: {cell.strip()!r} {MEANS}"
             for name, cell in row.items()
-            if name
-            and cell
-            and COLUMNS[name].kind in (int, float)
-            and AMBIGUOUS.match(cell.strip())
-            if delimiter == ";" or (COLUMNS[name].kind is int and "." in cell)
+            if delimiter == ";" and name and cell and COLUMNS[name].kind in (int, float)
+            if AMBIGUOUS.match(cell.strip())
         ]
         if "".join(rest := row.pop("", [])).strip():
             n = len(header) + len(rest)
             problems.append(f"{n} cells under {len(header)} columns. Quote commas.")
         if problems:
-            yield RowError(*problems, where=where, name=row["name"].strip())
+            yield RowError(*problems, where=where, name=(row["name"] or "").strip())
         elif any(cell and cell.strip() for cell in row.values()):
             yield where, row
 
@@ -204,12 +208,14 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
     for column, raw in row.items():
         try:
             if raw is not None and str(raw).strip() != "":
-                values[column] = _cell(COLUMNS[column], raw) if column in COLUMNS else raw
+                if column not in COLUMNS:
+                    raise SpecError(unknown("column", str(column), COLUMNS))
+                values[column] = _cell(COLUMNS[column], raw)
         except (ValueError, SpecError) as error:
-            problems.append(f"column {column}: {str(error).replace('method.', '')}")
-    values["where"] = where
+            of = f"column {column}: " * (column in COLUMNS)
+            problems.append(of + str(error).replace("method.", ""))
     problems += problems_of(Customer, values, "column ")
-    if problems or (problems := [*_contradictions(c := Customer(**values))]):
+    if problems or (problems := [*_contradictions(c := Customer(**values, where=where))]):
         raise RowError(*problems, where=where, name=str(row.get("name") or "").strip())
     return c
 
@@ -233,8 +239,10 @@ def _cell(column: Field, raw: Any) -> Any:
     if column.kind is bool:
         return WORDS.get(text.lower(), raw)
     if isinstance(raw, str):
+        if column.kind is int and "." in text and AMBIGUOUS.match(text):
+            raise ValueError(f"{text!r} {MEANS}")
         with suppress(ValueError):
-            return float(text.replace(",", "") if AMBIGUOUS.match(text) else text)
+            return float(text.replace(",", "") if THOUSANDS.match(text) else text)
     return raw
 
 
@@ -248,6 +256,15 @@ def _contradictions(c: Customer) -> Iterator[str]:
         yield (
             f"columns tokens_per_example and max_length: a mean of {c.tokens_per_example:,.0f} "
             f"tokens in rows of at most {c.max_length:,}. Correct one of them."
+        )
+    planned, names = c.episodes, "episodes"
+    if c.task == "sft":
+        planned, names = int((c.examples or 0) * (c.epochs or 0)), "examples x epochs"
+    trained = (c.steps or 0) * (c.batch_size or 0)
+    if planned and trained and abs(trained - planned) > max(SLACK * planned, c.batch_size or 0):
+        yield (
+            f"columns steps and batch_size: {c.steps:,} x {c.batch_size:,} = {trained:,}, but "
+            f"{names} = {planned:,}. Leave one of them out, or correct it."
         )
 
 

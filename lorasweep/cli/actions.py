@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from lorasweep.cli import answer as answers
+from lorasweep.cli.printed import Answer
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError, unknown
 from lorasweep.launch.slurm.job import stoppable
 from lorasweep.launch.slurm.queue import RunningJobs
@@ -207,6 +208,10 @@ def act(
         request = customers.plan_fleet(request)
         name = "fleet" if request.action == "run" else name
     status = int(name != "fleet" and any(m["problem"] for m in request.members))
+    if name != "fleet" and request.members and not request.points:
+        faults = [{"name": m["name"], "error": m["problem"]} for m in request.members]
+        Answer(faults).show(as_json)
+        return status
     do = resolve_name(f"lorasweep.cli.{ACTIONS[name].does}")
     context = {"trainer": trainer, "follow": follow, "store": store}
     context = {k: v for k, v in context.items() if k in inspect.signature(do).parameters}

@@ -21,6 +21,7 @@ ROW = {"name": "acme", "model": "qwen3-8b", "task": "sft"}
 def test_the_first_three_columns_are_enough_and_cells_are_text():
     c = customer_of({**ROW, "task": " SFT ", "examples": "50,000", "lr": "+2e-4", "epochs": ""})
     assert (c.task, c.examples, c.lr, c.epochs) == ("sft", 50_000, 2e-4, None)
+    assert customer_of({**ROW, "tokens_per_example": "1,234.5"}).tokens_per_example == 1234.5
     assert (c.max_regret, c.adapters_served) == (2.0, 1)
 
 
@@ -42,10 +43,14 @@ def test_the_first_three_columns_are_enough_and_cells_are_text():
         ({"examples": "=B2*2"}, "column examples: '=B2*2' is a formula"),
         ({"name": "@SUM(A1)"}, "column name: '@SUM(A1)' is a formula"),
         ({"name": "+cmd|' /C calc'!A0"}, "is a formula"),
+        ({"examples": "50.000"}, "column examples: '50.000' means"),
+        ({"tokens_per_example": "1.234,567"}, "column tokens_per_example='1.234,567'"),
+        ({"where": "row 1"}, "column 'where' not found"),
         ({"exmaples": "3"}, "Did you mean 'examples'?"),
         ({"episodes": "100"}, "only with task=rl"),
         ({"tokens_per_example": "40000000"}, "not the total"),
         ({"tokens_per_example": "900", "max_length": "512"}, "tokens_per_example and max_length"),
+        ({"examples": "1000", "epochs": "1", "batch_size": "10", "steps": "500"}, "500 x 10 = 5,000, but examples x epochs = 1,000"),
     ],
 )  # fmt: skip
 def test_a_wrong_cell_is_named_with_its_column(columns, says):
@@ -78,10 +83,14 @@ def test_an_empty_table_and_a_wrong_header_are_refused(tmp_path, text, says):
 
 
 def test_tables_as_spreadsheets_write_them(tmp_path):
-    text = "\ufeffname;model;task;examples\r\nacme;qwen3-8b;sft;10\r\n\r\n;;;\r\nb;c;rl;2\r\n"
-    rows = read_customers(write(tmp_path / "c.csv", text))
-    assert [r.where for r in rows] == ["row 2", "row 5"]
-    assert rows[0] == Customer("acme", "qwen3-8b", "sft", 10, where="row 2")
+    text = "name;model;task;examples\r\nacme;qwen3-8b;sft;10\r\n\r\n;;;\r\nb;c;rl;2\r\n"
+    for above in ("", ";;;\r\n", "\r\n"):
+        rows = read_customers(write(tmp_path / "c.csv", f"\ufeff{above}{text}"))
+        n = bool(above)
+        assert [r.where for r in rows] == [f"row {2 + n}", f"row {5 + n}"]
+        assert rows[0] == Customer("acme", "qwen3-8b", "sft", 10, where=f"row {2 + n}")
+    (short,) = read_customers(write(tmp_path / "d.csv", "task;examples;name;model\nsft;50.000\n"))
+    assert short.where == "row 2" and "'50.000' means" in short.error
 
 
 def test_numbers_that_countries_read_differently_are_refused(tmp_path):
