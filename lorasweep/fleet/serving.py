@@ -119,16 +119,15 @@ def problems(
     Args:
         model, method: those of the run that the folder holds; the method is a LoRA.
         architecture: the class that the base's config.json names; '': not known.
-
-    Raises:
-        OSError: a file is there and cannot be read.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
         header = files.safetensors_header(folder / ADAPTER)
     except FileNotFoundError as error:
         return [f"{Path(error.filename).name} is missing."]
-    except ValueError:
+    except OSError as error:
+        return [f"{Path(error.filename or folder).name} cannot be read: {error.strerror}."]
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         return [f"{CONFIG} is truncated, or no JSON object."]
@@ -151,6 +150,7 @@ def problems(
                 found.append(f"{key} is {json.dumps(value)}, which {profile.server} {verb}.")
     sides: dict[str, tuple[int, ...]] = {}  # end of a module's name -> inputs, outputs, rank
     hidden, n = model.hidden_size, model.n_experts
+    routers = model.modules(ROUTER)[0] if n else ()
     for layer_set in method.target_layers():
         for name in model.modules(layer_set)[0]:
             if name == "experts":  # in PEFT's layout
@@ -160,6 +160,14 @@ def problems(
             else:
                 io = (hidden, n) if layer_set == ROUTER else model.known_shapes[name]
                 sides[name] = (*io, method.rank)
+    plain = [s for s in sides if "experts" not in s and s not in routers]
+    listed = config.get("target_modules") or []
+    if isinstance(listed, list) and (left := [s for s in plain if s not in listed]):
+        found.append(f"target_modules lacks {', '.join(left)}, which PEFT then leaves out.")
+    scales = ("rank_pattern", "alpha_pattern", "use_rslora")
+    for key in scales if plain == [*sides] else scales[2:]:  # experts have their own
+        if config.get(key):
+            found.append(f"{key} is {json.dumps(config[key])}, and was not set in training.")
     lost = {
         (kind, layer, which): shape
         for kind, (i, o, r) in sides.items()
@@ -170,10 +178,10 @@ def problems(
     for name, tensor in header[0].items():
         module, which = m.groups() if (m := FACTOR.fullmatch(name)) else ("", "")
         kind = next((k for k in sides if f".{module}".endswith(f".{k}")), "")
-        layer = next((int(part) for part in module.split(".") if part.isdigit()), 0)
-        right = lost.pop((kind, layer, which), ()) == tensor.get("shape")
-        if not right or tensor["dtype"] not in profile.weights:
-            odd.append(f"{name} {tensor.get('shape')} ({tensor['dtype']})")
+        layer, *nested = [int(part) for part in module.split(".") if part.isdigit()] or [0]
+        right = not nested and lost.pop((kind, layer, which), ()) == tensor.get("shape")
+        if not right or tensor.get("dtype") not in profile.weights:
+            odd.append(f"{name} {tensor.get('shape')} ({tensor.get('dtype')})")
     if odd:
         more = f" and {len(odd) - NAMED} more" if len(odd) > NAMED else ""
         what = f"tensors that were not trained on {model.name!r}, or that {profile.server} refuses"
