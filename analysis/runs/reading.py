@@ -19,6 +19,7 @@ NUMBERS = (
     *WHOLE,
     *("lr", "test_nll", "alpha", "nll_start", "floor_nats", "init_scale", "lr_b_ratio"),
     *("init_seed", "warmup_steps", "beta1", "beta2", "eps", "weight_decay", "clip_norm"),
+    "cut_from_steps",
 )
 TEXTS = ("layers", "scope", "scaling_by", "start", "schedule", "precision")
 ALIASES = {
@@ -87,9 +88,14 @@ def load(path: Path) -> pd.DataFrame:
             head = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
             separator = max(",;\t", key=head.count)  # the most frequent one in the header
             table = pd.read_csv(
-                path, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig"
+                path,
+                dtype=str,
+                keep_default_na=False,
+                sep=separator,
+                encoding="utf-8-sig",
+                index_col=False,  # a comma at the end of rows shifts no column
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         said = str(error).splitlines()[0]
         raise TableError(f"{path} cannot be read as a table: {said}") from None
     prefixes = r"^config\.|^summary\.|^config/"

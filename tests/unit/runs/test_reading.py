@@ -114,6 +114,9 @@ def test_other_ways_to_write_the_same_table(tmp_path, capsys):
     for name, separator in (("tabs.csv", "\t"), ("semicolons.csv", ";")):
         paths.append(tmp_path / name)
         table.to_csv(paths[-1], sep=separator, **look)
+    paths.append(tmp_path / "commas.csv")
+    head, *lines = table.to_csv(index=False).splitlines()
+    paths[-1].write_text("\n".join([head, *(f"{line}," for line in lines)]))
     rows = table.astype(object).replace({np.nan: None})
     objects = [  # as W&B exports runs
         {"State": "finished", "summary": {"test_nll": row.pop("test_nll")}, "config": row}
