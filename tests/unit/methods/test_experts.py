@@ -166,15 +166,6 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
         assert apart(p, after[name]) < ROUNDING[1], name
 
 
-@pytest.mark.parametrize(("outer", "experts"), [("own", 51_904_512), ("shared", 14_450_688)])
-def test_published_counts_of_qwen3_30b(outer, experts):
-    """Tinker's table. By the study's reading of the rank: tests/unit/spec/test_run.py."""
-    model = shipped_model("qwen3-30b-a3b-base")
-    method = LoRA(rank=8, expert_rank="whole", expert_outer=outer)
-    assert method.n_trainable(model) == 8 * (experts + 835_584 + 153_984)
-    assert dataclasses.replace(method, layers="mlp").n_trainable(model) == 8 * experts
-
-
 @pytest.mark.parametrize(
     ("method", "words", "shape"),
     [
@@ -195,7 +186,13 @@ def test_bad_settings_are_refused(method, words, shape):
         method.check(shape)
 
 
-def test_the_router_is_a_set_of_its_own_and_dense_models_know_no_experts():
+@pytest.mark.parametrize(("outer", "experts"), [("own", 51_904_512), ("shared", 14_450_688)])
+def test_published_counts_of_qwen3_30b_and_the_router_is_a_set_of_its_own(outer, experts):
+    """Tinker's table. By the study's reading of the rank: tests/unit/spec/test_run.py."""
+    model = shipped_model("qwen3-30b-a3b-base")
+    method = LoRA(rank=8, expert_rank="whole", expert_outer=outer)
+    assert method.n_trainable(model) == 8 * (experts + 835_584 + 153_984)
+    assert dataclasses.replace(method, layers="mlp").n_trainable(model) == 8 * experts
     assert LoRA(layers="all").target_layers() == ("attention", "mlp", "unembedding")
     LoRA(rank=3, layers="attention").check(SHAPE)  # experts that are not adapted share no rank
     assert "expert" not in tiny_spec(method=LoRA(rank=4)).method.canonical
@@ -207,13 +204,10 @@ def test_the_router_is_a_set_of_its_own_and_dense_models_know_no_experts():
 def test_a_set_that_matches_nothing_is_refused():
     transposed, fewer = moe(), dataclasses.replace(SHAPE, n_active_experts=1)
     transposed.model.layers[1].mlp.experts.is_transposed = True
+    narrow = dataclasses.replace(SHAPE, mlp_size=32)
     for model, shape, words in (
         (moe(), DENSE, r"expected 6 modules named \['down_proj', .*found 0"),
-        (
-            moe(),
-            dataclasses.replace(SHAPE, mlp_size=32),
-            r"gate_up_proj \[4, 64, 16\].*mlp\.experts",
-        ),
+        (moe(), narrow, r"gate_up_proj \[4, 64, 16\].*mlp\.experts"),
         (transposed, SHAPE, r"Not of that kind: .*layers\.1\.mlp\.experts"),
     ):
         with pytest.raises(ModelError, match=words):

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import itertools
 import json
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from lorasweep.cli.actions import act
 from lorasweep.data import load as data
 from lorasweep.data.examples import collate, eval_batches
 from lorasweep.errors import TrainingError
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.trainer import TorchTrainer, finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked import save_peft, spectral_norm
@@ -30,12 +29,12 @@ from tests.training import (
     ROUNDING,
     SMALL,
     SMALL_MOE,
+    Trained,
     apart,
     beside_peft,
     by_torch,
     moe,
     pack_of,
-    results,
     run,
     small_world,
     state_of,
@@ -50,44 +49,33 @@ def world():
     return small_world(lr=8e-3)
 
 
-@contextmanager
-def attached(method, model, spec):
-    """One run's Trainables on the model, which is left as it was."""
-    trainables = pack_of([method], model, spec.model, [spec.seed])
-    try:
-        yield trainables
-    finally:
-        trainables.detach()
-
-
 @pytest.mark.numerics
 def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weights):
     """Same start, loss, gradients; at each step one update within 1e-12, with decay and clipping."""
     spec, base, dataset = world
     spec = dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.05)
-    other = copy.deepcopy(other_weights(base).model)
-    with attached(spec.method, base.model, spec) as trainables:
-        reference, pairs = beside_peft(trainables, other, spec.method)
-        optimizer, theirs = AdamW(trainables, [spec]), [p for _, p in pairs]
-        settings = {"lr": spec.lr, "betas": (0.9, 0.95), "eps": EPS, "weight_decay": 0.1}
-        torch_optimizer = torch.optim.AdamW(theirs, **settings)
-        for step in range(spec.steps):
-            with torch.no_grad():  # the same state on both sides
-                for ours, other in pairs:
-                    other.copy_(ours[0])
-            batch = collate(dataset.train(spec.seed, step * 4, 4))
-            models = (base.model, reference.get_base_model())
-            losses = [nll_sums(m, batch, "fp64")[0] / batch.n_loss for m in models]
-            for loss in losses:
-                loss.backward()
-            assert apart(*losses) < ROUNDING[1]
-            assert max(apart(p.grad[0], q.grad) for p, q in pairs) < ROUNDING[1], step
-            optimizer.step(step, optimizer.grad_norms())
-            assert torch.nn.utils.clip_grad_norm_(theirs, 0.05) > 0.05
-            torch_optimizer.step()
-            assert max(apart(p[0], q) for p, q in pairs) < ROUNDING[1], step
-            optimizer.zero_grad()
-            torch_optimizer.zero_grad()
+    other, model = (copy.deepcopy(one.model) for one in (other_weights(base), base))
+    trainables = pack_of([spec.method], model, spec.model)
+    reference, pairs = beside_peft(trainables, other, spec.method)
+    optimizer, theirs = AdamW(trainables, [spec]), [p for _, p in pairs]
+    settings = {"lr": spec.lr, "betas": (0.9, 0.95), "eps": EPS, "weight_decay": 0.1}
+    torch_optimizer = torch.optim.AdamW(theirs, **settings)
+    for step in range(spec.steps):
+        with torch.no_grad():  # the same state on both sides
+            for ours, other in pairs:
+                other.copy_(ours[0])
+        batch = collate(dataset.train(spec.seed, step * 4, 4))
+        models = (model, reference.get_base_model())
+        losses = [nll_sums(m, batch, "fp64")[0] / batch.n_loss for m in models]
+        sum(losses).backward()
+        assert apart(*losses) < ROUNDING[1]
+        assert max(apart(p.grad[0], q.grad) for p, q in pairs) < ROUNDING[1], step
+        optimizer.step(step, optimizer.grad_norms())
+        assert torch.nn.utils.clip_grad_norm_(theirs, 0.05) > 0.05
+        torch_optimizer.step()
+        assert max(apart(p[0], q) for p, q in pairs) < ROUNDING[1], step
+        optimizer.zero_grad()
+        torch_optimizer.zero_grad()
 
 
 @pytest.mark.numerics
@@ -117,20 +105,21 @@ def test_a_method_starts_as_the_base_and_trains_all_that_it_counts(world, method
     spec, base, dataset = world
     batches = [eval_batches(dataset.test, 4096)]
     before = evaluate(base.model, batches, "fp64")
-    with attached(method, base.model, spec) as trainables:
-        assert evaluate(base.model, batches, "fp64") == before
-        params = trainables.parameters()
-        assert sum(p.numel() for p in params.values()) == method.n_trainable(spec.model)
-        optimizer = AdamW(trainables, [dataclasses.replace(spec, method=method)])
-        for step in range(2):
-            if step == 1:
-                optimizer.step(0, optimizer.grad_norms())
-                optimizer.zero_grad()
-            batch = collate(dataset.train(0, step * 4, 4))
-            (nll_sums(base.model, batch, "fp64")[0] / batch.n_loss).backward()
-        assert all(float(p.grad.abs().max()) > 0 for p in params.values())
-        trained = {id(p) for p in params.values()}
-        assert all(not p.requires_grad for p in base.model.parameters() if id(p) not in trained)
+    trainables = pack_of([method], base.model, spec.model)
+    assert evaluate(base.model, batches, "fp64") == before
+    params = trainables.parameters()
+    assert sum(p.numel() for p in params.values()) == method.n_trainable(spec.model)
+    optimizer = AdamW(trainables, [dataclasses.replace(spec, method=method)])
+    for step in range(2):
+        if step == 1:
+            optimizer.step(0, optimizer.grad_norms())
+            optimizer.zero_grad()
+        batch = collate(dataset.train(0, step * 4, 4))
+        (nll_sums(base.model, batch, "fp64")[0] / batch.n_loss).backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in params.values())
+    trained = {id(p) for p in params.values()}
+    assert all(not p.requires_grad for p in base.model.parameters() if id(p) not in trained)
+    trainables.detach()
     assert evaluate(base.model, batches, "fp64") == before
 
 
@@ -143,8 +132,9 @@ def trained(world):
 
     def train(*changes):
         pack = [dataclasses.replace(short, **c) for c in changes]
-        found = results(pack, base, data.load(pack[0].dataset, []))
-        return [{**r, "nlls": np.array([p["test_nll"] for p in r["curve"]])} for r in found]
+        found = Trained(finetune(pack, base, data.load(pack[0].dataset, []))).results
+        ordered = [found[one.id] for one in pack]
+        return [{**r, "nlls": np.array([p["test_nll"] for p in r["curve"]])} for r in ordered]
 
     return train
 
@@ -160,7 +150,7 @@ def test_twins_are_one_run_in_float64(trained):
         assert np.abs(first["nlls"] - other["nlls"]).max() <= 1e-9
 
 
-def test_rules_of_scaling_and_the_other_start(trained):
+def test_rules_of_scaling_the_other_start_and_shares_of_the_gradient(trained):
     rules = ("rank", "sqrt_rank", "none")
     assert [LoRA(rank=4, scaling_by=s).scaling for s in rules] == [8, 16, 32]
     b = LoRA(rank=4, random_factor="b")
@@ -169,14 +159,11 @@ def test_rules_of_scaling_and_the_other_start(trained):
     assert final["nlls"][-1] < final["nll_start"]
     one, other = trained(*({"method": LoRA(rank=4, init_seed=k)} for k in (0, 1)))
     assert one["test_nll"] != other["test_nll"]
-
-
-@pytest.mark.parametrize("method", [LoRA(rank=4), FullFT()], ids=["lora", "fullft"])
-def test_shares_of_the_gradient_by_layer_set(trained, method):
-    (final,) = trained({"method": method})
-    share = final["curve"][0]["grad_share"]
-    assert sum(share.values()) == pytest.approx(1) and ("rest" in share) == (method == FullFT())
-    assert set(share) >= {"attention", "mlp", "unembedding"}
+    (full,) = trained({"method": FullFT()})
+    for result, sets in ((one, set()), (full, {"rest"})):
+        share = result["curve"][0]["grad_share"]
+        assert share.keys() == {"attention", "mlp", "unembedding"} | sets
+        assert sum(share.values()) == pytest.approx(1)
 
 
 def perturbed(world, methods):
@@ -214,6 +201,13 @@ def test_adapters_equal_a_decomposition(world, ranks):
             assert found == pytest.approx(want, rel=1e-6), name
             total += frobenius**2
         assert norms[k]["norm_delta"] == pytest.approx(total**0.5, rel=1e-6)
+    with torch.no_grad():  # a run that broke down leaves the spectra of others
+        for name, p in trainables.parameters().items():
+            if trainables.part_of(name)[1].start == 0:
+                p[0] = torch.nan
+    broken, *well = trainables.spectra()
+    assert well == spectra[1:]
+    assert all(value != value for norms in broken.values() for value in norms.values())
 
 
 def test_full_fine_tuning_equals_a_decomposition(world):
@@ -240,47 +234,28 @@ def test_a_spectral_norm_where_digits_are_hard_to_keep(monkeypatch):
     assert float(spectral_norm(torch.zeros(3, 2))) == 0
 
 
-def test_a_run_that_broke_down_leaves_the_spectra_of_others(world):
-    trainables = perturbed(world, [LoRA(rank=4)] * 2)
-    alone = trainables.spectra()[1]
-    with torch.no_grad():
-        for p in trainables.parameters().values():
-            p[0] = torch.nan
-    broken, well = trainables.spectra()
-    assert well == alone
-    assert all(value != value for norms in broken.values() for value in norms.values())
-
-
-TIED = dataclasses.replace(SMALL, tied=True)
 CASES = [
-    *itertools.product((SMALL, TIED), ("all", "attention"), ({},)),
-    *itertools.product(
-        (SMALL_MOE,), ("attention+mlp+unembedding+router",), ({}, {"expert_outer": "shared"})
-    ),
+    *itertools.product((SMALL, dataclasses.replace(SMALL, tied=True)), ("all", "attention"), ({},)),
+    *((SMALL_MOE, "attention+mlp+unembedding+router", m) for m in ({}, {"expert_outer": "shared"})),
 ]
 
 
 @pytest.mark.parametrize(("shape", "layers", "more"), CASES)
 @pytest.mark.parametrize("scaling_by", ["rank", "sqrt_rank", "none"])
-def test_peft_computes_the_logits_that_were_trained(
-    tmp_path, norms_in_float64, shape, layers, more, scaling_by
-):
+def test_peft_computes_the_logits_that_were_trained(tmp_path, shape, layers, more, scaling_by):
     torch.manual_seed(0)
     base = moe("eager") if shape is SMALL_MOE else empty_model(shape).double()
     tokens = torch.randint(20, (2, 9))
-    if shape is SMALL_MOE:
-        more = {"expert_alpha": 6.0, **more}
+    more = {**more, "expert_alpha": 6.0} if shape is SMALL_MOE else more
     for rank in (4,) if shape is SMALL_MOE else (1, 3, 4):
         method = LoRA(rank=rank, alpha=5.0, layers=layers, scaling_by=scaling_by, **more)
         model = moe() if shape is SMALL_MOE else copy.deepcopy(base)
         trainables = pack_of([method], model, shape, perturb=0.3)
-        folder, experts = tmp_path / str(rank), (shape.n_experts, method.scaling_of_experts(shape))
-        assert not shape.n_experts or experts[1] == 6 / {"rank": 2, "sqrt_rank": 2**0.5}.get(
-            scaling_by, 1
-        )
-        save_peft(
-            folder, state_of(trainables), rank, "nobody/small", "abc", method.scaling, *experts
-        )
+        folder, of_experts = tmp_path / str(rank), method.scaling_of_experts(shape)
+        by = {"rank": 2, "sqrt_rank": 2**0.5, "none": 1}
+        assert not shape.n_experts or of_experts == 6 / by[scaling_by]
+        scalings = (method.scaling, shape.n_experts, of_experts)
+        save_peft(folder, state_of(trainables), rank, "nobody/small", "abc", *scalings)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).double()
         with torch.no_grad():
             got, want, start = (m(input_ids=tokens).logits for m in (loaded, model, base))
@@ -291,46 +266,35 @@ def test_peft_computes_the_logits_that_were_trained(
         assert (config["base_model_name_or_path"], config["revision"]) == ("nobody/small", "abc")
 
 
-class Elsewhere:
-    """The real trainer on a machine that rounds differently: the final loss is off by `shift`."""
-
-    base_sha256 = None
-
-    def __init__(self, shift):
-        self.shift, self.real = shift, TorchTrainer()
-
-    def __call__(self, pack, exec_, resume):
-        for event in self.real(pack, exec_, resume):
-            for _, final in event.ended.values():
-                final["test_nll"] += self.shift
-                final["base_sha256"] = self.base_sha256 or final["base_sha256"]
-            yield event
-
-
-def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys, monkeypatch):
+def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys):
+    """Trained again on a machine that rounds differently, the final loss is off by `shift`."""
     small = ("scale=smoke", "method=lora", "method.rank=4", "lr=5e-3", "steps=2")
     asked = compose(*small, "format=json")
     act(asked, TorchTrainer())
     capsys.readouterr()
     (spec,), store = [p.spec for p in asked.points], RunStore(tmp_path / "runs")
-    folder = tmp_path / "adapter"
 
-    def save(shift, **settings):
-        settings |= {"action": "adapter", "run": spec.id, "out": str(folder)}
+    def save(out, shift, base=None, **settings):
+        def elsewhere(pack, exec_, resume):
+            for event in TorchTrainer()(pack, exec_, resume):
+                for _, final in event.ended.values():
+                    final["test_nll"] += shift
+                    final["base_sha256"] = base or final["base_sha256"]
+                yield event
+
+        settings |= {"action": "adapter", "run": spec.id, "out": f"{tmp_path}/{out}"}
         request = dataclasses.replace(asked, **settings)
-        return finished_runs.adapter(request, store, Elsewhere(shift)).as_text()
+        return finished_runs.adapter(request, store, elsewhere).as_text()
 
-    assert "difference +0.0e+00" in save(0.0)
-    assert "difference +1.0e-03" in save(1e-3) and folder.is_dir()
+    assert "difference +0.0e+00" in save("adapter", 0.0)
+    assert "difference +1.0e-03" in save("adapter", 1e-3) and (tmp_path / "adapter").is_dir()
     env = store.env(spec.id)
     env["packages"]["torch"] = "1.0"
     store.write_env(spec.id, 1, env)
     with pytest.raises(TrainingError, match=r"torch 1\.0 then.*add max_difference=0\.03"):
-        folder = tmp_path / "other"
-        save(0.025)
-    assert not folder.exists()
-    monkeypatch.setattr(Elsewhere, "base_sha256", "other")
+        save("other", 0.025)
     with pytest.raises(TrainingError, match=r"another base .* than is there now \(other\)"):
-        save(0.0)
-    monkeypatch.undo()
-    assert "torch 1.0 then" in save(0.025, max_difference=0.03) and folder.is_dir()
+        save("other", 0.0, base="other")
+    assert not (tmp_path / "other").exists()
+    assert "torch 1.0 then" in save("other", 0.025, max_difference=0.03)
+    assert (tmp_path / "other").is_dir()

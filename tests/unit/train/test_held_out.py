@@ -132,20 +132,14 @@ def test_an_interval_over_prompts_holds_the_gain_where_one_over_rows_does_not(n,
     assert one_a == one_b and least < one_a < 0.97 and least < many_a < 0.97 and many_b < 0.82
 
 
-@pytest.fixture(scope="module")
-def world():
-    spec, base, _ = small_world(lr=1e-2, steps=12)
-    return spec, base
-
-
-def test_runs_measure_their_own_held_out_rows_and_retention(world, other_weights):
-    spec, base = world
+def test_runs_measure_their_own_held_out_rows_and_retention(other_weights):
+    spec, base, _ = small_world(lr=1e-2, steps=1)
     few = {"n_test": 24, "n_test_curve": 16}
     theirs = dataclasses.replace(spec.dataset, name="theirs", **few, n_retain=8)
     ours = dataclasses.replace(spec.dataset, name="ours", n_test=20, n_test_curve=16)
     with_retain = data.load(theirs, [])
     rows = [with_retain.test[0], *data.load(spec.dataset, []).test[1:20]]
-    pack = [dataclasses.replace(spec, steps=1, dataset=dataset) for dataset in (ours, theirs)]
+    pack = [dataclasses.replace(spec, dataset=dataset) for dataset in (ours, theirs)]
     without = dataclasses.replace(with_retain, test=rows, retain=())
     both = {pack[0].id: without, pack[1].id: with_retain}
     found = as_alone(pack, base, both, other_weights(base))
@@ -155,24 +149,18 @@ def test_runs_measure_their_own_held_out_rows_and_retention(world, other_weights
     assert second["retain_start"] < second["nll_start"] != first["nll_start"]
 
 
-@pytest.fixture(scope="module")
-def hard_world():
-    """A base, and a run whose training rows are noise, while its held-out rows are what it knows."""
-    spec, base, _ = small_world(method=LoRA(rank=8), batch_size=8, steps=24, eps=1e-8)
+@pytest.mark.parametrize("rate", [5e-3, 3.0])
+def test_only_a_far_too_high_rate_diverges_on_rows_harder_than_the_held_out_ones(rate):
+    """The training rows are noise, while the held-out rows are what the base knows. Resumed, it ends
+    as uninterrupted."""
+    given = {"method": LoRA(rank=8), "batch_size": 8, "steps": 24, "eps": 1e-8, "lr": rate}
+    spec, base, _ = small_world(**given)
     language = {"rule_shift": 0.0, "new_exceptions": 0.0}
     dataset = dataclasses.replace(spec.dataset, generator_params=language)
     rng = stream("noise", "train")
     rows = [Example(rng.integers(0, 32, 24).astype(np.int32), np.arange(24) > 8) for _ in range(64)]
     hard = Data(shuffled(dataset, rows), data.load(dataset, []).test, 64)
     spec = dataclasses.replace(spec, dataset=dataset)
-    return spec, base, hard
-
-
-@pytest.mark.parametrize("rate", [5e-3, 3.0])
-def test_only_a_far_too_high_rate_diverges_on_rows_harder_than_the_held_out_ones(hard_world, rate):
-    """Resumed, it ends as uninterrupted."""
-    spec, base, hard = hard_world
-    spec = dataclasses.replace(spec, lr=rate)
 
     def trained(resume=None):
         base.at_start.clear()
@@ -195,24 +183,20 @@ def test_only_a_far_too_high_rate_diverges_on_rows_harder_than_the_held_out_ones
     assert again[0] == state and again[2] == losses[5:]
 
 
-def test_by_hand():
-    def judged(held_out, losses):
-        rule = Measured(held_out)
-        return next((k for k, nll in enumerate(losses, 1) if rule.note(nll)), None)
-
-    assert judged(2.0, [2.0] + [3.1] * 8) == 9  # above 3 from the second update on
-    assert judged(2.0, [2.0] + [3.0] * 50) is None
-    assert judged(2.0, [2.0, *[9.0] * 7, 2.9, *[9.0] * 8]) == 17  # eight in a row
-    assert judged(2.0, [4.81, 4.7, 4.6, *[4.5] * 20, 4.03]) is None
-    assert judged(2.0, [4.0, *[6.1] * 8]) == 9
-    assert judged(2.0, [0.9] + [2.0] * 20) is None  # one easy batch is not what the base can do
-
-
-def collapsed_after(signal, given):
-    for k, reward in enumerate(given, 1):
-        signal.note({"reward": reward}, 32)
-        if signal.collapsed:
-            return k
+@pytest.mark.parametrize(
+    ("losses", "after"),
+    [
+        ([2.0] + [3.1] * 8, 9),  # above 3 from the second update on
+        ([2.0] + [3.0] * 50, None),
+        ([2.0, *[9.0] * 7, 2.9, *[9.0] * 8], 17),  # eight in a row
+        ([4.81, 4.7, 4.6, *[4.5] * 20, 4.03], None),
+        ([4.0, *[6.1] * 8], 9),
+        ([0.9] + [2.0] * 20, None),  # one easy batch is not what the base can do
+    ],
+)
+def test_a_divergence_by_hand_from_a_base_at_2(losses, after):
+    rule = Measured(2.0)
+    assert next((k for k, nll in enumerate(losses, 1) if rule.note(nll)), None) == after
 
 
 @pytest.mark.parametrize(
@@ -227,6 +211,12 @@ def collapsed_after(signal, given):
     ],
 )
 def test_a_collapse_is_judged_by_the_first_updates_and_resumed(given, after):
+    def collapsed_after(signal, given):
+        for k, reward in enumerate(given, 1):
+            signal.note({"reward": reward}, 32)
+            if signal.collapsed:
+                return k
+
     assert collapsed_after(Signal(0.4), given) == after and FIRST_UPDATES == 8
     first, second = Signal(0.4), Signal(0.4)
     assert collapsed_after(first, given[:6]) is None

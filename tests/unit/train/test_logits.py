@@ -92,9 +92,7 @@ def test_chunks_and_joined_rows_have_the_loss_and_gradients_of_padded_rows(
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation returned."""
 
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
+    numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -119,7 +117,7 @@ def test_logits_are_never_whole(monkeypatch, methods):
     assert memory.CHUNK_LOGITS == nll.GPU_LOGITS  # the plan's
 
 
-def test_a_model_that_does_not_call_its_decoder_is_refused():
+def test_a_model_that_hides_its_decoder_or_does_not_keep_rows_apart_is_refused(monkeypatch):
     class Other(nn.ModuleDict):
         base_model_prefix = "model"
 
@@ -127,20 +125,16 @@ def test_a_model_that_does_not_call_its_decoder_is_refused():
             return SimpleNamespace(logits=self.head(inputs_embeds))
 
     decoder = nn.Identity()
-    model = Other({"model": decoder, "head": nn.Linear(4, 8)})
+    other = Other({"model": decoder, "head": nn.Linear(4, 8)})
     with pytest.raises(ModelError, match="Choose another model"):
-        logits_of(model, torch.zeros(1, 2, 4))
-    assert model.model is decoder
-
-
-def test_a_model_that_does_not_keep_rows_apart_is_refused(monkeypatch):
-    from transformers import masking_utils
-
+        logits_of(other, torch.zeros(1, 2, 4))
+    assert other.model is decoder
     model, in_bf16 = model_of("Qwen3"), model_of("Qwen3").float()
     set_numerics(in_bf16, "bf16", False)  # its matrices are in fp32 until autocast rounds them
     for one, precision in ((model, "fp64"), (in_bf16, "bf16")):
         check_rows_stay_apart(one, precision)
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    finds = "transformers.masking_utils.find_packed_sequence_indices"
+    monkeypatch.setattr(finds, lambda position_ids: None)
     with pytest.raises(ModelError, match=r"attend to each other.*Set exec\.join_rows=false"):
         check_rows_stay_apart(model, "fp64")
 

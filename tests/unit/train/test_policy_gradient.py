@@ -1,6 +1,7 @@
 """The policy gradient: the gradient of the expected reward, packs as alone, how runs end; completions
 sampled with a cache are those that whole forward passes would give, run by run."""
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -91,28 +92,26 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
     assert float((gradient(trained) + exact / 2).norm()) < 1e-9 * float(exact.norm())
 
 
-def token_log_p(model, prompt, whole):
-    log_ps = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
-    return log_ps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
-
-
 def by_hand(model, spec, base, rows, completions, rewards):
     """The gradient's loss, written down completion by completion; `spec` has the options."""
+
+    def token_log_p(model, prompt, tokens):
+        whole = torch.tensor(np.concatenate([prompt, tokens])[None].astype(int))
+        log_ps = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
+        return log_ps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
+
     total, size = 0.0, spec.group_size
     for k, (tokens, reward) in enumerate(zip(completions, rewards)):
         prompt, group = prompt_of(rows[k // size]), rewards[k // size * size :][:size]
-        whole = torch.tensor(np.concatenate([prompt, tokens])[None].astype(int))
-        own = token_log_p(model, prompt, whole)
+        own = token_log_p(model, prompt, tokens)
         advantage = reward - sum(group) / size
         if spec.reward_scale == "group":
             advantage = advantage / (np.std(group, ddof=1) + 1e-4)
         gap = own - own.detach()
-        if spec.ratio_level == "sequence":
-            total = total - advantage * gap.mean().exp()
-        else:
-            total = total - (advantage * gap.exp()).sum()
+        of_sequence = spec.ratio_level == "sequence"
+        total = total - advantage * (gap.mean().exp() if of_sequence else gap.exp().sum())
         if spec.kl_weight:
-            away = token_log_p(base, prompt, whole).detach() - own
+            away = token_log_p(base, prompt, tokens).detach() - own
             total = total + spec.kl_weight * (away.exp() - away - 1).sum()
     return total / len(completions)
 
@@ -279,17 +278,23 @@ def test_a_learner_that_is_not_the_sampler_is_refused_and_one_lost_to_rounding_h
     monkeypatch.setattr(policy_gradient, "sample", shifted)
     with pytest.raises(ModelError, match="not the same policy"):
         run([spec], base, loaded)
+    with pytest.raises(DataError, match=r"max_length=24\. Set dataset.max_length=\d+"):
+        run([dataclasses.replace(spec, max_new_tokens=20)], base, loaded)  # before the first draw
     state, result = end_of(dataclasses.replace(spec, steps=8), base, loaded)
     assert state == "diverged" and result["steps_done"] == 3 and not result["collapsed"]
 
 
-def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
-    spec, base, loaded = worlds["words"]
-    with pytest.raises(DataError, match=r"max_length=24\. Set dataset.max_length=\d+"):
-        run([dataclasses.replace(spec, max_new_tokens=20)], base, loaded)
-
-
 ENDS = ((0,), (5,), (3, 7))
+
+
+def asked_of(spec, base, runs, lengths, group, longest):
+    """A pack whose adapters do something; random prompts of these lengths for each run, and the
+    random numbers of their completions."""
+    methods = [LoRA(rank=r) for r in (1, 4, 4)[:runs]]
+    trained = pack_of(methods, base.model, spec.model, perturb=0.05)
+    rng, vocab = np.random.default_rng(0), spec.model.vocab_size
+    prompts = [[rng.integers(1, vocab, size=n) for n in lengths] for _ in range(runs)]
+    return trained, prompts, rng.random((runs, len(lengths) * group, longest))
 
 
 @torch.no_grad()
@@ -307,36 +312,22 @@ def one_by_one(model, prompt, uniforms):
     return tokens[len(prompt) :], log_ps
 
 
-def attached(spec, base, count=3):
-    """Runs whose adapters do something."""
-    methods = [LoRA(rank=r) for r in (1, 4, 4)[:count]]
-    return pack_of(methods, base.model, spec.model, perturb=0.05)
-
-
-def qwen3():
-    """A run on a random Qwen3: another family than the shipped bases."""
-    spec = tiny_spec(precision="fp64")
-    shape = dataclasses.replace(spec.model, name="qwen3-tiny", n_layers=2, qk_norm=True)
-    torch.manual_seed(0)
-    base = Base(empty_model(shape).double().eval(), None, "random")
-    return dataclasses.replace(spec, model=shape), base
-
-
-def inputs_of(spec, runs, lengths, group, longest):
-    """Random prompts of these lengths for each run, and the random numbers of their completions."""
-    rng, vocab = np.random.default_rng(0), spec.model.vocab_size
-    prompts = [[rng.integers(1, vocab, size=n) for n in lengths] for _ in range(runs)]
-    return prompts, rng.random((runs, len(lengths) * group, longest))
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
-def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equal, monkeypatch):
+@pytest.mark.parametrize(
+    "lengths", [[5] * 4, [3, 9, 5, 4]], ids=["equal prompts", "ragged prompts"]
+)
+def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, lengths, monkeypatch):
     """Runs end their completions at different tokens, and ended rows are dropped on the way."""
     monkeypatch.setattr(sampling, "ROWS", 8)  # two rounds
-    spec, base = qwen3() if family == "qwen3" else rewarded_world("words")[:2]
-    prompts, uniforms = inputs_of(spec, 3, [5] * 4 if equal else [3, 9, 5, 4], 4, 7)
-    trained = attached(spec, base)
+    spec, base, _ = rewarded_world("words")
+    if family == "qwen3":  # random, and another family than the shipped bases
+        spec = tiny_spec(precision="fp64")
+        shape = dataclasses.replace(spec.model, name="qwen3-tiny", n_layers=2, qk_norm=True)
+        torch.manual_seed(0)
+        spec = dataclasses.replace(spec, model=shape)
+        base = Base(empty_model(shape).double().eval(), None, "random")
+    asked = (spec, base, 3, lengths, 4, 7)
+    trained, prompts, uniforms = asked_of(*asked)
     together = sample(base.model, prompts, uniforms, ENDS, "fp64")
     for n in (2, 0):
         trained.keep([n])
@@ -346,14 +337,13 @@ def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equ
             assert np.abs(together[n].log_p[k] - log_p).max() < 1e-10
             assert together[n].ended[k] == any(tuple(tokens[-len(e) :]) == e for e in ENDS)
         trained.detach()
-        trained = attached(spec, base)
+        trained, *_ = asked_of(*asked)
     assert len({len(t) for own in together for t in own.tokens}) > 3
 
 
-def test_the_entropy_is_the_policys_and_draws_are_repeatable():
-    _, base, loaded = rewarded_world("bandit")
-    prompt = loaded.test[0].tokens[:-1]
-    uniforms = np.random.default_rng(1).random((1, 256, 1))
+def test_the_entropy_is_the_policys_and_draws_are_repeatable(worlds):
+    _, base, loaded = worlds["bandit"]
+    prompt, uniforms = loaded.test[0].tokens[:-1], np.random.default_rng(1).random((1, 256, 1))
     with torch.no_grad():
         logits = base.model(input_ids=torch.tensor(prompt[None].astype(int))).logits[0, -1]
     p = logits.softmax(-1).numpy()
@@ -364,19 +354,16 @@ def test_the_entropy_is_the_policys_and_draws_are_repeatable():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
-def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypatch):
+@pytest.mark.parametrize("lengths", [[6] * 3, [3, 9, 6]], ids=["equal prompts", "ragged prompts"])
+def test_keys_are_cached_in_bf16_and_change_no_number(attention, lengths, monkeypatch):
     """Autocast leaves rotated keys in fp32, and attention rounds them: so it may be done before."""
     spec, base, _ = rewarded_world("words", precision="bf16")
-    attached(spec, base, 2)
-    lengths = [6] * 3 if equal else [3, 9, 6]
-    prompts, uniforms = inputs_of(spec, 2, lengths, 2, 5)
+    _, prompts, uniforms = asked_of(spec, base, 2, lengths, 2, 5)
     update, drawn, held = DynamicCache.update, [], {}
 
     def watched(cache, keys, values, layer, *args, **kwargs):
-        found = update(cache, keys, values, layer, *args, **kwargs)
-        held[len(drawn), layer] = found
-        return found
+        held[len(drawn), layer] = update(cache, keys, values, layer, *args, **kwargs)
+        return held[len(drawn), layer]
 
     monkeypatch.setattr(DynamicCache, "update", watched)
     base.model.set_attn_implementation(attention)
@@ -390,26 +377,24 @@ def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypa
     for one, other in zip(*drawn, strict=True):
         for ours, theirs in ((one.tokens, other.tokens), (one.log_p, other.log_p)):
             assert list(map(list, ours)) == list(map(list, theirs))
-        assert one.entropy == other.entropy and one.largest_logit == other.largest_logit
+        assert (one.entropy, one.largest_logit) == (other.entropy, other.largest_logit)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "another"])
 def test_the_cache_is_passed_under_the_name_that_the_model_takes(name, monkeypatch):
     """transformers calls it `cache` from 5.24 on. A forward pass ignores unknown arguments."""
     _, base, loaded = rewarded_world("words")
-    model, forward, given = base.model, base.model.forward, []
+    forward, given = base.model.forward, []
 
     def renamed(input_ids, **kwargs):
-        given.append(kwargs.pop(name, None))
+        given.append(kwargs.pop(name))
         return forward(input_ids=input_ids, past_key_values=given[-1], **kwargs)
 
     keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
     renamed.__signature__ = inspect.Signature([keyword])
-    monkeypatch.setitem(model.__dict__, "forward", renamed)
-    asked = (model, [[loaded.test[0].tokens[:5]]], np.full((1, 1, 3), 0.5), (), "fp64")
-    if name == "another":
-        with pytest.raises(ModelError, match="cache of keys and values"):
-            sample(*asked)
-    else:
-        sample(*asked)
-        assert [isinstance(c, DynamicCache) for c in given] == [True] * 3
+    monkeypatch.setitem(base.model.__dict__, "forward", renamed)
+    refused = pytest.raises(ModelError, match="cache of keys and values")
+    with refused if name == "another" else contextlib.nullcontext():
+        sample(base.model, [[loaded.test[0].tokens[:5]]], np.full((1, 1, 3), 0.5), (), "fp64")
+    drawn = 0 if name == "another" else 3
+    assert [isinstance(c, DynamicCache) for c in given] == [True] * drawn
