@@ -139,7 +139,8 @@ def has_tokenizer(folder: Path) -> bool:
 def weight_files(folder: Path) -> list[str]:
     """Name the safetensors files that a model's folder should have."""
     if not (folder / SINGLE).is_file():  # transformers reads it, even beside an index
-        with suppress(OSError, ValueError, KeyError):  # an unreadable index counts as none
+        # an unreadable index counts as none
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     return [SINGLE]
 

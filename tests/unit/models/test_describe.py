@@ -368,6 +368,13 @@ def test_weights_that_do_not_fit_are_refused_in_the_plan_and_before_training(lla
         models.load(by_file, [str(llama.parent)])
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": null}'])
+def test_an_index_that_names_no_files_counts_as_none(llama, content):
+    (llama / "model.safetensors").unlink()
+    (llama / "model.safetensors.index.json").write_text(content)
+    assert "0 of 1 files of weights" in refusal(llama)
+
+
 def test_a_tied_head_may_be_stored_or_not(tmp_path):
     folder = save(random_model("Llama", tie_word_embeddings=True), tmp_path / "mine")
     weights = load_file(path := folder / "model.safetensors")
