@@ -22,15 +22,16 @@ pytestmark = pytest.mark.xdist_group("browser")  # one session for all
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>/*REPORT*/ & \u2028"
 
 
-def runs(models, ranks, seeds=1, batches=(8,)):
+def runs(models, ranks, batches=(8,), ids="r{:05d}"):
     """Seven learning rates for each; at the highest ones of LoRA the runs have diverged."""
-    one = planted(ranks, range(seeds))
+    one = planted(ranks, (0,))
     one.loc[one["lr"] > 1e-2, "status"] = "diverged"
     found = [one.assign(model=m, batch_size=b) for m in models for b in batches]
     table = pd.concat(found, ignore_index=True)
     curve = [{"step": s, "test_nll": 2 + 1 / s} for s in (1, 2, 4, 8, 16)]
-    ids = [f"r{k:05d}" for k in table.index]
-    return table.assign(run_id=ids, result=json.dumps({"curve": curve}))
+    return table.assign(
+        run_id=[ids.format(k) for k in table.index], result=json.dumps({"curve": curve})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +60,13 @@ def drawn(browser, times=1):
 
 
 def opened(browser, tmp_path, table):
+    """Open the page of a table; the test then asks scripts of it."""
     table.to_parquet(tmp_path / "runs.parquet")
     page = tmp_path / "page.html"
     assert main(["html", str(tmp_path / "runs.parquet"), "--out", str(page)]) == 0
     browser.get_log("performance"), browser.get_log("browser")
     browser.get(page.as_uri())
     drawn(browser)
-    return page
 
 
 def quiet(browser):
@@ -87,12 +88,11 @@ def how_many(browser, selector):
 
 
 def choose(browser, key, value, times):
-    browser.execute_script(
-        "const s = document.getElementById(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('change'))",
-        f"filter-{key}",
-        value,
-    )
+    """Set a filter; wait for the page to be drawn so many times, and return how many it shows."""
+    select = f"const s = document.getElementById('filter-{key}'); s.value = '{value}';"
+    browser.execute_script(f"{select} s.dispatchEvent(new Event('change'))")
     drawn(browser, times)
+    return text_of(browser, "count")
 
 
 def test_it_opens_from_disk_and_filters(browser, tmp_path):
@@ -100,11 +100,9 @@ def test_it_opens_from_disk_and_filters(browser, tmp_path):
     assert text_of(browser, "count") == "12 curves, 84 runs"
     assert how_many(browser, "#lr-plot .points path") >= 84
     assert how_many(browser, "#forest-plot .points path") == 8
-    choose(browser, "rank", "4", 2)
-    assert text_of(browser, "count") == "4 curves, 28 runs"
+    assert choose(browser, "rank", "4", 2) == "4 curves, 28 runs"
     choose(browser, "model", "b/two", 3)
-    choose(browser, "batch_size", "32", 4)
-    assert text_of(browser, "count") == "1 curves, 7 runs"
+    assert choose(browser, "batch_size", "32", 4) == "1 curves, 7 runs"
     assert "lora r4" in text_of(browser, "curve-table")
     choose(browser, "rank", "null", 5)
     assert "fullft" in text_of(browser, "curve-table")
@@ -112,10 +110,7 @@ def test_it_opens_from_disk_and_filters(browser, tmp_path):
 
 
 def test_names_are_text_and_nothing_else(browser, tmp_path):
-    table = runs([HOSTILE], [None, 4])
-    table["run_id"] = [f"{HOSTILE}{k}" for k in range(len(table))]
-    opened(browser, tmp_path, table)
-    assert browser.execute_script("return window.hacked") is None
+    opened(browser, tmp_path, runs([HOSTILE], [None, 4], ids=f"{HOSTILE}{{}}"))
     assert how_many(browser, "img") == 0
     assert HOSTILE in text_of(browser, "curve-table")
     browser.execute_script("document.querySelector('#run-table tbody tr').click()")

@@ -40,39 +40,29 @@ def runs():
     return [(part.sweep_name, p.arm, p.spec) for part in study.parts for p in part.points]
 
 
-def said(method, model):
-    """How many parameters a method says that it trains, by layer set."""
-    found = Counter({t["layer_set"]: t["trained"] for t in trained_by_set(method, model)})
-    if model.tied and not method.target_layers():  # one matrix with the embedding, trained once
-        found[REST] += found.pop("unembedding")
-    return +found
-
-
 @pytest.mark.full
 def test_every_run_is_built_with_its_real_shape_and_trains_what_it_says(runs):
     methods = {}
     for _, _, spec in runs:
-        other_draw = getattr(spec.method, "init_seed", 0)
-        if not other_draw:
+        if not getattr(spec.method, "init_seed", 0):  # else it is another draw
             of_model = methods.setdefault((spec.model, spec.precision), {})
             of_model[spec.method.canonical] = spec.method
-    for (model, precision), found in methods.items():
+    for (model, precision), of_model in methods.items():
         built = without_weights(config_of(model), model, precision)
         assert sum(p.numel() for p in built.parameters()) == model.n_params
-        for method in found.values():
+        for method in of_model.values():
+            said = Counter({t["layer_set"]: t["trained"] for t in trained_by_set(method, model)})
+            if model.tied and not method.target_layers():  # one matrix with the embedding
+                said[REST] += said.pop("unembedding")
             targets = find_targets(built, model, method.target_layers())
             attached = method.attach(built, targets, [method], [0])
             found = Counter()
             for name, p in attached.parameters().items():
                 layer_set = model.set_of(name)
                 found[REST if layer_set == "rest" else layer_set] += p.numel()
-            assert found == said(method, model), (model.name, method)
+            assert found == +said, (model.name, method)
             assert found.total() == method.n_trainable(model)
             attached.detach()
-
-
-def updated_twice(specs):
-    return [dataclasses.replace(s, lr=3e-4, seed=0, steps=2) for s in specs]
 
 
 def one_of_each(runs):
@@ -84,11 +74,11 @@ def one_of_each(runs):
         family = (type(config_of(spec.model)), spec.model.tied)
         rows = (spec.dataset.name, spec.batch_size, spec.precision)
         found.setdefault((sweep, arm, *family, how, *rows), spec)
-    return list({s.id: s for s in updated_twice(found.values())}.values())
+    return found.values()
 
 
 def shrunken(specs):
-    """The runs on shrunken models, wide enough for all ranks, and on a few rows."""
+    """Two updates of the runs on shrunken models, wide enough for all ranks, and on a few rows."""
     shape = {"n_layers": 2, "hidden_size": 512, "n_heads": 8, "n_kv_heads": 8, "head_size": 64}
     found = []
     for s in specs:
@@ -98,8 +88,9 @@ def shrunken(specs):
         dataset = dataclasses.replace(s.dataset, n_test=16, n_test_curve=8)
         # some answers of a few tokens, where the study's have thousands
         few = {"batch_size": 3 * s.group_size, "max_new_tokens": 8} if s.group_size else {}
+        few |= {"lr": 3e-4, "seed": 0, "steps": 2}
         found.append(dataclasses.replace(s, model=model, dataset=dataset, **few))
-    return found
+    return list({s.id: s for s in found}.values())
 
 
 def trained(specs, tmp_path, monkeypatch, processes=1):
@@ -132,7 +123,7 @@ def test_a_dense_run_one_with_experts_and_a_rewarded_one_train_from_the_hubs_cac
                 return spec
 
     kinds = [first("lr_ratio", model=n) for n in ("llama-3.1-8b", "qwen3-30b-a3b-base")]
-    specs = shrunken(updated_twice([*kinds, first("rl", dataset="math_reward")]))
+    specs = shrunken([*kinds, first("rl", dataset="math_reward")])
     dense, experts, rewarded = trained(specs, tmp_path, monkeypatch)
     for spec, result in zip(specs, (dense, experts)):
         assert result["base_commit"] == spec.model.revision
