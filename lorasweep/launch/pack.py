@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
@@ -158,7 +159,7 @@ class _Pack:
     def concerns_folder(self, error: Exception) -> bool:
         """Return whether an error is of the run folder or its disk, so that no run can go on."""
         full = isinstance(error, OSError) and error.errno in DISK_FULL
-        return full or str(getattr(error, "filename", "")).startswith(str(self.store.root))
+        return full or Path(str(getattr(error, "filename", ""))).is_relative_to(self.store.root)
 
     def end_all(self, state: str, cause: str, trace: str = "") -> str:
         """End the attempts at all unfinished runs.

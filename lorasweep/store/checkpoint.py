@@ -108,7 +108,7 @@ def keep_only(folder: Path, step: int | None) -> None:
     """Invalidate all checkpoints except the one at `step`. Later ones belong to deleted records."""
     for at, (slot, _) in described(folder).items():
         if at != step:
-            (folder / f"{slot}.json").unlink()
+            (folder / f"{slot}.json").unlink(missing_ok=True)
 
 
 def layout(folder: Path) -> tuple[str, ...]:

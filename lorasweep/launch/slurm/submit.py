@@ -444,7 +444,6 @@ def _send(
     # Variables of an enclosing job would pass on its memory limit, and its ids to submitit.
     hidden = {k: os.environ.pop(k) for k in [*os.environ] if slurm.is_hidden(k)}
     import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
         executor = submitit.SlurmExecutor(folder=folder)
@@ -464,7 +463,7 @@ def _send(
             return executor.submit(job.follow, path).job_id
         jobs = executor.map_array(job.run, [path] * n, range(first, first + n))
         return jobs[0].job_id.partition("_")[0]
-    except (FailedJobError, FailedSubmissionError) as error:  # contains sbatch's message
+    except RuntimeError as error:  # submitit's, with sbatch's message
         raise ClusterError(
             f"Slurm refused the jobs: {' '.join(str(error).split())}. Each asks for {needed.nodes} "
             f"node(s) with {needed.cpus} CPU core(s), {needed.gpus} GPU(s), {needed.mem_gib:g} GiB "

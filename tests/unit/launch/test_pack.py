@@ -118,7 +118,7 @@ def test_a_file_of_a_run_that_is_gone_fails_it_alone_and_a_full_disk_stops_all(p
     store, specs = pair
 
     def before(*_):
-        raise OSError(number, "said", "/elsewhere/rows.jsonl")
+        raise OSError(number, "said", f"{store.root}-of-rows/rows.jsonl")
 
     with pytest.raises(StoreError) if state == "stopped" else contextlib.nullcontext():
         train(store, specs, Scripted(1, before))
