@@ -50,19 +50,15 @@ def _known() -> Known:
     return Known(catalogue.models(folders), catalogue.machines(folders))
 
 
-def without(figures: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return published figures that are not from a source; a single entry becomes None."""
-    kept = {}
-    for name, entry in figures.items():
-        if isinstance(entry, list):
-            entry = [e for e in entry if e["source"] != source]
-        kept[name] = None if isinstance(entry, dict) and entry.get("source") == source else entry
-    return kept
-
-
 def _advice(entry: dict[str, Any]) -> Advice:
     """Return the adviser's answer to a row, without the row's source."""
-    world = replace(_known(), published=without(_known().published, entry["source"]))
+    kept: dict[str, Any] = {}
+    for name, found in _known().published.items():
+        if isinstance(found, list):
+            found = [e for e in found if e["source"] != entry["source"]]
+        own = isinstance(found, dict) and found.get("source") == entry["source"]
+        kept[name] = None if own else found
+    world = replace(_known(), published=kept)
     shape = read()["shapes"].get(entry["customer"]["model"], {})
     c = customer_of({"name": entry["source"], **entry["customer"], **shape})
     return advise(c, world)

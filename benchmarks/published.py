@@ -206,13 +206,6 @@ def _parts(row: Row) -> dict[str, float]:
     )
 
 
-def speed_of(row: Row, share: float) -> float:
-    """Predict the tokens per second and GPU of a row."""
-    parts = _parts(row)
-    seconds = step_seconds({**parts, "products": parts["products"] / share})
-    return (row.rows or 0) * (row.length or 0) / seconds
-
-
 @cache
 def fitted_share(without: str | None = None) -> float:
     """Fit the share of the attainable speed that products reach: the median of sources' medians.
@@ -249,7 +242,9 @@ def comparisons() -> pd.DataFrame:
             if why is None and figure == "memory":
                 predicted = memory_of(row)
             elif why is None:
-                predicted = speed_of(row, fitted_share(without=row.source))
+                parts, share = _parts(row), fitted_share(without=row.source)
+                seconds = step_seconds({**parts, "products": parts["products"] / share})
+                predicted = (row.rows or 0) * (row.length or 0) / seconds
             error = predicted / value - 1
             within = abs(error) <= TOLERANCE[figure]
             found.append((row, row.source, figure, value, predicted, error, within, why))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lorasweep.config.compose import compose_request
 from lorasweep.data import load as data
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, keep_freed_memory
-from lorasweep.launch.trainer import finetune
+from lorasweep.launch.trainer import Events, finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
@@ -141,7 +140,7 @@ FINAL = {
 }
 
 
-def nothing(pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None) -> Iterator[Event]:
+def nothing(pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None) -> Events:
     """Train nothing: yield one record and one result per run."""
     records = {s.id: {"step": 1, "train_nll": 2.0} for s in pack}
     yield Event(1, records, {s.id: ("done", dict(FINAL)) for s in pack}, dict)

@@ -275,11 +275,6 @@ def main(kind: str, job_path: str) -> None:
 # ---------------------------------------------------------------- runs with rewards
 
 
-def text_of(row: Example) -> str:
-    """Return the text of a row's prompt."""
-    return "".join(ALPHABET[t] for t in prompt_of(row))
-
-
 def grpo_trainer(
     spec: RunSpec,
     model: Any,
@@ -355,7 +350,7 @@ def learning_curve(
 
     count = spec.steps * spec.batch_size // spec.group_size
     used = data.train(spec.seed, 0, count)
-    prompts = [text_of(row) for row in used]
+    prompts = ["".join(ALPHABET[t] for t in prompt_of(row)) for row in used]
     rows = dict(zip(prompts, used))
     grpo_trainer(spec, model, data, prompts, rows, folder, [Measure()]).train()
     model.eval()

@@ -23,6 +23,7 @@ SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem not in ("study", "tune"))
 FILE = ROOT / "tests/golden/plans.json"
 LAPTOP = Hardware("laptop", processor="p", cores=2, memory_gib=24.0, fast_bf16=True)
+OF_PLAN = ("workers", "threads", "flops", "hours", "checkpoint_gib", "memory_gib")
 
 
 def plans_of(scale, root):
@@ -45,42 +46,32 @@ def plans_of(scale, root):
             found[f"{sweep}-{scale}"] = {
                 "packs": hashlib.sha256(json.dumps(packs).encode()).hexdigest()[:16],
                 "laptop": {
-                    "runs": len(plan.todo),
-                    "packs": len(packs),
-                    "workers": plan.workers,
-                    "threads": plan.threads,
-                    "flops": plan.flops,
-                    "hours": plan.hours,
-                    "checkpoint_gib": plan.checkpoint_gib,
-                    "memory_gib": plan.memory_gib,
+                    **{"runs": len(plan.todo), "packs": len(packs)},
+                    **{name: getattr(plan, name) for name in OF_PLAN},
                 },
                 "h100": costs(sweep, runs, h100, request.cluster.work_max),
             }
     return found
 
 
+def rounded(text):
+    """Read JSON, numbers with 6 digits."""
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_sweep_has_the_recorded_plan(scale, tmp_path):
-    found = json.loads(json.dumps(plans_of(scale, tmp_path / "runs")))
-    known = json.loads(FILE.read_text())
-    known = {k: v for k, v in known.items() if k.rpartition("-")[2] == scale}
+    found = rounded(json.dumps(plans_of(scale, tmp_path / "runs")))
+    known = rounded(FILE.read_text()).items()
+    known = {k: v for k, v in known if k.rpartition("-")[2] == scale}
     assert found.keys() == known.keys()
     for name, plan in known.items():
-        assert found[name].pop("packs") == plan.pop("packs"), name
-        assert _rounded(found[name]) == _rounded(plan), name
-
-
-def _rounded(value):
-    """Round numbers to 6 digits."""
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_rounded(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        assert found[name] == plan, name
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         every = {k: v for s in SCALES for k, v in plans_of(s, Path(folder) / "runs").items()}
-    lines = [f" {json.dumps(k)}: {json.dumps(_rounded(every[k]))}" for k in sorted(every)]
+    every = rounded(json.dumps(every))
+    lines = [f" {json.dumps(k)}: {json.dumps(every[k])}" for k in sorted(every)]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

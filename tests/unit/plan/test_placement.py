@@ -116,25 +116,19 @@ def test_an_update_takes_its_products_at_the_share_of_the_peak_and_more():
     assert step_seconds(tiny) == tiny["launch"]
 
 
-@pytest.mark.parametrize(
-    ("model", "method", "name", "gpus"),
-    [
+def test_a_run_gets_the_fewest_gpus_that_hold_it_and_what_fits_nowhere_says_what_would():
+    for model, method, name, gpus in (
         ("llama-3.1-8b", LoRA(rank=16), "a100", 1),
         ("llama-3.1-8b", FullFT(), "h200", 2),
         ("qwen3-235b-a22b-instruct-2507", FullFT(), "h100", 128),
-    ],
-)
-def test_a_run_gets_the_fewest_gpus_that_hold_it(model, method, name, gpus):
-    spec, hardware = spec_of(model, method), card(name)
-    found = place(spec, hardware)
-    layout = found.layout
-    assert not found.why and layout.gpus == gpus
-    assert found.memory_gib * (1 + MEMORY_ERROR) <= hardware.gpu_memory_gib
-    assert layout.gpus * layout.rows * layout.accumulation == spec.batch_size
-    assert gpus == 1 or place(spec, hardware, gpus=gpus // 2).why
-
-
-def test_what_fits_nowhere_says_what_would():
+    ):
+        spec, hardware = spec_of(model, method), card(name)
+        found = place(spec, hardware)
+        layout = found.layout
+        assert not found.why and layout.gpus == gpus
+        assert found.memory_gib * (1 + MEMORY_ERROR) <= hardware.gpu_memory_gib
+        assert layout.gpus * layout.rows * layout.accumulation == spec.batch_size
+        assert gpus == 1 or place(spec, hardware, gpus=gpus // 2).why
     long = dataclasses.replace(paper().dataset, max_length=2_000_000)
     found = place(spec_of(method=FullFT(), dataset=long, batch_size=12))
     assert "fullft of llama-3.1-8b takes" in found.why
