@@ -220,7 +220,9 @@ def act(
     studied = request.parts if not whole else []
     parts = studied or [request]
     if on_gpus and (name == "fleet" or not (whole or ACTIONS[name].about or name == "import")):
-        parts = [train.within_limit(part) for part in parts]
+        given, parts = parts, [train.within_limit(part) for part in parts]
+        if any(p.points for p in given) and not any(p.points for p in parts):
+            raise SpecError(f"no run is left within exec.max_gpus={request.exec.max_gpus}.")
     for part in parts if studied and name == "run" else ():  # before the first part starts
         train.check(part)
     values = {}

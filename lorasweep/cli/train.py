@@ -8,7 +8,7 @@ from typing import Any
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points, is_search, judged
 from lorasweep.cli.finished_runs import check_search, finish, prune
-from lorasweep.cli.plans import plan_lines, search_lines, understood
+from lorasweep.cli.plans import plan_lines, search_lines, understood, unpinned_lines
 from lorasweep.cli.printed import Answer, Display, notifier
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import GaveUp, SpecError, check_installed
@@ -166,6 +166,8 @@ def train(
             notify(outlook.line())
     if request.cluster.kind == "slurm":
         idle = 0
+        for line in unpinned_lines(points):
+            notify(line)
         if follow is not None:
             idle = follow["idle"] + 1 if updates_of(points, store) <= follow["updates"] else 0
             if idle >= MAX_IDLE:

@@ -3,12 +3,16 @@
 import json
 import re
 from pkgutil import resolve_name
+from unittest.mock import Mock
 
 import pytest
 
 from lorasweep.advise.advice import KEYS
+from lorasweep.cli import train
 from lorasweep.cli.actions import ACTIONS
-from tests.world import ROOT, write_splits
+from lorasweep.errors import ClusterError
+from lorasweep.store.run_store import RunStore
+from tests.world import ROOT, compose_request, write_splits
 
 FLEET = "action=fleet customers=customers.csv"
 
@@ -74,6 +78,7 @@ def refused(done, *words):
         ("cluster=slurm cluster.container_mounts=[/x]", "expected a cluster.container=IMAGE"),
         ("cluster=slurm +cluster.options.dependency=x", "expected none of array, dependency"),
         ("cluster=slurm cluster.work_max=1", "at least cluster.work_min"),
+        ("model=llama-3.1-8b method=fullft cluster=slurm hardware=h100 exec.max_gpus=1", "no run"),
         ("cluster=slurm cluster.gpus=3 cluster.workers=2", "a multiple of cluster.workers"),
         ("+sweep=lr_ratio arms=5", "'5' not found"),
         *((f"+sweep=lr_ratio sweep.axes.model={v}", "expected a name") for v in ("[5]", "null")),
@@ -85,6 +90,16 @@ def test_wrong_requests_end_with_status_2_and_start_nothing(command, tmp_path, a
     scale = () if "scale=" in arguments else ("scale=smoke",)
     refused(command(*scale, *arguments.split()), words)
     assert not list(tmp_path.glob("runs/*/spec.json"))
+
+
+def test_jobs_are_submitted_with_a_warning_of_names_that_change(tmp_path, monkeypatch, capsys):
+    given = ("model=llama-3.1-8b", "model.revision=main", "cluster=slurm", "scale=smoke")
+    request = compose_request([*given, f"exec.runs_dir={tmp_path}/runs"])
+    monkeypatch.setattr(train, "check", lambda request: None)
+    monkeypatch.setattr(train, "submit", Mock(side_effect=ClusterError("full")))
+    with pytest.raises(ClusterError):
+        train.run(request, RunStore(tmp_path / "runs"))
+    assert "names no commit of the hub" in capsys.readouterr().err
 
 
 def test_every_action_has_a_function_and_stands_in_the_help(command, tmp_path):
