@@ -17,7 +17,7 @@ from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
 from tests.integration.test_interruptions import furthest, kept, start
-from tests.training import EPS, ROUNDING, moved
+from tests.training import EPS, ROUNDING, Trained, moved
 from tests.world import cli, compose_request, wait_for
 
 pytestmark = pytest.mark.slow
@@ -98,34 +98,36 @@ LONG = (*SMALL, *KINDS["full"], "exec.checkpoint_s=0.2", "action=run")
 
 
 def killed_and_resumed(folder, sizes, steps):
-    """Train with each number of processes in turn; all but the last are killed with kill -9."""
-    (folder / "killed").mkdir()
-    arguments = (*LONG, f"steps={steps}")
-    at, attempts = 0, 0
-    for size in sizes[:-1]:
-        command = start(*arguments, f"exec.world_size={size}", cwd=folder / "killed")
-        store = RunStore(folder / "killed/runs")
-        wait_for(lambda at=at: max(furthest(folder / "killed"), default=0) > at)
+    """Train with each number of processes in turn; all but the last are killed with kill -9, and of
+    the first ones one that follows is killed alone before."""
+    folder.mkdir()
+    arguments, at = (*LONG, f"steps={steps}"), 0
+    store = RunStore(folder / "runs")
+
+    def saved_after(at):
+        wait_for(lambda: max(furthest(folder), default=0) > at)
         (rid,) = store.existing()
-        wait_for(lambda at=at: max(described(store.folder(rid) / "checkpoint"), default=0) > at)
-        attempts = store.last_attempt(rid)
+        slots = store.folder(rid) / "checkpoint"
+        return rid, wait_for(lambda: [k for k in described(slots) if k > at])[-1]
+
+    for size in sizes[:-1]:
+        command = start(*arguments, f"exec.world_size={size}", cwd=folder)
+        rid, now = saved_after(at)
         if at == 0:
+            attempts = store.last_attempt(rid)
             leader = store.owner(rid, attempts)["pid"]
             started = psutil.Process(command.pid).children()
             next(p for p in started if p.pid != leader).kill()
-            attempts += 1
-            wait_for(lambda n=attempts: store.last_attempt(rid) == n)
-        at = max(described(store.folder(rid) / "checkpoint"))
-        wait_for(lambda at=at: max(furthest(folder / "killed"), default=0) > at)
-        at = max(described(store.folder(rid) / "checkpoint"))
+            wait_for(lambda n=attempts + 1: store.last_attempt(rid) == n)
+        _, at = saved_after(now)
         os.killpg(command.pid, signal.SIGKILL)
         command.wait()
         assert store.result(rid) is None
         assert list((store.folder(rid) / "checkpoint").glob("*.parts"))
-    cli(*arguments, f"exec.world_size={sizes[-1]}", cwd=folder / "killed")
+    cli(*arguments, f"exec.world_size={sizes[-1]}", cwd=folder)
     env = store.env(rid)
     assert env["resumed_from_step"] >= at > 0 and env["processes"] == sizes[-1]
-    return store.result(rid), kept(folder / "killed")[rid]
+    return store.result(rid), kept(folder)[rid]
 
 
 def spread(steps):
@@ -134,10 +136,9 @@ def spread(steps):
     base = models.load(point.spec.model, [], "fp64")
     rows, found = data.load(point.spec.dataset, []), []
     for weights in (base, moved(base)):
-        losses = []
-        for event in finetune([point.spec], weights, rows):
-            losses += [record["train_nll"] for record in event.records.values()]
-        found.append([losses, event.ended[point.id][1]["spectra"]])
+        of = Trained(finetune([point.spec], weights, rows))
+        losses = [record["train_nll"] for record in of.records[point.id]]
+        found.append([losses, of.results[point.id]["spectra"]])
     return next(10.0**-k for k in range(15, 0, -1) if same(*found, 10.0**-k))
 
 
@@ -149,7 +150,7 @@ NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(1800))
     ("sizes", "steps"), [((2, 1), 60), pytest.param((4, 2, 1), 150, marks=NIGHTLY)]
 )
 def test_killed_it_resumes_with_fewer_processes(tmp_path, sizes, steps):
-    result, records = killed_and_resumed(tmp_path, sizes, steps)
+    result, records = killed_and_resumed(tmp_path / "killed", sizes, steps)
     cli(*LONG, f"steps={steps}", f"exec.runs_dir={tmp_path}/whole", cwd=tmp_path)
     store = RunStore(tmp_path / "whole")
     (rid,) = store.existing()
@@ -168,39 +169,36 @@ def test_killed_it_resumes_with_fewer_processes(tmp_path, sizes, steps):
 def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(tmp_path):
     """The others wait in a collective, so all are started again. Rows are joined, two and then one a
     forward pass; the run equals that of one process, which joins other rows."""
-
-    def trained(name, trainer, *more):
-        folder = f"exec.runs_dir={tmp_path}/{name}"
-        request = compose_request([*SMALL, folder, "steps=4", *KINDS["adapters"], *more])
-        store, events = RunStore(tmp_path / name), []
+    found, two = [], ("exec.world_size=2", "exec.checkpoint_s=0", "exec.join_rows=true")
+    for name, trainer, more in (
+        ("one", None, ()),
+        ("two", "tests.integration.planted_memory:trainer", two),
+    ):
+        folder, events = tmp_path / name, []
+        request = compose_request(
+            [*SMALL, f"exec.runs_dir={folder}", "steps=4", *KINDS["adapters"], *more]
+        )
+        store, rid = RunStore(folder), request.points[0].id
         store.prepare()
         local.run_points(request.points, store, request.exec, events.append, trainer)
-        return store, request.points[0].id, [e["note"] for e in events if "note" in e]
-
-    planted = "tests.integration.planted_memory:trainer"
-    more = ("exec.world_size=2", "exec.checkpoint_s=0", "exec.join_rows=true")
-    store, rid, (note,) = trained("two", planted, *more)
+        found.append({r["step"]: r["train_nll"] for r in store.records(rid)})
+    (note,) = [e["note"] for e in events if "note" in e]
     assert note.startswith("out of memory in learning (asked for 2.50 GiB): 1 run(s) of tiny64")
     assert note.endswith("from the last checkpoint with 1 of each run.")
     assert store.state(rid) == "done" and store.last_attempt(rid) == 2
     assert store.end(rid, 1) == {"state": "stopped", "cause": note}
     env = store.env(rid)
     assert env["resumed_from_step"] >= 1 and env["micro_batch_size"] == 1
-    one, _, _ = trained("one", None)
-    losses = [{r["step"]: r["train_nll"] for r in s.records(rid)} for s in (store, one)]
-    assert same(*losses, ROUNDING[10]) and list(losses[0]) == [1, 2, 3, 4]
+    assert same(*found, ROUNDING[10]) and list(found[0]) == [1, 2, 3, 4]
 
 
 def test_processes_that_cannot_share_a_run_are_refused():
     (point,) = compose_request([*SMALL, "method=fullft"]).points
     for size, given, why in ((3, (), "batch_size=8"), (5, ("batch_size=5",), "rank 4 nor a side")):
+        (other,) = compose_request([*SMALL, *KINDS["adapters"], *given]).points
+        nodes = Cluster(kind="slurm", gpus=size)
         with pytest.raises(SpecError, match=f"exec.world_size={size} .*{why}"):
-            check_world_size(
-                compose_request([*SMALL, *KINDS["adapters"], *given]).points[0:1],
-                Exec(world_size=size),
-                Cluster(kind="slurm", gpus=size),
-                Hardware("box"),
-            )
+            check_world_size([other.spec], Exec(world_size=size), nodes, Hardware("box"))
     machine = Hardware("box", gpus=2, gpu_name="H100", gpu_memory_gib=80.0)
 
     def check(cluster=None, **settings):
