@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ from types import FrameType
 from lorasweep.plan.planner import pack_key
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
+from lorasweep.store.claims import JOB_VARIABLE
 from lorasweep.train.events import LEARNING, phase_of
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -33,10 +35,16 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Flag to finish the update, checkpoint and exit, which signals set."""
+    """Flag to finish the update, checkpoint and exit, which signals set.
+
+    A signal later than SAME_S after the first ends the process at once: an update, or loading a
+    base, may take long. Inside a job only Ctrl-C does so; Slurm itself kills a job if needed.
+    """
+
+    SAME_S = 2.0  # Ctrl-C reaches a worker directly and from its parent
 
     def __init__(self) -> None:
-        self.set = False
+        self.set, self._since = False, 0.0
 
     def install(self) -> None:
         """Handle these signals; under nohup a process outlives its terminal."""
@@ -45,7 +53,11 @@ class StopFlag:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.set = True
+        if not self.set:
+            self.set, self._since = True, time.monotonic()
+        may_end = number == signal.SIGINT or JOB_VARIABLE not in os.environ
+        if may_end and time.monotonic() - self._since > self.SAME_S:
+            os._exit(128 + number)
 
 
 def die_with_parent() -> None:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import errno
 import json
+import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -134,6 +136,26 @@ def test_a_stop_during_the_pretraining_of_a_base_takes_effect_after_one_update(t
     with pytest.raises(Stopped):
         train(store, [spec], TorchTrainer(stop), stop=stop, models_dir=[str(tmp_path)])
     assert store.end(spec.id, 1)["state"] == "stopped" and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_second_signal_ends_a_worker_that_cannot_stop(monkeypatch):
+    """In a job only Ctrl-C does: Slurm's TERM and USR2 come in any number."""
+    clock, ended, stop = [0.0], Mock(), StopFlag()
+    monkeypatch.setattr(process.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(process.os, "_exit", ended)
+    for after, number, inside, ends in (
+        (0, signal.SIGINT, False, 0),
+        (1, signal.SIGINT, False, 0),
+        (3, signal.SIGTERM, True, 0),
+        (3, signal.SIGTERM, False, 1),
+        (3, signal.SIGINT, True, 2),
+    ):
+        monkeypatch.setenv(claims.JOB_VARIABLE, "1")
+        if not inside:
+            monkeypatch.delenv(claims.JOB_VARIABLE)
+        clock[0] = after
+        stop._handle(number, None)
+        assert stop.set and ended.call_count == ends
 
 
 def test_waiting_threads_of_a_worker_sleep_unless_the_user_wants_them_to_spin(monkeypatch):
