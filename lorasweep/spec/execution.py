@@ -10,8 +10,8 @@ Count = Annotated[int, Is("", 1)]
 CountOrNone = Annotated[int | None, Is("", 1)]
 Amount = Annotated[float, Is("", ABOVE_0)]
 AmountOrNone = Annotated[float | None, Is("", ABOVE_0)]
-OURS = {"job-name", "array", "output", "error", "signal", "dependency", "nodes", "requeue"}
-OURS |= {"ntasks-per-node"}
+FIXED = {"job-name", "array", "output", "error", "signal", "dependency", "nodes", "requeue"}
+FIXED |= {"ntasks-per-node"}
 """Options of sbatch on which jobs depend."""
 
 
@@ -144,6 +144,7 @@ class Cluster:
     def problems(self) -> Iterator[str]:
         """Yield the problems that the settings have on every cluster."""
         inside, uneven = not self.container, self.workers and self.gpus % self.workers
+        fixed = FIXED & {name.replace("_", "-") for name in self.options}
         yield from misfits(
             self,
             "cluster.",
@@ -152,6 +153,6 @@ class Cluster:
                 ("container_mounts", inside and self.container_mounts, "a cluster.container=IMAGE"),
                 ("work_max", self.work_max < self.work_min, "at least cluster.work_min"),
                 ("gpus", uneven, "a multiple of cluster.workers"),
-                ("options", OURS & self.options.keys(), f"none of {', '.join(sorted(OURS))}"),
+                ("options", fixed, f"none of {', '.join(sorted(FIXED))}"),
             ],
         )

@@ -76,7 +76,10 @@ def refused(done, *words):
         *((f"{key}=null", f"{key}=None: expected") for key in ("exec", "cluster.options")),
         ("--cfg job --resolve lr=${no}", "'no' not found"),
         ("cluster=slurm cluster.container_mounts=[/x]", "expected a cluster.container=IMAGE"),
-        ("cluster=slurm +cluster.options.dependency=x", "expected none of array, dependency"),
+        *(
+            (f"cluster=slurm +cluster.options.{k}=x", "expected none of array, dependency")
+            for k in ("dependency", "job_name")
+        ),
         ("cluster=slurm cluster.work_max=1", "at least cluster.work_min"),
         ("model=llama-3.1-8b method=fullft cluster=slurm hardware=h100 exec.max_gpus=1", "no run"),
         ("cluster=slurm cluster.gpus=3 cluster.workers=2", "a multiple of cluster.workers"),
