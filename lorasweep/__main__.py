@@ -23,9 +23,9 @@ def main() -> None:
         print(actions.front_page(conf_dir()), end="")
         return
     if given[0] == "--follow" and len(given) == 2:  # command of a follow-up job
-        from lorasweep.cli import actions
+        from lorasweep.follow_up import follow_up
 
-        sys.exit(actions.follow_up(given[1]))
+        sys.exit(follow_up(given[1]))
     if importlib.util.find_spec("hydra") is None:
         _fail(
             f"hydra is not installed for {sys.executable}. Activate the environment in which "

@@ -11,8 +11,9 @@ import pandas as pd
 import yaml
 
 from analysis.inference.decide import Gate, GateCode, remedy
-from analysis.questions import arms, laws, lengths
+from analysis.questions import laws, lengths
 from analysis.questions.base import Analysis, Question
+from analysis.questions.estimands import problems, question_of
 from analysis.runs.table import TableError, as_losses
 
 NAMES = ("batch_size", "capacity", "invariance", "rank", "recipes", "regime", "tune")
@@ -50,9 +51,9 @@ def question_named(
             raise TableError(f"analysis: unknown {name!r}. Use one of: {known}.")
         content = yaml.safe_load(declared[name].read_text())
         estimands, variants = content["estimands"], content.get("variants")
-    if problem := next(arms.problems(estimands, variants or {}), None):
+    if problem := next(problems(estimands, variants or {}), None):
         raise TableError(problem)
-    return arms.question_of(estimands, variants or {})
+    return question_of(estimands, variants or {})
 
 
 def read_question(folder: Path) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 import inspect
 import json
 import os
-import sys
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +12,13 @@ from typing import Any, NamedTuple
 
 from lorasweep.cli import answer as answers
 from lorasweep.cli.printed import Answer
-from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError, unknown
-from lorasweep.launch.slurm.job import stoppable
+from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.trainer import Trainer
 from lorasweep.plan.budget import parse_budget
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.request import Request, Settings, from_plain
+from lorasweep.sweep.request import Request, Settings
 
 FLEET_SETTINGS = "customers rates instead_of_full serve out"
 OF_SEARCH = ("run", "plan", "status", "cancel")
@@ -243,27 +240,6 @@ def act(
         titles = [part.title for part in parts]
         print("\n".join(answers.study(Path(request.exec.reports_dir), titles, request.title)))
     return status
-
-
-def follow_up(path: str) -> int:
-    """Run the request of a task file again, in a follow-up job; return the exit status.
-
-    After an error that may be temporary it is tried again. The last line of the file is {"follow":
-    request, "requeues": n, "trainer": name or null, "idle": n, "updates": n}.
-    """
-    task = json.loads(Path(path).read_text().splitlines()[-1])
-    with stoppable(task["requeues"]):
-        for pause in (30, 60, 120, 240, None):  # seconds
-            try:
-                act(from_plain(task["follow"]), task["trainer"], follow=task)
-                return 0
-            except LorasweepError as error:
-                print(f"lorasweep: {error}", file=sys.stderr, flush=True)
-                temporary = isinstance(error, ClusterError | StoreError)
-                if not temporary or isinstance(error, GaveUp) or pause is None:
-                    return 2
-                time.sleep(pause)
-    return 0
 
 
 # ---------------------------------------------------------------- help

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.advise.evidence import published
 from lorasweep.advise.rules import family_of, law_rate
 from lorasweep.errors import SpecError, StoreError, unknown
-from lorasweep.fleet.adapters import with_further
+from lorasweep.fleet.choice import with_further
 from lorasweep.plan.budget import parse_budget
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks

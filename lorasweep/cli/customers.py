@@ -28,7 +28,7 @@ from lorasweep.config.preflight import check_available
 from lorasweep.data.examples import Data, Example
 from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
 from lorasweep.fleet import adapters, runs, serving
-from lorasweep.fleet.adapters import Outcome, outcome_of, with_further
+from lorasweep.fleet.choice import Outcome, outcome_of, with_further
 from lorasweep.fleet.runs import Member
 from lorasweep.fleet.serving import Server, problems
 from lorasweep.launch import local

@@ -21,7 +21,7 @@ from lorasweep.cli.printed import Answer, duration, notifier, table
 from lorasweep.config import preflight
 from lorasweep.data import load, messages, sources, text
 from lorasweep.errors import LorasweepError, SpecError
-from lorasweep.fleet.adapters import counts, counts_line, outcome_of
+from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.submit import difference, hardware_of

@@ -14,15 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
-from lorasweep.launch.process import (
-    Limit,
-    Limits,
-    Shortage,
-    StopFlag,
-    Stopped,
-    free_memory,
-    is_out_of_memory,
-)
+from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, free_memory, is_out_of_memory
+from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.plan import detect
 from lorasweep.plan.load import checkpoint_bytes

@@ -16,13 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import DataError, ModelError, TrainingError
-from lorasweep.launch.process import (
-    StopFlag,
-    Stopped,
-    is_out_of_memory,
-    keep_freed_memory,
-    worker_environment,
-)
+from lorasweep.launch.out_of_memory import is_out_of_memory
+from lorasweep.launch.process import StopFlag, Stopped, keep_freed_memory, worker_environment
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.planner import GPU_SIZES, SIZES, Speeds, measured_path, place, shape_of
 from lorasweep.spec.dataset import DatasetSpec

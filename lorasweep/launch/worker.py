@@ -29,16 +29,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import LorasweepError, ModelError, SpecError
+from lorasweep.launch.out_of_memory import Limits, Shortage, is_out_of_memory
 from lorasweep.launch.pack import execute
-from lorasweep.launch.process import (
-    Limits,
-    Shortage,
-    StopFlag,
-    Stopped,
-    die_with_parent,
-    is_out_of_memory,
-    keep_freed_memory,
-)
+from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
 from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.trainer import Events, Report, Trainer, trainer_named
 from lorasweep.methods.registry import spec_from

@@ -130,7 +130,7 @@ class Sweep:
     """Module of analysis/questions that judges the claims, or a sweep whose `estimands` do."""
     variants: dict[str, Any] = field(default_factory=dict)
     estimands: dict[str, Any] = field(default_factory=dict)
-    """What is compared; see analysis/questions/arms.py. Empty: those of `analysis`."""
+    """What is compared; see analysis/questions/estimands.py. Empty: those of `analysis`."""
     rounds: Annotated[int, Is("interim analyses", 1, 5)] = 1
     """Planned interim analyses, 1 to 5. With more of them, each has wider intervals, so that the
     total error rate stays 5%."""

@@ -4,6 +4,7 @@
 
 A job may be killed at any time and start again on another node: runs resume from checkpoints. At
 its time limit a job requeues itself. After preemption, Slurm decides whether to requeue the job.
+What the follow-up job does: lorasweep/follow_up.py.
 """
 
 import json

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lorasweep.data import templates
 from lorasweep.fleet import adapters
-from lorasweep.fleet.adapters import Outcome
+from lorasweep.fleet.choice import Outcome
 from lorasweep.fleet.rows import Rows
 from lorasweep.fleet.runs import Member
 from lorasweep.models.find import license_of

@@ -10,7 +10,7 @@ import pytest
 
 from lorasweep.advise.rules import APART
 from lorasweep.errors import SpecError
-from lorasweep.fleet.adapters import MOST_TRIED, outcome_of, with_further
+from lorasweep.fleet.choice import MOST_TRIED, outcome_of, with_further
 from lorasweep.fleet.rows import Rows
 from lorasweep.fleet.runs import Member
 from lorasweep.methods.lora import LoRA

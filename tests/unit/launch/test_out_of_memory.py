@@ -13,7 +13,8 @@ import torch
 from lorasweep.errors import ModelError
 from lorasweep.launch import local
 from lorasweep.launch import pack as packs
-from lorasweep.launch.process import Limit, Limits, Shortage, StopFlag, Stopped, is_out_of_memory
+from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, is_out_of_memory
+from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models

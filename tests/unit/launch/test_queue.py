@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 from submitit.core.utils import FailedJobError
 
-from lorasweep.cli import actions
+from lorasweep import follow_up
 from lorasweep.errors import ClusterError, GaveUp, SpecError, StoreError
 from lorasweep.launch.local import VARIABLE
 from lorasweep.launch.slurm import guard, job, queue, submit
@@ -277,8 +277,8 @@ def test_a_follow_up_job_tries_again_where_that_may_help(
     monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(job.signal, "signal", lambda *_: None)
     act = Mock(side_effect=errors)
-    monkeypatch.setattr(actions, "act", act)
-    assert actions.follow_up(str(path)) == status and act.call_count == len(errors)
+    monkeypatch.setattr(follow_up, "act", act)
+    assert follow_up.follow_up(str(path)) == status and act.call_count == len(errors)
     (request, trainer), more = act.call_args
     assert (request.title, trainer, more["follow"]["idle"]) == (asked.title, "a.b:c", 1)
 
