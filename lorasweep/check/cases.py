@@ -201,7 +201,7 @@ def measure(
             files.write_atomic(path, json.dumps(result).encode())
             report(case, result)
     finally:
-        if child is not None:
+        if child is not None and child.pid:  # it was started
             child.kill()
             child.join()
 

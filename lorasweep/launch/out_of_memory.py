@@ -14,8 +14,9 @@ from lorasweep.train.events import LEARNING, phase_of
 OUT_OF_MEMORY = re.compile(
     "DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory"
     "|CU(BLAS|SOLVER|DNN)_STATUS_ALLOC_FAILED|Cuda failure (2 )?'out of memory'"
+    "|unable to mmap [^:]*: Cannot allocate memory"
 )
-"""RuntimeErrors from torch's CPU allocator, CUDA libraries and NCCL (last)."""
+"""RuntimeErrors from torch's CPU allocator, CUDA libraries, NCCL, and files of weights (last)."""
 REQUEST = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 

@@ -130,10 +130,10 @@ def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
     peft = pytest.importorskip("peft")
     model = model_of(make_base(tmp_path / "base"))
     path = write_rows(tmp_path / "ann.jsonl", 30, "357 {k}")
-    rows = rows_of("ann", str(path), Rules(), None)
+    base = models.load(model, ["/"])
+    rows, _ = rows_of("ann", str(path), Rules(), base.tokenizer)
     spec = RunSpec(model=model, dataset=rows.dataset, method=LoRA(rank=4), batch_size=2, steps=3)
     specs = [RunSpec(**{**vars(spec), "lr": lr}) for lr in (1e-4, 1e-2)]
-    base = models.load(model, ["/"])
     data = load_data(rows.dataset, ["/"], base.tokenizer)
     (ours,) = [r for e in finetune([specs[1]], base, data) for _, r in e.ended.values()]
     adapted = trl_baseline.adapted(base.model, spec, "loop")

@@ -3,6 +3,7 @@ correctness, which pass here and on a GPU, and find faults."""
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,9 @@ def test_the_hardware_file_has_the_measured_constants_and_can_be_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_case_that_fails_or_dies_fails_alone_and_is_measured_again(tmp_path):
+def test_a_case_that_fails_or_dies_fails_alone_and_is_measured_again(tmp_path, monkeypatch):
+    # without it a process of xdist cannot start processes
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     case = Case(CORRECTNESS, "good", "update_as_on_cpu", tiny_spec(steps=1))
     bad = Case(CORRECTNESS, "bad", "no_such_function")
     dies = Case(CORRECTNESS, "dies", "device")  # returns no result, of which the process dies

@@ -132,6 +132,7 @@ def test_errors_of_memory_are_recognised():
         MemoryError(),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("unable to mmap 4 bytes from file </a>: Cannot allocate memory (12)"),
         torch.AcceleratorError(f"CUDA error: out of memory\n{cuda}", 2),
         RuntimeError("CUDA error: out of memory"),
         torch.distributed.DistBackendError(NCCL_ERROR),
