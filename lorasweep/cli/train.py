@@ -62,7 +62,10 @@ def run(
         wandb.mirror(points, store, request.sweep_name or "single")
     finished = [p.id for p in judged(request, points) if store.result(p.id)]
     if not finished:
-        warn("no run has finished, so there is no answer yet")
+        why = "no run has finished"
+        if request.budget:
+            why = f"budget={request.budget} ended before a full run; a larger one continues"
+        warn(f"{why}, so there is no answer yet")
         return Answer(status=status)
     if request.sweep_name is None:
         (rid,) = finished

@@ -5,7 +5,6 @@ never a part. A failed read is retried, then raises: it must not make a run look
 checkpoint lost. Tests replace `os` in this module to make each operation fail in turn.
 """
 
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -27,8 +26,6 @@ Notify = Callable[[str], None]
 """Prints a line for the user."""
 LOCK_POLL_S = 0.2
 NOT_THERE = (FileNotFoundError, NotADirectoryError)
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Error numbers of a folder in which this user may not write."""
 PAUSES_S = (0.1, 0.5, 2.0)
 """Pauses before the retries of a failed read."""
 

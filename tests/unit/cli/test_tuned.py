@@ -74,7 +74,9 @@ def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(
 @pytest.mark.slow
 def test_a_budget_ends_the_search_and_a_larger_one_goes_on(tune):
     world = Valley(10, noise=2e-4)
-    text, err, few, trainer = tune(world, "budget=14runs")
+    nothing, said, _, trainer = tune(world, "budget=3runs")
+    assert not nothing and "budget=3runs ended before a full run" in said
+    text, err, few, trainer = tune(world, "budget=14runs", trainer=trainer)
     assert "used" in text.splitlines()[-1] and "of 14runs" in text
     assert "open: the learning rate of full fine-tuning" in text
     assert "search of 2 arm(s)" in err
