@@ -16,7 +16,6 @@ from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.trainer import Trainer
-from lorasweep.plan.budget import parse_budget
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, Settings
 
@@ -30,7 +29,7 @@ WHOLE_STUDY = ("export", "adapter", "fetch")
 SEARCHES = "a search of learning rates (+sweep=tune)"
 ALSO_READ = {
     "out": [SEARCHES],
-    "budget": [SEARCHES, "action=plan +sweep=NAME hardware=h100 budget=500gpuh"],
+    "budget": [SEARCHES],
     "prune": ["the runs of a sweep or a fleet"],
 }
 """Settings that are read, beside some actions, by these."""
@@ -63,8 +62,7 @@ ACTIONS = {
     ),
     "plan": Action(
         "plans:show",
-        "show what would run and what it costs, here or on other machines (conf/hardware). "
-        "budget=500gpuh: which claims to ask first, and what stays open",
+        "show what would run and what it costs, here or on other machines (conf/hardware).",
         "hardware=h100",
     ),
     "status": Action(
@@ -169,15 +167,13 @@ def check(request: Request) -> None:
             f"hardware={hardware.name} with action={name}: only action=plan, action=advise and "
             "cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
         )
-    taken, budget = {*action.reads, "hardware"}, parse_budget(request.budget, 1)
+    taken = {*action.reads, "hardware"}
     if fleet and name in OF_FLEET:
         taken |= {*FLEET_SETTINGS.split()}
     if sweep or fleet:
         taken.add("prune")
     if request.sweep is not None and request.sweep.search is not None:
         taken |= {"budget", *(["out"] if name in OF_SEARCH else [])}
-    if sweep and name == "plan" and hardware and hardware.has_speeds:
-        taken |= {"budget"} if budget and budget.unit == "gpuh" else set()
     defaults = {**vars(Settings()), "rates": 3}
     for key in dict.fromkeys([*ALSO_READ, *(key for a in ACTIONS.values() for key in a.reads)]):
         if key not in taken and getattr(request, key) != defaults[key]:
@@ -270,7 +266,7 @@ Settings
   exec.runs_dir=DIR (or LORASWEEP_RUNS)     exec.models_dir=[DIR] (LORASWEEP_MODELS)
   exec.data_dir=[DIR] (LORASWEEP_DATA)      exec.reports_dir=DIR (LORASWEEP_REPORTS)
   exec.workers=N exec.threads=N exec.pack_size=N exec.micro_batch_size=N
-  exec.checkpoint_s=60 exec.retry=true exec.compile=true     mirror=wandb
+  exec.checkpoint_s=60 exec.retry=true                       mirror=wandb
   exec.world_size=4 exec.activation_checkpointing=true       a run on four GPUs
 Changing a sweep's grid: sweep.arms.lora.rank=[1,16] +sweep.axes.batch_size=[4,8] ~sweep.arms.fullft
   'sweep.arms.lora.lr=${geom:1e-4,1e-2,4}'  4 learning rates per decade

@@ -9,14 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import accumulate, chain
-from operator import or_
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorasweep.advise.pages import render
 from lorasweep.cli import answer
-from lorasweep.cli.answer import all_points, is_search
+from lorasweep.cli.answer import all_points
 from lorasweep.cli.printed import Answer, duration, notifier, table
 from lorasweep.config import preflight
 from lorasweep.data import load, messages, sources, text
@@ -28,7 +27,6 @@ from lorasweep.launch.slurm.submit import difference, hardware_of
 from lorasweep.launch.trainer import TOKENS, measure_packs
 from lorasweep.models.describe import config_at
 from lorasweep.plan import detect
-from lorasweep.plan.budget import choose, parse_budget
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import TRAINING_SHARE, run_flops, updates_with_evaluations
 from lorasweep.plan.planner import (
@@ -48,7 +46,7 @@ from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import is_unpinned
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, STATES, RunStore
-from lorasweep.sweep.grid import Point, planned_seeds
+from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names, trained_by_set
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
@@ -282,7 +280,7 @@ def _on_gpus(
     request: Request, store: RunStore, hardware: Hardware, about: dict[str, Any]
 ) -> Answer:
     """Show the cost of sweeps on GPUs, a row for each, without looking at this machine."""
-    planner, parts, every = Planner(hardware, request.exec), request.parts or [request], []
+    planner, parts, claims = Planner(hardware, request.exec), request.parts or [request], []
     sweeps: list[dict[str, Any]] = []
     total: dict[str, Kind] = {}  # runs that sweeps share count once
     for part in parts:
@@ -291,10 +289,12 @@ def _on_gpus(
         second = part.sweep.replicate if part.sweep else Replicates()
         runs = {i: k for s in planner.forecast(missing, second) for i, k in s.items()}
         total |= runs
-        claims = _claim_costs(part, missing, planner)
-        every += claims
         row = costs(part.sweep_name or "run", runs, hardware, request.cluster.work_max)
-        sweeps.append({**row, "claims": [c.plain for c in claims]})
+        outlooks = answer.outlooks(part.points, part.sweep, request.scale, *SMALLER)
+        sweeps.append({**row, "claims": [{**o.plain(), "spread_from": s} for s, o in outlooks]})
+        claims += [
+            f"{part.sweep_name}:{o.line()} (standard deviation at scale {s})" for s, o in outlooks
+        ]
     names = ("name", "gpus", "price_per_gpu_h")
     found: dict[str, Any] = {
         "hardware": {name: getattr(hardware, name) for name in names},
@@ -303,9 +303,7 @@ def _on_gpus(
         "sweeps": sweeps,
         "total": costs("total", total, hardware, request.cluster.work_max),
     }
-    budgeted, costly, queue = list[str](), list[str](), dict[str, Any]()
-    if request.budget and not is_search(request):
-        found["budget"], budgeted = _within_budget(request, every)
+    costly, queue = list[str](), dict[str, Any]()
     points = planner.without_too_large(request.points)
     if points and (request.members or (request.cluster.kind == "slurm" and not request.parts)):
         with suppress(SpecError):  # the table says which runs fit nowhere, and why
@@ -328,112 +326,9 @@ def _on_gpus(
         memory_error=f"{MEMORY_ERROR:.0%}",
         speed_error=f"{SPEED_ERROR:.0%}",
         training_share=TRAINING_SHARE,
-        verdicts=[(c.request.sweep_name, c.plain, c.stays_open) for c in every],
     )
-    lines = [*about.get("understood", ()), text.rstrip(), *queue_lines(queue), *budgeted]
+    lines = [*about.get("understood", ()), text.rstrip(), *claims, *queue_lines(queue)]
     return Answer(found | queue, [*lines, *search_lines(request), *costly])
-
-
-# ---------------------------------------------------------------- claims, and within a budget
-
-
-class ClaimCost(NamedTuple):
-    """A claim of a planned sweep, and the runs that are expected to decide it."""
-
-    request: Request
-    plain: dict[str, Any]
-    """JSON values: claim, outlook, and if it can be decided runs and gpu_hours."""
-    fresh: list[int]
-    """Fresh seeds that the claim needs."""
-    hours: dict[str, float]
-    """Missing run with these seeds -> GPU-hours."""
-    stays_open: str
-    """Why no number of seeds is known to decide the claim; empty: one is."""
-
-
-def _claim_costs(request: Request, missing: Sequence[Point], planner: Planner) -> list[ClaimCost]:
-    """Return the cost of each claim of a sweep; empty if nothing is missing.
-
-    Uses the standard deviation between seeds of this scale, else of the first scale in SMALLER that
-    states one. A claim over other units than seeds is given all planned seeds.
-    """
-    sweep = request.sweep
-    if sweep is None or not missing:
-        return []
-    outlooks = answer.outlooks(request.points, sweep, request.scale, *SMALLER)
-    planned = len(sweep.replicate.seeds)
-    grid = max(1, planned_seeds(request.points, sweep.replicate) - planned)
-    most = max((o.needed or 0 for _, o in outlooks if o.units == "seeds"), default=0)
-    used = {*sweep.replicate.seeds, *(p.spec.seed for p in request.points)}
-    more = [max(used) + 1 + k for k in range(max(most - grid - planned, 0))]
-    seeds = [*sweep.replicate.seeds, *more]
-    stages = planner.forecast(missing, dataclasses.replace(sweep.replicate, seeds=seeds))
-    hours = [{i: k.hours for i, k in stage.items() if k.trains} for stage in stages]
-    by_seeds = list(accumulate(hours, or_))  # run -> GPU-hours, by the number of fresh seeds
-    found = []
-    for scale, o in outlooks:
-        names = ("claim", "half_width", "planned", "needed", "units", "can_decide")
-        plain = {name: getattr(o, name) for name in names} | {"spread_from": scale}
-        n, why = None, f"{o.needed} {o.units} (planned {o.planned}), which fresh seeds do not add"
-        if o.can_decide is None:
-            why = "no standard deviation between seeds stated"
-        elif o.needed is None:
-            why = "no number of seeds was found with which it can be decided"
-        elif o.units == "seeds":
-            n = max(o.needed - grid, 0)
-        elif o.needed <= o.planned:
-            n = planned
-        if n is None:
-            found.append(ClaimCost(request, plain, [], {}, why))
-        else:
-            plain |= {"runs": len(by_seeds[n]), "gpu_hours": sum(by_seeds[n].values())}
-            found.append(ClaimCost(request, plain, seeds[:n], by_seeds[n], ""))
-    return found
-
-
-def _within_budget(
-    request: Request, costs: Sequence[ClaimCost]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return which claims a budget decides, in which order, and which stay open; and in lines.
-
-    `commands` are those that train the chosen claims; `open` has the reason for each other claim,
-    and the GPU-hours that it takes in addition to the chosen ones.
-    """
-    asked = parse_budget(request.budget, 1)
-    assert asked is not None
-    names = [{"claim": c.plain["claim"], "sweep": c.request.sweep_name} for c in costs]
-    known = [k for k, c in enumerate(costs) if not c.stays_open]
-    chosen, others = choose([costs[k].hours for k in known], asked.amount / 3600)
-    keys, commands = ("runs", "gpu_hours", "cumulative_gpu_hours"), {}
-    # of each sweep, the chosen claim with the most seeds
-    for cost in sorted((costs[known[k]] for k, *_ in chosen), key=lambda c: len(c.fresh)):
-        words = [f"+sweep={cost.request.sweep_name}", f"scale={cost.request.scale}"]
-        changes = cost.request.changes
-        words += [f"'{c}'" for c in changes if not c.startswith("sweep.replicate.seeds=")]
-        if cost.fresh != cost.request.sweep.replicate.seeds:
-            words.append(f"'sweep.replicate.seeds=[{','.join(map(str, cost.fresh))}]'")
-        cluster = f"cluster=slurm hardware={request.hardware['name']}"
-        commands[cost.request.sweep_name] = " ".join(["python -m lorasweep", *words, cluster])
-    over = [
-        names[known[k]] | {"gpu_hours": hours, "why": "over budget"}
-        for k, hours in sorted(others, key=lambda other: other[1])
-    ]
-    unknown = [name | {"why": c.stays_open} for name, c in zip(names, costs) if c.stays_open]
-    hours, used = asked.amount / 3600, chosen[-1][-1] if chosen else 0.0
-    found: dict[str, Any] = {
-        **{"gpu_hours": hours, "used": used},
-        "chosen": [names[known[k]] | dict(zip(keys, values)) for k, *values in chosen],
-        **{"commands": [*commands.values()], "open": [*over, *unknown]},
-    }
-    left = table(found["open"], "claim", "sweep", "gpu_hours", "why")
-    bought = table(found["chosen"], "claim", "sweep", *keys)
-    total = f"{len(chosen)} claims, {used:,.0f} of {hours:,.0f} GPU-hours"
-    return found, [
-        *["", f"within the budget, by claims per GPU-hour: {total}"],
-        *(bought and [*bought, "", "to train them:"]),
-        *(f"  {command}" for command in found["commands"]),
-        *(left and ["", "what stays open:", *left]),
-    ]
 
 
 # ---------------------------------------------------------------- action=status

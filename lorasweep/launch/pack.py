@@ -360,7 +360,7 @@ class _Attempt:
 
     def _write_env(self, **more: Any) -> None:
         env = {**provenance.environment(), "pack": self.ids, **self.circumstances, **more}
-        env |= {name: getattr(self.exec, name) for name in ("compile", "models_dir", "data_dir")}
+        env |= {name: getattr(self.exec, name) for name in ("models_dir", "data_dir")}
         env["gpu"] = next((gpu.name for gpu in detect.gpus()), None)
         for i in self.ids:
             step = self.states[i]["meta"]["step"] if self.states else None

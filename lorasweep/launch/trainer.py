@@ -131,7 +131,7 @@ class TorchTrainer:
 
         if exec_.threads:
             torch.set_num_threads(exec_.threads)
-        key = (spec.model, spec.precision, exec_.compile, exec_.activation_checkpointing)
+        key = (spec.model, spec.precision, exec_.activation_checkpointing)
         if self._base is not None and self._base_key == key:
             return self._base
         self._base, self._data = None, {}  # one base in memory at a time
@@ -154,9 +154,6 @@ class TorchTrainer:
         self._base_key = key
         if exec_.activation_checkpointing:
             compute_again(self._base.model)
-        if exec_.compile:
-            # without the unembedding, which is computed in chunks
-            self._base.model.base_model.compile(dynamic=True)
         return self._base
 
 

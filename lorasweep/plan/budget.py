@@ -1,8 +1,7 @@
-"""Budgets in time, runs or GPU-hours: what finished runs have used, and which claims one buys."""
+"""Budgets of a search in time, runs or GPU-hours: what finished runs have used."""
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorasweep.errors import SpecError
@@ -79,41 +78,3 @@ def parse_budget(text: str, steps: int) -> Budget | None:
             "budget=500gpuh."
         )
     return Budget(text, found[2], float(found[1]) * UNITS[found[2]], steps)
-
-
-def choose(
-    needs: Sequence[Mapping[str, float]], budget: float
-) -> tuple[list[tuple[int, int, float, float]], list[tuple[int, float]]]:
-    """Choose the claims that a budget of GPU-hours decides, by decided claims per GPU-hour.
-
-    `needs`: of each claim, the runs that decide it and their GPU-hours; claims share runs by id.
-
-    Greedy: of the sets of runs that still fit, each time the one that decides most further claims
-    per additional GPU-hour. The candidates are the runs of each claim; they also decide every claim
-    whose runs are among them.
-
-    Returns:
-        The chosen claims, each with the runs and GPU-hours that it adds and the GPU-hours so far;
-        and each other claim with the GPU-hours of its runs that no chosen claim has.
-    """
-    missing = {k: set(runs) for k, runs in enumerate(needs)}
-    chosen: list[tuple[int, int, float, float]] = []
-    total = 0.0
-    while True:
-        costs = {k: math.fsum(needs[k][r] for r in runs) for k, runs in missing.items()}
-        values = {
-            k: sum(runs <= missing[k] for runs in missing.values()) / max(hours, 1e-9)
-            for k, hours in costs.items()
-            if total + hours <= budget
-        }
-        if not values:
-            return chosen, list(costs.items())
-        bought = missing[max(values, key=values.__getitem__)]
-        decided = [k for k, runs in missing.items() if runs <= bought]
-        for k in sorted(decided, key=costs.__getitem__):
-            runs = missing.pop(k)
-            hours = math.fsum(needs[k][r] for r in runs)
-            total += hours
-            chosen.append((k, len(runs), hours, total))
-            for others in missing.values():
-                others -= runs

@@ -28,9 +28,7 @@ from lorasweep.plan.load import (
     mean_length,
     pack_memory,
     run_flops,
-    sampled_lengths,
     sampling_s,
-    served_s,
     step_parts,
     step_seconds,
     updates_with_evaluations,
@@ -419,10 +417,7 @@ class Planner:
                 "~sweep.arms.NAME or sweep.axes.model=[...]."
             )
         names = ("world_size", "pack_size", "micro_batch_size", "activation_checkpointing")
-        found = [(replace(self.exec, **dict(zip(names, k))), some) for k, some in groups.items()]
-        if problems := [problem for chosen, _ in found for problem in chosen.problems()]:
-            raise SpecError("\n".join(problems))
-        return found
+        return [(replace(self.exec, **dict(zip(names, k))), some) for k, some in groups.items()]
 
 
 # ---------------------------------------------------------------- packs and plans
@@ -649,16 +644,6 @@ def costs(
     def total(value: Callable[[Kind], float]) -> float:
         return sum(n * value(kind) for kind, n in trained)
 
-    def served(kind: Kind) -> float:
-        """Return the least GPU-hours, if a serving engine on the same GPUs sampled."""
-        spec, where = kind.spec, kind.place
-        draws = [(spec.steps, spec.batch_size, spec.group_size)] if spec.max_new_tokens else []
-        draws += [(1, completions, 1) for completions in evaluated_completions(spec)]
-        how, lengths = (spec.model, hardware, where.layout.gpus), sampled_lengths(spec)
-        engine = sum(n * served_s(*how, count, group, *lengths) for n, count, group in draws)
-        seconds = where.seconds - where.sampling_s + kind.pack_size * engine
-        return kind.hours * seconds / where.seconds
-
     def ends(values: Sequence[float]) -> list[float] | None:
         return [min(values), max(values)] if values else None
 
@@ -680,21 +665,13 @@ def costs(
         "flops": total(lambda k: run_flops(k.spec)),
         "tokens_s": ends([p.tokens / p.seconds / p.layout.gpus for p in placed]),
         "gpu_hours": hours,
-        # no published measurement covers models with experts or sampling
-        "gpu_hours_by_formulas_alone": total(lambda k: k.hours * bool(k.spec.model.n_experts)),
         "gpu_hours_of_sampling": total(lambda k: k.hours * k.place.sampling_s / k.place.seconds),
-        "gpu_hours_with_serving_engine": total(served),
         # on all GPUs of the hardware, or on the GPUs of the largest run if these are more
         "days": hours / 24 / max(hardware.gpus, largest),
         "cost_usd": None if price is None else hours * price,
-        "fits": not any(kind.place.why for kind in counts),
         "left_out": listed(
             lambda k: k.left_out,
-            lambda k, n: {
-                "gpus_a_run": k.place.layout.gpus,
-                "gpu_hours": n * k.hours,
-                "cost_usd": None if price is None else n * k.hours * price,
-            },
+            lambda k, n: {"gpus_a_run": k.place.layout.gpus, "gpu_hours": n * k.hours},
         ),
         "misfits": listed(
             lambda k: k.place.why,

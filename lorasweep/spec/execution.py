@@ -49,8 +49,6 @@ class Exec:
     activation_checkpointing: bool = False
     """Keep only each layer's input, and recompute activations in the backward pass: a third more
     operations, much less memory. False: with cluster=slurm and hardware=NAME, the plan chooses."""
-    compile: bool = False
-    """Use torch.compile. Not verified on a GPU yet; on a CPU compiling takes minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     keep_weights: bool = False
@@ -78,8 +76,6 @@ class Exec:
                 f"exec.pack_size={self.pack_size} with exec.world_size={self.world_size}: several "
                 "processes train one run at a time. Leave one of them out."
             )
-        if self.world_size > 1 and self.compile:
-            yield "exec.compile=true works in one process only: leave it or exec.world_size out."
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The plan for a cluster's GPUs, whatever machine it is made on; which claims can be decided."""
 
 import json
-import re
 import sys
 
 import pytest
@@ -41,17 +40,15 @@ def test_the_study_is_planned_without_weights_and_without_a_look_at_this_machine
     found = planned("+sweep=study", "sweep.parts=[lr_ratio,batch_size]", "scale=paper")
     (ratio, batches), total = found["sweeps"], found["total"]
     assert (ratio["name"], batches["name"]) == ("lr_ratio", "batch_size")
-    assert total["runs"] == ratio["runs"] + batches["runs"] > 500 and ratio["fits"]
+    assert total["runs"] == ratio["runs"] + batches["runs"] > 500 and not total["misfits"]
     for name in ("gpu_hours", "cost_usd", "tokens", "flops"):
         assert total[name] == pytest.approx(ratio[name] + batches[name])
     assert total["cost_usd"] == pytest.approx(total["gpu_hours"] * 2.95)
     assert total["memory_gib"] < 79.6 and total["gpus_a_run"] == [1, 16]
-    assert 0 < ratio["gpu_hours_by_formulas_alone"] < ratio["gpu_hours"]
-    assert batches["gpu_hours_by_formulas_alone"] == 0
     beyond = ("llama-3.1-70b", "llama-3.3-70b-instruct", "qwen3-235b-a22b-instruct-2507")
     assert {left["kind"] for left in total["left_out"]} == {f"fullft of {name}" for name in beyond}
     order = next(c for c in ratio["claims"] if c["claim"] == "order")
-    assert order["spread_from"] == "small" and order["gpu_hours"] > 0
+    assert order["spread_from"] == "small" and order["needed"]
 
 
 def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_path):
@@ -61,7 +58,12 @@ def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_
     (tmp_path / "mine/hardware/my_card.yaml").write_text(text)
     asked = ("action=plan", "hardware=my_card", "hardware.gpus=64")
     out = command("--config-dir", tmp_path / "mine", *BATCHES, *asked).stdout
-    for words in ("on 64 x NVIDIA H100", "$1 per GPU-hour", "my_card", "3 seeds (planned 4)"):
+    for words in (
+        "on 64 x NVIDIA H100",
+        "$1 per GPU-hour",
+        "my_card",
+        "(standard deviation at scale small)",
+    ):
         assert words in out
     row = next(line for line in out.splitlines() if line.startswith("batch_size "))
     assert row.split()[1:4] == ["256", "256", "224"]
@@ -79,42 +81,7 @@ def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere
     assert "fullft of llama-3.1-8b takes" in done.stderr and "It fits with" in done.stderr
 
 
-def test_a_budget_buys_claims_of_several_sweeps_and_shared_runs_once(planned):
-    parts = "sweep.parts=[compute,short_runs,layers,capacity]"
-    found = planned("+sweep=study", parts, "scale=paper", "budget=1000gpuh")
-    budget = found["budget"]
-    chosen, used = budget["chosen"], budget["used"]
-    assert sum(c["gpu_hours"] for c in chosen) == pytest.approx(used) and 500 < used <= 1000
-    assert chosen[-1]["cumulative_gpu_hours"] == used
-    assert [c["claim"] for c in chosen[:2]] == ["no_leak", "two_bits"]
-    alone = {(s["name"], c["claim"]): c for s in found["sweeps"] for c in s["claims"]}
-    shared = next(c for c in chosen if c["claim"] == "same_movement")  # most of it is in `compute`
-    price = alone["short_runs", "same_movement"]
-    assert shared["gpu_hours"] < 0.7 * price["gpu_hours"] and shared["runs"] < price["runs"]
-    left = {c["claim"]: c for c in budget["open"]}
-    assert {c["claim"] for c in chosen} | set(left) == {claim for _, claim in alone}
-    assert left["attention_worse"]["why"] == "over budget"
-    assert left["attention_worse"]["gpu_hours"] + used > 1000
-    assert "no number of seeds" in left["trace"]["why"] and "gpu_hours" not in left["trace"]
-
-
-def test_the_printed_commands_train_what_the_budget_pays(command, planned):
-    asked = (*BATCHES, "budget=600gpuh")
-    found = planned(*asked)["budget"]
-    assert [c["claim"] for c in found["chosen"]] == ["penalty"]
-    (line,) = found["commands"]
-    assert "'sweep.replicate.seeds=[1,2]'" in line and "cluster=slurm hardware=h100" in line
-    words = [w.strip("'") for w in line.split()[3:] if not w.startswith(("cluster=", "hardware="))]
-    again = planned(*words)["total"]
-    assert again["gpu_hours"] == pytest.approx(found["used"])
-    assert again["runs"] == found["chosen"][0]["runs"]
-    text = command(*asked, *ASKED[:2]).stdout
-    assert "1 claims, 573 of 600 GPU-hours" in text and line in text
-    assert re.search(r"^below_32 +batch_size +- +no number of seeds", text, re.MULTILINE)
-    assert "serving engine" not in text
-
-
-def test_sampling_and_what_a_serving_engine_would_save_are_named(command, planned):
+def test_the_hours_of_sampling_are_named(command, planned):
     study = ("+sweep=study", "sweep.parts=[rl,capacity]", "scale=paper")
     found = planned(*study)
     rl, total = found["sweeps"][0], found["total"]
@@ -122,7 +89,6 @@ def test_sampling_and_what_a_serving_engine_would_save_are_named(command, planne
     assert total["gpu_hours"] == pytest.approx(sum(s["gpu_hours"] for s in found["sweeps"]))
     text = command(*study, *ASKED[:2]).stdout
     assert f"{rl['gpu_hours_of_sampling']:,.0f} of the GPU-hours" in text
-    assert f"at least {total['gpu_hours_with_serving_engine']:,.0f} GPU-hours" in text
 
 
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")

@@ -27,7 +27,7 @@ CASES = {  # in this order: later cases read what earlier ones leave
     "verify": ("scale=smoke", "method=lora", "lr=5e-3", "action=verify", "sample=1"),
     "layers": ("scale=smoke", "action=layers"),
     "plan": (*SWEEP, "action=plan"),
-    "plan gpus": (*SWEEP, "action=plan", "hardware=h100", "budget=500gpuh"),
+    "plan gpus": (*SWEEP, "action=plan", "hardware=h100"),
     "plan study": (*STUDY, "action=plan"),
     "plan slurm": (*SWEEP, "action=plan", "hardware=h100", "cluster=slurm"),
     "plan search": ("+sweep=tune", "scale=smoke", "model=./base", "dataset=ann.jsonl", "action=plan"),

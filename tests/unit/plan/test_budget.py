@@ -1,4 +1,4 @@
-"""Budgets: what is typed, what finished runs used, what may begin, and which claims one buys."""
+"""Budgets of a search: what is typed, what finished runs used, and what may begin."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorasweep.errors import SpecError
-from lorasweep.plan.budget import choose, parse_budget
+from lorasweep.plan.budget import parse_budget
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from tests.world import tiny_spec
@@ -75,34 +75,3 @@ def test_runs_may_begin_if_the_measured_cost_of_such_runs_fits(points):
     store.claim(new[0].spec)  # begun: they go on
     assert parse_budget("1min", 40).allows(new, known, store)
     assert parse_budget("1min", 40).allows(new, [], store)
-
-
-# ---------------------------------------------------------------- claims within a budget
-
-HOURS = {"a": 100.0, "b": 40.0, "c": 40.0, "d": 5.0, "e": 300.0}
-
-
-def need(*letters):
-    """A claim's runs, each of the hours in HOURS."""
-    return {run: HOURS[run] for run in "".join(letters)}
-
-
-def test_claims_come_by_decided_claims_per_hour_and_a_shared_run_is_paid_once():
-    # the first three for 100 hours, then 40; one claim for 40 hours: below 3 for 100, above 1 for
-    # 45; the last takes 45 hours, of which the fifth has paid 40
-    needs = [need(runs) for runs in ("e", "a", "a", "a", "ab", "c", "bd")]
-    chosen, left = choose(needs, 500)
-    assert [k for k, *_ in chosen] == [1, 2, 3, 4, 6, 5, 0] and not left
-    assert [hours for _, _, hours, _ in chosen] == [100, 0, 0, 40, 5, 40, 300]
-    assert [n for _, n, *_ in chosen] == [1, 0, 0, 1, 1, 1, 1]
-    assert chosen[-1][-1] == sum(HOURS.values())
-
-
-def test_what_is_over_the_budget_stays_open_with_its_extra_cost():
-    for budget, chosen, left in (
-        (39.9, [], {0: 400, 1: 140, 2: 40}),
-        (40, [2], {0: 400, 1: 140}),
-        (180, [2, 1], {0: 300}),  # a claim that does not fit does not keep cheaper ones out
-    ):
-        found, others = choose([need("ae"), need("ab"), need("c")], budget)
-        assert ([k for k, *_ in found], dict(others)) == (chosen, left)

@@ -155,7 +155,7 @@ def cost(runs, **settings):
 def test_a_sweep_takes_what_its_runs_take_alone():
     runs = points("lora")
     found, (kind,) = cost(runs), set(forecast(runs).values())
-    assert [found[k] for k in ("runs", "packs", "jobs")] == [3, 3, 3] and found["fits"]
+    assert [found[k] for k in ("runs", "packs", "jobs")] == [3, 3, 3] and not found["misfits"]
     assert found["gpu_hours"] == pytest.approx(3 * kind.place.seconds / 3600)
     spec = runs[0].spec
     assert found["tokens"] == 3 * spec.steps * spec.batch_size * round(0.4 * 1024)
@@ -166,7 +166,7 @@ def test_a_sweep_takes_what_its_runs_take_alone():
     found = cost(points("fullft", FullFT(), batch_size=3))
     (misfit,) = found["misfits"]
     assert (misfit["kind"], misfit["runs"]) == ("fullft of llama-3.1-8b", 3)
-    assert not found["fits"] and found["runs"] == 0
+    assert found["runs"] == 0
 
 
 def test_fresh_seeds_of_the_second_stage_are_counted_once():
@@ -287,8 +287,3 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
     evaluation = sum(seconds(spec, n, group=1) for n in evaluated_completions(spec))
     assert found.seconds == pytest.approx(spec.steps * found.step_s + evaluation)
     assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
-    taught = dataclasses.replace(spec, objective="sft", group_size=0, max_new_tokens=0)
-    sampled, taught = (cost([Point("lora", s)]) for s in (spec, taught))
-    rest = sampled["gpu_hours"] - sampled["gpu_hours_of_sampling"]
-    assert rest < sampled["gpu_hours_with_serving_engine"] < 0.7 * sampled["gpu_hours"]
-    assert taught["gpu_hours_with_serving_engine"] == pytest.approx(taught["gpu_hours"])
