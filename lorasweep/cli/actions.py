@@ -22,7 +22,7 @@ from lorasweep.sweep.request import Request, Settings
 FLEET_SETTINGS = "customers rates instead_of_full serve out"
 OF_SEARCH = ("run", "plan", "status", "cancel")
 """Actions that take all settings of a search's command, such as out=DIR."""
-OF_FLEET = ("plan", "status", "cancel", "measure_packs", "fetch")
+OF_FLEET = ("plan", "status", "cancel", "fetch")
 """Actions that with customers=FILE are about the runs of a fleet."""
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions that are called once for a sweep of sweeps; all others are called once per part."""
@@ -94,9 +94,6 @@ ACTIONS = {
     "qualify": Action(
         "train:qualify",
         "train full fine-tuning and the largest LoRA, to check that the tasks are suitable",
-    ),
-    "measure_packs": Action(
-        "plans:measure", "time updates alone and in packs on this machine, for later plans"
     ),
     "layers": Action(
         "plans:layers", "show what is trained of each layer set, with counts; needs no weights"

@@ -1,6 +1,6 @@
 """What a command would train and cost, how far it is, and what was understood of the user's files.
 
-The actions plan, layers, measure_packs, fetch and status: none starts a run.
+The actions plan, layers, fetch and status: none starts a run.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 from lorasweep.advise.pages import render
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points
-from lorasweep.cli.printed import Answer, duration, notifier, table
+from lorasweep.cli.printed import Answer, duration, table
 from lorasweep.config import preflight
 from lorasweep.data import load, messages, sources, text
 from lorasweep.errors import LorasweepError, SpecError
@@ -24,21 +24,19 @@ from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.submit import difference, hardware_of
-from lorasweep.launch.trainer import TOKENS, measure_packs
+from lorasweep.launch.trainer import TOKENS
 from lorasweep.models.describe import config_at
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import TRAINING_SHARE, run_flops, updates_with_evaluations
+from lorasweep.plan.load import TRAINING_SHARE, run_flops
 from lorasweep.plan.planner import (
     MEMORY_ERROR,
     SPEED_ERROR,
     Kind,
     Plan,
     Planner,
-    best_size,
     costs,
     make_plan,
-    shape_of,
     summary,
 )
 from lorasweep.spec.dataset import DatasetSpec
@@ -54,7 +52,6 @@ from lorasweep.sweep.search import MIN_SEEDS
 
 BASIS = {
     "measured": "from finished runs",
-    "calibrated": "from measured step times",
     "assumed": "from an assumed speed",
 }
 """Basis of the expected time."""
@@ -116,23 +113,6 @@ def layers(request: Request, store: RunStore) -> Answer:
     return Answer({"sweep": request.sweep_name, "kinds": kinds}, lines[:-1])
 
 
-def measure(request: Request, store: RunStore) -> Answer:
-    """Measure step times of the missing runs on this machine, per kind of run; show the plan."""
-    if request.cluster.kind == "slurm":
-        raise SpecError(
-            "action=measure_packs measures the machine it runs on. On a cluster, run it inside a "
-            "job, with cluster=local: srun python -m lorasweep ... action=measure_packs"
-        )
-    store.prepare()
-    preflight.check_available(request)
-    points = all_points(request, store)
-    states = store.states(p.id for p in points)
-    missing = [p.spec for p in points if states[p.id] == "missing"]
-    if missing:
-        measure_packs(missing, store, request.exec, detect.this_machine(), notifier(request))
-    return show(request, store)
-
-
 def fetch(request: Request, store: RunStore) -> Answer:
     """Download the weights and data of a request's runs."""
     lines: list[str] = []
@@ -163,12 +143,6 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
     ]
     arms = table(values["arms"], "arm", "rank", "model", "runs", "n_trainable")
     lines += [f"  {line}" for line in arms]
-    for spec in {shape_of(p.spec): p.spec for p in plan.todo}.values():
-        if speed := plan.speeds.of(spec):
-            ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.items()))
-            pays = ": packing does not pay" if best_size(speed) == 1 else ""
-            kind = f"{spec.method.name} {getattr(spec.method, 'rank', '')} on {spec.model.name}"
-            lines.append(f"  packs of {kind}, measured per step and run: {ms}{pays}")
     lines += unpinned_lines(plan.points)
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
     if slow_bf16 and any(p.spec.precision == "bf16" for p in plan.todo):
@@ -229,7 +203,7 @@ def fleet_costs(
     """Compare the cost of a fleet's unfinished runs in packs and one by one, for each base.
 
     Returns JSON values and lines. Times are those of all workers; on GPUs with a data sheet, of one
-    GPU (`per`). `alone_s` is None if no step of such runs was timed outside of a pack.
+    GPU (`per`). `alone_s` is None without a data sheet.
     """
     hardware, bases, rows = plan.hardware, dict[str, list[Point]](), list[dict[str, Any]]()
     single = Planner(hardware, dataclasses.replace(request.exec, pack_size=1))
@@ -237,17 +211,13 @@ def fleet_costs(
         bases.setdefault(p.spec.model.canonical, []).append(p)
     for points in bases.values():
         ids, alone = {p.id for p in points}, None
-        times = [pack.seconds for pack in plan.packs if pack.points[0].id in ids]
+        packs = sum(pack.points[0].id in ids for pack in plan.packs)
         together = plan.hours * 3600 * sum(run_flops(p.spec) for p in points) / plan.flops
-        timed = [(p.spec, t) for p in points if (t := plan.speeds.of(p.spec)) and 1 in t]
         if hardware.has_speeds:
             together *= hardware.gpus
             alone = 3600 * sum(single.kind(p.spec).hours for p in points)
-        elif len(timed) == len(points):
-            alone = sum(t[1] * updates_with_evaluations(spec) for spec, t in timed)
-            alone, together = alone / plan.workers, sum(times) / plan.workers
         counted = {"customers": len({p.arm for p in points}), "runs": len(points)}
-        costs = {"packs": len(times), "together_s": together, "alone_s": alone}
+        costs = {"packs": packs, "together_s": together, "alone_s": alone}
         rows.append({"base": points[0].spec.model.name, **counted, **costs})
     total: dict[str, Any] = {"base": "total"}
     for key in ("customers", "runs", "packs", "together_s", "alone_s"):
@@ -257,19 +227,15 @@ def fleet_costs(
         known = row["alone_s"] is not None and row["together_s"]
         row["ratio"] = row["alone_s"] / row["together_s"] if known else None
     by_outcome = counts([outcome_of(m, store) for m in planned(request.members, request.points)])
-    values = {
-        **{"customers": by_outcome, "bases": rows, "total": total},
-        **{"timed": total["alone_s"] is not None, "workers": plan.workers},
-        "kinds": len({shape_of(p.spec) for p in plan.todo}),
-    }
+    values = {"customers": by_outcome, "bases": rows, "total": total}
     lines = ["", counts_line(by_outcome)]
     if not rows:
         return values, [*lines, "nothing is left to train"]
     shown = [*rows, total] if len(rows) > 1 else rows
     keys = ("base", "customers", "runs", "packs", "together_s", "alone_s", "ratio")
     said = "computed from step times; alone, each run also starts a process and loads the base"
-    if not values["timed"]:
-        said = "Alone: not known, as no step of such runs was timed here: action=measure_packs"
+    if not hardware.has_speeds:
+        said = "one by one: only known for GPUs with a data sheet (hardware=NAME)"
     return values, [*lines, f"unfinished runs, {per}:", "", *table(shown, *keys), "", said]
 
 

@@ -1,31 +1,24 @@
-"""Load base and data of a pack, and train the pack; measure packs for the planner.
+"""Load base and data of a pack, and train the pack.
 
 Functions import torch, for a fast start.
 """
 
-import dataclasses
 import hashlib
 import importlib
 import json
-import math
 import os
-import statistics
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.errors import DataError, ModelError, TrainingError
+from lorasweep.errors import DataError, ModelError
 from lorasweep.launch.out_of_memory import is_out_of_memory
-from lorasweep.launch.process import StopFlag, Stopped, keep_freed_memory, worker_environment
-from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.planner import GPU_SIZES, SIZES, Speeds, measured_path, place, shape_of
+from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
 from lorasweep.store.checkpoint import State
-from lorasweep.store.run_store import RunStore
 from lorasweep.train.events import Event
 
 if TYPE_CHECKING:
@@ -38,12 +31,6 @@ TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, shared by all workers."""
 FINGERPRINTS = ".data"
 """Folder in the run folder with the data's fingerprint for every model and data set."""
-BUDGET_S = 25.0
-"""Seconds per shape (kind of run, `shape_of`) to try larger packs, until one is not faster."""
-STEPS, WARM = 4, 1
-"""Updates per measurement, and number of first updates that the median leaves out."""
-MEMORY_SHARE = 0.7
-"""Packs that are expected to need more than this fraction of a worker's memory are not measured."""
 Report = Callable[[dict[str, Any]], None]
 """Receives events: {run, ended, ...}, {runs, step} after an update, {note} for the user."""
 
@@ -184,75 +171,3 @@ def finetune(
     if resume and "result" in resume[pack[0].id]["meta"]:
         return measure_trials(pack, base, objective, resume)
     return train(pack, base, objective, resume)
-
-
-# ---------------------------------------------------------------- action=measure_packs
-
-
-def measure_packs(
-    specs: Sequence[RunSpec],
-    store: RunStore,
-    exec_: Exec,
-    hardware: Hardware,
-    report: files.Notify,
-) -> None:
-    """Time STEPS updates of ever larger packs for each shape of `specs` that is not measured yet.
-
-    Finished shapes are kept. Raises TrainingError if a measurement fails, StoreError if another
-    process measures and does not end.
-    """
-    os.environ.update(worker_environment(threads=1))  # before torch is imported
-    keep_freed_memory()
-    shapes = list({shape_of(s): s for s in specs}.values())
-    folder, trainer = store.root / ".calibration", TorchTrainer()
-    with files.locked(folder / ".lock", 30 + 2 * BUDGET_S * len(shapes), report):
-        known = Speeds(store, hardware, exec_)
-        missing = [s for s in shapes if not known.of(s)]
-        if not missing:
-            return report("all kinds of run were measured on this machine before")
-        report(f"measuring {len(missing)} kind(s) of run, about {BUDGET_S:.0f} s for each")
-        here = dataclasses.replace(exec_, threads=1, runs_dir=str(folder))
-        for spec in missing:
-            n_train = min(64, spec.dataset.n_train or 64)
-            few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=n_train)
-            short: dict[str, Any] = {
-                "dataset": few,
-                "steps": STEPS,
-                "schedule": "constant",
-                "warmup_steps": 0,
-            }
-            spec_ = dataclasses.replace(spec, **short)
-            step_s: dict[int, float] = {}
-            left = BUDGET_S
-            sizes = GPU_SIZES if hardware.gpus else SIZES
-            for size in sizes[: 1 if spec.method.MAX_PACK == 1 else None]:
-                planned = place(spec_, hardware, size, here.micro_batch_size)
-                most = MEMORY_SHARE * (hardware.worker_gib or math.inf)
-                if size > 1 and planned.memory_gib > most:
-                    break
-                # learning rates too small to change anything
-                pack = [dataclasses.replace(spec_, lr=1e-6 * (1 + k)) for k in range(size)]
-                as_planned = dataclasses.replace(here, micro_batch_size=planned.layout.rows)
-                try:
-                    trainer.data(spec_, here)  # loads the base, once
-                    started = time.monotonic()
-                    events = trainer(pack, as_planned, None)
-                    times = [next(iter(event.records.values()))["step_s"] for event in events]
-                except Exception as error:
-                    if size > 1 and is_out_of_memory(error):
-                        break
-                    remedy = "Run the sweep without it, or lower exec.pack_size."
-                    raise TrainingError(f"the measurement failed: {error}. {remedy}") from error
-                step_s[size] = statistics.median_high(times[WARM:])
-                took = time.monotonic() - started
-                left -= took
-                if left < 2 * took or step_s[size] > 1.05 * min(step_s.values()):
-                    break
-            found: dict[str, Any] = {
-                "step_s": step_s,
-                "model": spec.model.name,
-                "method": spec.method.name,
-            }
-            found |= {"batch_size": spec.batch_size, "precision": spec.precision}
-            path = measured_path(store.root, spec, hardware, exec_)
-            files.write_atomic(path, json.dumps(found).encode())

@@ -1,23 +1,16 @@
 """Plan a sweep: place runs on hardware, group the missing ones into packs, estimate the cost.
 
 A place: pack size, GPUs, rows per forward pass, memory and time. One planner for this machine and
-for a card of the catalogue. Speeds measured on it, of action=measure_packs and of finished runs,
-override formulas. No run is started.
+for a card of the catalogue. Speeds of finished runs override formulas. No run is started.
 """
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib import metadata
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-import lorasweep
 from lorasweep.errors import SpecError
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import (
@@ -35,7 +28,7 @@ from lorasweep.plan.load import (
 )
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
-from lorasweep.store import checkpoint, files
+from lorasweep.store import checkpoint
 from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point, expected_second_stage
 from lorasweep.sweep.question import Replicates
@@ -56,9 +49,6 @@ FORWARD_NUMBERS = 1 << 18
 many, which the processor's cache does not hold, SmolLM2 takes 1.5 times as long (docs/log)."""
 FORWARD_TOKENS = 32768
 """Maximum tokens per forward pass and GPU, and per update of a pack: more are no faster."""
-GAIN = 0.96
-"""A larger pack counts as faster if its time per step and run is below this share of the time in
-the smaller pack. Smaller differences are noise (docs/log)."""
 RATED_RUNS = 16
 """Finished runs that are read of each method and precision, spread over the grid."""
 LIKE_LENGTH = 2.0
@@ -69,87 +59,32 @@ MOST_WORKERS = 8
 ALONE = ("model", "dataset", "method", "lr", "seed", "steps", "early_stopping")
 """Fields that may differ between the runs of a pack, or that `pack_key` compares separately."""
 
-# ---------------------------------------------------------------- measured speeds
+# ---------------------------------------------------------------- speeds of finished runs
 
-Shape = tuple[Any, ...]
-
-
-StepTimes = Mapping[int, float]
-"""Pack size -> seconds per step and run, measured by action=measure_packs."""
+Speeds = Mapping[tuple[str, str] | None, float]
+"""(Method, precision), and None for all -> operations per second of finished runs."""
 
 
-def best_size(step_s: StepTimes) -> int:
-    """Return the fastest pack size; of two that differ by noise, the smaller."""
-    best = min(step_s)
-    for size in sorted(step_s):
-        if step_s[size] < GAIN * step_s[best]:
-            best = size
-    return best
+def speeds_of(done: Iterable[Point], store: RunStore) -> Speeds:
+    """Return the speeds of finished runs, each on one worker; empty if none has a time."""
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for p in done:
+        groups.setdefault((p.spec.method.name, p.spec.precision), []).append(p)
+    flops, seconds = Counter[Any](), Counter[Any]()
+    for key, runs in groups.items():
+        for p in runs[:: -(-len(runs) // RATED_RUNS)]:
+            result = store.result(p.id) or {}
+            if result.get("wall_s") and not result.get("imported"):
+                for k in (key, None):
+                    flops[k] += run_flops(p.spec)  # type: ignore[assignment]
+                    seconds[k] += result["wall_s"]
+    return {k: flops[k] / seconds[k] for k in flops}
 
 
-def shape_of(spec: RunSpec) -> Shape:
-    """Return the settings that determine the time of a step; of text data only max_length."""
-    method = spec.method
-    layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
-    fields = [method.name, layers, scope, rank, spec.batch_size, spec.precision]
-    if spec.objective != "sft":  # files of earlier versions name no objective
-        fields += [spec.objective, spec.group_size, spec.max_new_tokens]
-    data = spec.dataset
-    rows = data.canonical if data.source == "synthetic" else data.max_length
-    return (spec.model.canonical, rows, *fields)
-
-
-def measured_path(root: Path, spec: RunSpec, hardware: Hardware, exec_: Exec) -> Path:
-    """Return the file for measurements of this shape on this hardware and software."""
-    model, rows, *fields = shape_of(spec)
-    machine = [hardware.processor, hardware.cores, [hardware.gpu_name] * hardware.gpus]
-    software = [metadata.version("torch"), lorasweep.__version__]
-    where = [*machine, *software, exec_.micro_batch_size, exec_.compile]
-    text = json.dumps([model, rows, fields, where])
-    return root / ".calibration" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
-class Speeds:
-    """What was measured on some hardware with some settings; files are read at the first use."""
-
-    def __init__(
-        self, store: RunStore, hardware: Hardware, exec_: Exec, done: Iterable[Point] = ()
-    ) -> None:
-        """Prepare the lookup; `done`: finished runs that may be read."""
-        self._store, self._hardware, self._exec = store, hardware, exec_
-        self._done, self._known = list(done), dict[Shape, StepTimes]()
-
-    def of(self, spec: RunSpec) -> StepTimes:
-        """Return the step times of runs like `spec`; empty if none were measured."""
-        if self._exec.world_size > 1:  # measured in one process
-            return {}
-        shape = shape_of(spec)
-        if shape not in self._known:
-            path = measured_path(self._store.root, spec, self._hardware, self._exec)
-            found = (files.read_json(path) or {}).get("step_s", {})
-            self._known[shape] = {int(n): float(s) for n, s in found.items()}
-        return self._known[shape]
-
-    @cached_property
-    def finished(self) -> dict[tuple[str, str] | None, float]:
-        """(Method, precision), and None for all -> operations per second of finished runs."""
-        groups: dict[tuple[str, str], list[Point]] = {}
-        for p in self._done:
-            groups.setdefault((p.spec.method.name, p.spec.precision), []).append(p)
-        flops, seconds = Counter[Any](), Counter[Any]()
-        for key, runs in groups.items():
-            for p in runs[:: -(-len(runs) // RATED_RUNS)]:
-                result = self._store.result(p.id) or {}
-                if result.get("wall_s") and not result.get("imported"):
-                    for k in (key, None):
-                        flops[k] += run_flops(p.spec)  # type: ignore[assignment]
-                        seconds[k] += result["wall_s"]
-        return {k: flops[k] / seconds[k] for k in flops}
-
-    def seconds(self, todo: Iterable[RunSpec]) -> float:
-        """Return the expected seconds of runs on one worker, at the speeds of finished runs."""
-        kinds = ((s, (s.method.name, s.precision)) for s in todo)
-        return sum(run_flops(s) / self.finished.get(k, self.finished[None]) for s, k in kinds)
+def seconds_at(speeds: Speeds, todo: Iterable[RunSpec]) -> float:
+    """Return the expected seconds of runs on one worker."""
+    kinds = ((s, (s.method.name, s.precision)) for s in todo)
+    return sum(run_flops(s) / speeds.get(k, speeds[None]) for s, k in kinds)
 
 
 # ---------------------------------------------------------------- places
@@ -313,10 +248,10 @@ class Kind:
 class Planner:
     """Plans runs for some hardware. Each kind of run is placed once."""
 
-    def __init__(self, hardware: Hardware, exec_: Exec, speeds: Speeds | None = None) -> None:
-        """Prepare for `hardware`; `speeds`: what was measured on it."""
-        self.hardware, self.exec, self.speeds = hardware, exec_, speeds
-        self._kinds: dict[Shape, Kind] = {}
+    def __init__(self, hardware: Hardware, exec_: Exec) -> None:
+        """Prepare for `hardware`."""
+        self.hardware, self.exec = hardware, exec_
+        self._kinds: dict[tuple[Any, ...], Kind] = {}
 
     def place(self, spec: RunSpec, n_runs: int = 1, like: Placement | None = None) -> Placement:
         """Place a pack with the user's settings; the others are chosen if speeds are computed.
@@ -334,11 +269,15 @@ class Planner:
 
     def kind(self, spec: RunSpec) -> Kind:
         """Return the kind of a run; SpecError: no speed is known for the precision of the run."""
-        # not given by the rank alone: experts may share parts of an adapter
-        trained = spec.method.n_trainable(spec.model)
-        rows = (spec.dataset.canonical, spec.test_rows)  # with the numbers of evaluated rows
-        early = spec.early_stopping > 0
-        key = (*shape_of(spec), rows, early, spec.steps, spec.schedule, trained)
+        method, data = spec.method, spec.dataset.canonical
+        key = (
+            *(spec.model.canonical, data, spec.test_rows, spec.batch_size, spec.precision),
+            *(spec.objective, spec.group_size, spec.max_new_tokens, spec.steps, spec.schedule),
+            *(spec.early_stopping > 0, method.name),
+            *(getattr(method, name, None) for name in ("layers", "scope", "rank")),
+            # not given by the rank alone: experts may share parts of an adapter
+            method.n_trainable(spec.model),
+        )
         if key not in self._kinds:
             hardware, most = self.hardware, self.exec.max_gpus
             if hardware.has_speeds and spec.precision not in hardware.matmul_flops_s:
@@ -357,8 +296,8 @@ class Planner:
     def _pack_size(self, spec: RunSpec, alone: Placement) -> int:
         """Return the largest number of runs like `spec` in a pack.
 
-        The first of these that applies: the method's limit, the user's choice, the fastest
-        measured size if it fits into the memory, the largest of usual size that fits.
+        The first of these that applies: the method's limit, the user's choice, the largest of usual
+        size that fits.
         """
         e, hardware = self.exec, self.hardware
         if spec.method.MAX_PACK is not None or alone.layout.gpus > 1:
@@ -369,13 +308,7 @@ class Planner:
         tokens = spec.batch_size * mean_length(spec)
         some = [e.pack_size] if e.pack_size else [n for n in sizes if n * tokens <= most]
 
-        def fits(n_runs: int) -> bool:
-            return n_runs == 1 or not self.place(spec, n_runs, alone).why
-
-        default = next((n for n in reversed(some) if fits(n)), 1)
-        found = self.speeds.of(spec) if self.speeds and e.pack_size is None else None
-        best = best_size(found) if found else default
-        return best if best <= default or fits(best) else default
+        return next((n for n in reversed(some) if n == 1 or not self.place(spec, n, alone).why), 1)
 
     def forecast(self, points: Sequence[Point], second: Replicates) -> list[dict[str, Kind]]:
         """Return run id -> kind, of the runs and then of each fresh seed of the second stage.
@@ -431,8 +364,6 @@ class Pack:
     micro_batch_size: int
     """Rows per run and forward pass."""
     flops: float
-    seconds: float | None
-    """Expected seconds on one worker; None: no step times of this shape were measured."""
     memory_bytes: float
     """Expected peak memory of the pack's process."""
 
@@ -450,8 +381,7 @@ class Plan:
     flops: float
     hours: float
     basis: str
-    """Source of `hours`: 'measured' (finished runs of this store), 'calibrated' (step times of
-    these shapes), or 'assumed' (formulas)."""
+    """Source of `hours`: 'measured' (finished runs of this store) or 'assumed' (formulas)."""
     checkpoint_gib: float
     """Disk space for the packs that train at the same time."""
     memory_gib: float
@@ -467,8 +397,8 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     failed = [p.id for p in points if states[p.id] == "failed"] if exec_.retry else []
     again = {i for i in failed if store.failures(i) < exec_.max_attempts}
     todo = [p for p in points if p.id in again or states[p.id] not in (*FINAL, "failed")]
-    speeds = Speeds(store, hardware, exec_, (p for p in points if states[p.id] == "done"))
-    planner = Planner(hardware, exec_, speeds)
+    speeds = speeds_of((p for p in points if states[p.id] == "done"), store)
+    planner = Planner(hardware, exec_)
     packs = make_packs([p for p in todo if states[p.id] != "running"], states, store, planner)
     # One process per GPU; without GPUs one per core, as far as memory allows. Measured: two
     # one-thread workers finish 1.5 times as many small runs as one two-thread worker.
@@ -479,11 +409,8 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
         most = int(min(most, max(1, room_bytes(hardware) // need)))
     workers = exec_.workers or max(1, min(most, len(packs) or 1))
     threads = exec_.threads or max(1, cores // (size * min(workers, max(1, len(packs)))))
-    times = [pack.seconds for pack in packs if pack.seconds is not None]
-    if speeds.finished and hardware.processor is not None:  # else the plan is for another machine
-        hours, basis = speeds.seconds(p.spec for p in todo) / workers / 3600, "measured"
-    elif packs and len(times) == len(packs):
-        hours, basis = max(sum(times) / workers, *times) / 3600, "calibrated"
+    if speeds and hardware.processor is not None:  # else the plan is for another machine
+        hours, basis = seconds_at(speeds, (p.spec for p in todo)) / workers / 3600, "measured"
     else:
         hours, basis = sum(planner.kind(p.spec).hours for p in todo), "assumed"
         hours /= hardware.gpus if hardware.has_speeds else 1
@@ -506,7 +433,7 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON values: counts by state, arms, packs, and cost."""
+    """Return the plan as JSON values: counts by state, arms, and cost."""
     arms: dict[tuple[str, str, int], dict[str, Any]] = {}
     for p in plan.points:
         method, model = p.spec.method, p.spec.model
@@ -514,21 +441,12 @@ def summary(plan: Plan) -> dict[str, Any]:
         names = {"arm": p.arm, "model": model.name, "method": method.name}
         arm = {**names, "rank": getattr(method, "rank", None), "n_trainable": trained, "runs": 0}
         arms.setdefault((p.arm, model.name, trained), arm)["runs"] += 1
-    packs = [
-        {
-            "runs": len(p.points),
-            "method": p.points[0].spec.method.name,
-            "micro_batch_size": p.micro_batch_size,
-            "expected_s": p.seconds,
-        }
-        for p in plan.packs
-    ]
     keys = ("flops", "hours", "basis", "workers", "threads", "checkpoint_gib", "memory_gib")
     cost = {"packs": len(plan.packs), **{key: getattr(plan, key) for key in keys}}
     values = list(plan.states.values())
     counts = {s: values.count(s) for s in STATES if s in values}
     runs = {"total": len(plan.points), "todo": len(plan.todo), **counts}
-    return {"runs": runs, "arms": list(arms.values()), "packs": packs, "cost": cost}
+    return {"runs": runs, "arms": list(arms.values()), "cost": cost}
 
 
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
@@ -614,14 +532,9 @@ def make_packs(
         if mean_length(long) != mean_length(spec):
             spec = replace(spec, dataset=long.dataset)
         spec = replace(spec, early_stopping=max(p.spec.early_stopping for p in points))
-        found, seconds = planner.speeds and planner.speeds.of(spec), None
-        if found:
-            updates = sum(updates_with_evaluations(p.spec) for p in points)
-            known = max((k for k in found if k <= n), default=min(found))  # else the next smaller
-            seconds = found[known] * updates
         where = planner.place(spec, n, planner.kind(spec).place if n > 1 else None)
         flops = sum(run_flops(p.spec) for p in points)
-        packs.append(Pack(points, where.layout.rows, flops, seconds, where.memory_bytes))
+        packs.append(Pack(points, where.layout.rows, flops, where.memory_bytes))
     return sorted(packs, key=lambda pack: -pack.flops)
 
 

@@ -85,14 +85,3 @@ REAL = (pytest.mark.real, pytest.mark.skipif(not (FAST and THERE), reason=WHY))
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
     found = steps.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA])
     assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.2)
-
-
-@pytest.mark.full
-def test_packs_are_measured_when_asked_and_kept(tmp_path):
-    one = ("model=tiny64", "dataset=dialect_smoke", "method=lora", "batch_size=4")
-    first = cli(*one, "action=measure_packs", cwd=tmp_path)
-    again = cli(*one, "action=measure_packs", cwd=tmp_path)
-    assert "measuring 1 kind(s)" in first.stderr and "were measured" in again.stderr
-    (kept_file,) = (tmp_path / "runs" / ".calibration").glob("*.json")
-    assert {"1", "2"} <= set(json.loads(kept_file.read_text())["step_s"])
-    assert "measured per step and run: " in cli(*one, "action=plan", cwd=tmp_path).stdout

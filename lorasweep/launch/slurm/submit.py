@@ -168,14 +168,14 @@ def jobs_of(
     else:
         assumed = GPU_FLOPS if cluster.gpus else ASSUMED_FLOPS_PER_CORE[precision] * cluster.cpus
     jobs = []
-    for chosen, points in Planner(hardware, request.exec, now.speeds).settings(todo):
+    for chosen, points in Planner(hardware, request.exec).settings(todo):
         size, threads = chosen.world_size, chosen.threads
         if nodes_of(size, cluster, partition) > 1:
             threads = threads or cluster.cpus  # such a job detects the cores of one node
         workers = workers_of(cluster, size)
         exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
-        flops_s = now.speeds.finished.get(None) or size * assumed
-        made = make_packs(points, now.states, store, Planner(hardware, exec_, now.speeds))
+        flops_s = now.speeds.get(None) or size * assumed
+        made = make_packs(points, now.states, store, Planner(hardware, exec_))
 
         def model(pack: Pack) -> str:
             return pack.points[0].spec.model.name

@@ -39,7 +39,6 @@ def refused(done, *words):
         ("method=fullft method.rank=3", "rank"),
         ("steps", "steps"),
         ("hardware=h100", "Add action=plan"),
-        ("action=measure_packs cluster=slurm", "inside a job"),
         ("table=x.csv", "action=export and action=import"),
         ("--follow", "--follow"),
         ("+sweep=lr_ratio exec.runs_dir=customers.csv/runs", "cannot be written"),

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasweep.errors import DataError, TrainingError
+from lorasweep.errors import DataError
 from lorasweep.launch import pack as packs
-from lorasweep.launch.trainer import TorchTrainer, measure_packs
+from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint
@@ -172,10 +171,3 @@ def test_a_run_that_diverges_leaves_and_the_others_end(pack, tmp_path, monkeypat
             assert (result["n_test"], result["n_train"]) == (3, 6 + k)
             assert result["test_nll"] != result["test_nll_curve"]  # of test and validation rows
     assert not list(store.root.rglob(".weights*"))
-
-
-def test_a_measurement_of_packs_without_memory_is_one_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("lorasweep.launch.trainer.worker_environment", lambda threads: {})
-    monkeypatch.setattr(TorchTrainer, "base", lambda *given: bytes(2**62))
-    with pytest.raises(TrainingError, match=r"the measurement failed.*exec\.pack_size"):
-        measure_packs([tiny_spec()], RunStore(tmp_path), Exec(), Hardware(), lambda text: None)

@@ -1,4 +1,4 @@
-"""The planner: packs by what was recorded, no packing where it does not pay, memory, hardware."""
+"""The planner: packs, speeds of finished runs, memory, hardware."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.load import run_flops
-from lorasweep.plan.planner import MEMORY_SHARE, Planner, Speeds, make_plan, measured_path, place
+from lorasweep.plan.planner import MEMORY_SHARE, Planner, make_plan, place, seconds_at, speeds_of
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
@@ -27,9 +27,6 @@ from lorasweep.sweep.grid import Point
 from tests.world import ROOT, compose_request, tiny_spec, write_json
 
 CPU = Hardware("cpu", processor="a processor", cores=2, memory_gib=16.0, fast_bf16=True)
-SOON = {1: 0.010, 2: 0.008, 4: 0.007, 8: 0.0069}
-NEVER = {1: 0.010, 2: 0.011}
-ALWAYS = {1: 0.010, 2: 0.009, 4: 0.008, 8: 0.006, 16: 0.005}
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
 SIXTEEN = "sweep.arms.lora.lr=${around:1e-3,16,1.3}"
 
@@ -59,51 +56,16 @@ def lora(asked):
     return [p for p in asked.points if p.arm == "lora"]
 
 
-def measured(asked, spec, step_s, hardware=CPU):
-    """Keep a measurement as if it had been made on `hardware`."""
-    path = measured_path(RunStore(asked.exec.runs_dir).root, spec, hardware, asked.exec)
-    write_json(path, [{"step_s": step_s}])
-
-
 def planned(asked, hardware=CPU):
     now = make_plan(asked.points, RunStore(asked.exec.runs_dir), asked.exec, hardware)
     return now, [len(p.points) for p in now.packs if p.points[0].arm == "lora"]
 
 
-@pytest.mark.parametrize(
-    "step_s, sizes",
-    [
-        (SOON, [4] * 4),  # 8 gains less than noise
-        (NEVER, [1] * 16),  # packing does not pay: refused
-        (ALWAYS, [16]),  # full fine-tuning keeps the other worker busy
-    ],
-)
-def test_pack_sizes_are_what_was_measured_to_pay(asked, lora, step_s, sizes):
-    measured(asked, lora[0].spec, step_s)
-    assert planned(asked)[1] == sizes
-
-
-def test_a_measurement_of_another_machine_or_shape_is_not_used(asked, lora):
-    def known(hardware=CPU, **change):
-        speeds = Speeds(RunStore(asked.exec.runs_dir), hardware, asked.exec)
-        return speeds.of(dataclasses.replace(lora[0].spec, **change))
-
-    measured(asked, lora[0].spec, NEVER)
-    assert known(lr=0.5, seed=3) == NEVER
-    assert not known(batch_size=5) and not known(method=LoRA(rank=2))
-    for change in ({"cores": 64}, {"processor": "another"}):
-        assert not known(dataclasses.replace(CPU, **change))
-    assert planned(asked)[0].basis == "assumed"  # nothing is known of full fine-tuning
-    measured(asked, next(p.spec for p in asked.points if p.arm == "fullft"), {1: 0.02})
-    now, _ = planned(asked)
-    assert now.basis == "calibrated" and "packing does not pay" in "".join(plan_lines(asked, now))
-
-
-def speeds_of(runs):
-    """The speeds of finished runs [(spec, seconds)]."""
+def seconds(todo, *runs):
+    """The expected seconds of specs, after finished runs (spec, seconds)."""
     results = {spec.id: {"wall_s": seconds} for spec, seconds in runs}
     done = [Point("", spec) for spec, _ in runs]
-    return Speeds(SimpleNamespace(result=results.get), CPU, Exec(), done)
+    return seconds_at(speeds_of(done, SimpleNamespace(result=results.get)), todo)
 
 
 def test_what_is_left_goes_at_the_speed_of_finished_runs_on_this_machine(asked, lora):
@@ -117,11 +79,11 @@ def test_what_is_left_goes_at_the_speed_of_finished_runs_on_this_machine(asked, 
     assert planned(asked, dataclasses.replace(CPU, processor=None))[0].basis == "assumed"
     # each method at its own speed
     adapters, full = (tiny_spec(method=m) for m in (LoRA(rank=4), FullFT()))
-    speeds = speeds_of([(adapters, 2.0), (full, 8.0)])
-    assert speeds.seconds([adapters, full] * 3) == pytest.approx(30)
+    known = ((adapters, 2.0), (full, 8.0))
+    assert seconds([adapters, full] * 3, *known) == pytest.approx(30)
     exact = dataclasses.replace(adapters, precision="fp64")
     overall = (run_flops(adapters) + run_flops(full)) / 10
-    assert speeds.seconds([exact]) == pytest.approx(run_flops(exact) / overall)
+    assert seconds([exact], *known) == pytest.approx(run_flops(exact) / overall)
 
 
 @pytest.mark.slow
@@ -133,13 +95,13 @@ def test_seconds_measured_here_are_planned_within_a_fifth():
         if "wall_s" in table:
             table = table[table["wall_s"] > 0]
             runs = [(spec_from(json.loads(s)), t) for s, t in zip(table["spec"], table["wall_s"])]
-            expected = speeds_of(runs[::2]).seconds(s for s, _ in runs[1::2])
+            expected = seconds((s for s, _ in runs[1::2]), *runs[::2])
             errors.append(expected / sum(t for _, t in runs[1::2]) - 1)
     assert len(errors) >= 18 and sum(abs(e) <= 0.2 for e in errors) >= 0.8 * len(errors), errors
 
 
 def test_a_pack_with_checkpoints_stays_as_it_was(asked, lora):
-    measured(asked, lora[0].spec, NEVER)
+    asked = dataclasses.replace(asked, exec=dataclasses.replace(asked.exec, pack_size=1))
     store, kept = RunStore(asked.exec.runs_dir), [lora[k].id for k in (2, 0, 1)]
     for p in lora[:3]:
         store.write_end(p.id, store.claim(p.spec), "stopped", "planted")
@@ -188,7 +150,6 @@ def test_no_worker_is_left_without_a_pack_and_ranks_mix_only_where_one_alone_fil
     four, alone = dataclasses.replace(CPU, cores=4), (*SMOKE, "~sweep.arms.fullft")
     for workers, sizes in (("null", [4] * 4), ("1", [16])):
         asked = compose(*alone, SIXTEEN, f"exec.workers={workers}")
-        measured(asked, asked.points[0].spec, ALWAYS, four)
         assert planned(asked, four)[1] == sizes
     for ranks, lrs, size, packs in (
         ("1,2,4,8", "1e-3,2e-3", 16, [[1, 1, 2, 2, 4, 4, 8, 8]]),
@@ -213,7 +174,6 @@ def test_workers_are_as_many_and_packs_as_large_as_memory_holds(compose, asked, 
     little = machine(1.01 * place(spec, CPU, 4, rows=4).memory_gib)
     assert Planner(little, exec_).kind(spec).pack_size == 4
     small = machine(place(spec, CPU, 2).memory_gib * 1.0001)
-    measured(asked, spec, ALWAYS, small)  # what was fastest may not fit now
     assert max(len(p.points) for p in planned(asked, small)[0].packs) <= 2
 
 
