@@ -30,7 +30,6 @@ SEARCHES = "a search of learning rates (+sweep=tune)"
 ALSO_READ = {
     "out": [SEARCHES],
     "budget": [SEARCHES],
-    "prune": ["the runs of a sweep or a fleet"],
 }
 """Settings that are read, beside some actions, by these."""
 
@@ -167,8 +166,6 @@ def check(request: Request) -> None:
     taken = {*action.reads, "hardware"}
     if fleet and name in OF_FLEET:
         taken |= {*FLEET_SETTINGS.split()}
-    if sweep or fleet:
-        taken.add("prune")
     if request.sweep is not None and request.sweep.search is not None:
         taken |= {"budget", *(["out"] if name in OF_SEARCH else [])}
     defaults = {**vars(Settings()), "rates": 3}

@@ -177,8 +177,6 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
     lines += [f"    {line}" for line in jobs]
     said = {
         "queued": "{} runs are already queued",
-        "removed": "{} queued run(s) of this sweep are no longer part of this command line: "
-        "prune=true cancels them",
         "unknown": "queued runs are unknown: {}",
     }
     return [*lines, *(f"  {text.format(queue[k])}" for k, text in said.items() if queue.get(k))]

@@ -218,7 +218,6 @@ def train(
 def _submitted(request: Request, work: Work) -> Answer:
     """Return what was submitted, and what stays in the queue."""
     jobs = ", ".join(f"{n} job(s) as {number}" for number, n in work.sent.items())
-    gone = f"{work.n_removed} queued run(s) that are no longer part of this command line"
     lines = (
         (jobs, f"submitted {work.n_submitted} runs: {jobs}; records and logs in {work.folder}"),
         (work.refused, f"Slurm did not accept all jobs; the rest waits: {work.refused}"),
@@ -228,18 +227,14 @@ def _submitted(request: Request, work: Work) -> Answer:
             "submitted again: see the causes with action=status, then raise exec.max_attempts",
         ),
         (
-            work.n_removed,
-            f"cancelled {gone}" if work.pruned else f"{gone}: prune=true cancels them",
-        ),
-        (
             work.queued or work.running,
             f"{work.queued} runs queued, {work.running} running. Watch them with action=status; "
             "the same command answers when they have finished.",
         ),
     )
-    names = ("queued", "pruned", "refused", "running", "exhausted")
+    names = ("queued", "refused", "running", "exhausted")
     values: dict[str, Any] = {key: getattr(work, key) for key in names}
-    values |= {"submitted": work.n_submitted, "removed": work.n_removed}
+    values |= {"submitted": work.n_submitted}
     values["jobs"] = [*work.sent, *filter(None, [work.follow])]
     return Answer(values, [line for said, line in lines if said])
 

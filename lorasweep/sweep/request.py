@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -34,8 +33,6 @@ class Settings:
     """action=adapter: accepted difference of the final metric; None: the noise between seeds."""
     watch: bool = False
     """action=status: update until nothing is left to do."""
-    prune: bool = False
-    """Cancel queued runs that are no longer part of the sweep."""
     customers: str = ""
     """A table of customers, for action=advise, action=fleet and actions on the runs of a fleet."""
     customer: dict[str, Any] = field(default_factory=dict)
@@ -89,17 +86,8 @@ class Request(Settings):
         """Name of reports, interim analyses and jobs. Requests with other runs get other titles."""
         if not self.sweep_name:
             return f"single-{self.points[0].id}"
-        return f"{self.family}-{self.changed}" if self.changed else self.family
-
-    @property
-    def family(self) -> str:
-        """Start of all titles of this sweep at this scale."""
-        return f"{self.sweep_name}-{self.scale}"
-
-    def is_in_family(self, title: str) -> bool:
-        """Return whether a title belongs to this sweep at this scale, with or without changes."""
-        pattern = rf"{re.escape(self.family)}(-[0-9a-f]{{{HASH_DIGITS}}})?"
-        return re.fullmatch(pattern, title) is not None
+        changed = f"-{self.changed}" if self.changed else ""
+        return f"{self.sweep_name}-{self.scale}{changed}"
 
     def plain(self) -> dict[str, Any]:
         """Return the request as JSON values."""

@@ -65,9 +65,6 @@ class Work:
     covered: list[Job]
     """Live jobs with unfinished runs, also jobs of another sweep."""
     exhausted: int
-    removed: list[Job]
-    """Queued jobs with runs that are no longer part of the sweep."""
-    n_removed: int
     folder: Path = Path()
     """Folder with records and logs of the jobs that were submitted."""
     sent: dict[str, int] = field(default_factory=dict)
@@ -76,7 +73,6 @@ class Work:
     """Slurm id of the follow-up job."""
     n_submitted: int = 0
     refused: str | None = None
-    pruned: int = 0
 
 
 def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
@@ -86,20 +82,12 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
     free = [p for p in waiting if p.id not in covered]
     killed = {p.id for p in free if states[p.id] == "interrupted"}
     exhausted = {i for i in killed if store.failures(i) >= request.exec.max_attempts}
-    wanted, removed, n_removed = {p.id for p in now.points}, [], 0
-    for s, runs, j in queue.jobs if request.sweep_name is not None else ():
-        gone = [r for r in runs if r not in wanted and store.state(r) == "missing"]
-        if gone and j.state == "PENDING" and request.is_in_family(s.sweep):
-            removed.append(j)
-            n_removed += len(gone)
     return Work(
         todo=[p for p in free if p.id not in exhausted],
         queued=len(waiting) - len(free),
         running=sum(s == "running" for s in states.values()),
         covered=list(dict.fromkeys(covered[p.id] for p in now.todo if p.id in covered)),
         exhausted=len(exhausted),
-        removed=removed,
-        n_removed=n_removed,
     )
 
 
@@ -111,7 +99,6 @@ def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
     queue = slurm.look(store.root)
     work = work_of(request, store, now, queue)
     change: dict[str, Any] = {"queued": work.queued, "to_submit": len(work.todo)}
-    change |= {"removed": work.n_removed}
     if queue.unavailable:
         change["unknown"] = queue.unavailable
     if cluster.kind == "slurm" and work.todo:
@@ -274,8 +261,7 @@ def submit(
 ) -> Work:
     """Submit the sweep's missing runs that are not in a live job, and a follow-up job.
 
-    With prune, queued jobs with runs that left the sweep are cancelled before; their other runs are
-    submitted again. `idle`: follow-up jobs in a row, so far, before which no update was saved.
+    `idle`: follow-up jobs in a row, so far, before which no update was saved.
     Raises ClusterError if Slurm cannot or will not take the jobs, StoreError if another command is
     submitting and does not end.
     """
@@ -285,11 +271,6 @@ def submit(
     with slurm.settled(store.root, notify) as queue:
         now = make_plan(points(), store, request.exec, hardware_of(request))
         work = work_of(request, store, now, queue)
-        if request.prune and work.removed:
-            pruned = work.n_removed
-            slurm.cancel([job.label for job in work.removed])
-            work = work_of(request, store, now, slurm.look(store.root))
-            work.n_removed = work.pruned = pruned
         jobs: list[Jobs] = []
         if work.todo:
             jobs = jobs_of(request, store, work.todo, now, partition)
@@ -330,7 +311,7 @@ def _submit(
                 settings = {"exec": dataclasses.asdict(same.exec), **common}
                 lines.append({"runs": [p.spec.plain() for p in points], **settings})
     if cluster.follow:
-        again = {"action": "run", "format": "text", "watch": False, "prune": False}
+        again = {"action": "run", "format": "text", "watch": False}
         asked = {"follow": {**request.plain(), **again}, "requeues": cluster.requeues}
         lines.append({**asked, **last})
     work.folder = folder = _write(root, request.title, runs, lines)
