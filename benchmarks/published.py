@@ -22,7 +22,7 @@ from benchmarks.harness import RESULTS, render
 from lorasweep.config.folders import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.detect import Hardware, from_plain
 from lorasweep.plan.load import (
     TRAINING_SHARE,
     Layout,

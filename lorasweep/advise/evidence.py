@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lorasweep.advise.read import Models
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 
 INFORMATION = "information"
 """Folder of the results of action=measure, below the reports and the kept results."""

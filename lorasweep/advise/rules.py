@@ -17,7 +17,7 @@ from lorasweep.advise.read import Customer, RowError
 from lorasweep.data import own
 from lorasweep.errors import DataError, SpecError
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.model import ModelSpec
 

@@ -18,7 +18,7 @@ from lorasweep.config import catalogue
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.plan import detect
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files

@@ -27,7 +27,7 @@ from lorasweep.launch.slurm.submit import difference, hardware_of
 from lorasweep.launch.trainer import TOKENS
 from lorasweep.models.describe import config_at
 from lorasweep.plan import detect
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import TRAINING_SHARE, run_flops
 from lorasweep.plan.planner import (
     MEMORY_ERROR,

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from lorasweep.fleet.serving import Profile
 from lorasweep.plan import hardware
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.values import build
 

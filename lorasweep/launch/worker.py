@@ -35,7 +35,7 @@ from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_fr
 from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.trainer import Events, Report, Trainer, trainer_named
 from lorasweep.methods.registry import spec_from
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import load_of
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
 from lorasweep.spec.run import RunSpec

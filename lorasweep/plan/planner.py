@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from lorasweep.errors import SpecError
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import (
     Layout,
     checkpoint_bytes,

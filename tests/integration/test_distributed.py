@@ -12,7 +12,7 @@ from lorasweep.launch import local
 from lorasweep.launch.trainer import finetune
 from lorasweep.launch.worker import check_world_size
 from lorasweep.models import load as models
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore

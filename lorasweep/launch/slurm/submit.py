@@ -26,7 +26,7 @@ from lorasweep.launch.slurm import guard, job
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.queue import FOLLOW, Job, Partition, Queue
 from lorasweep.plan import detect
-from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.detect import Hardware, from_plain
 from lorasweep.plan.load import ASSUMED_FLOPS_PER_CORE, products_flops_s
 from lorasweep.plan.planner import Pack, Plan, Planner, make_packs, make_plan
 from lorasweep.spec.execution import Cluster, Exec

@@ -13,7 +13,7 @@ import pytest
 
 from lorasweep.config.compose import composer
 from lorasweep.errors import NotAtScale
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.plan.planner import Planner, costs, make_plan
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.question import Replicates

@@ -15,7 +15,7 @@ from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan import load as shapes
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import (
     LAUNCH_S,
     TRAINING_SHARE,

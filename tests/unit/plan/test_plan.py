@@ -17,7 +17,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
-from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.detect import Hardware, from_plain
 from lorasweep.plan.load import run_flops
 from lorasweep.plan.planner import MEMORY_SHARE, Planner, make_plan, place, seconds_at, speeds_of
 from lorasweep.spec.dataset import DatasetSpec

@@ -11,7 +11,7 @@ from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import checkpoint_bytes
 from lorasweep.plan.planner import pack_key, place
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
