@@ -156,11 +156,6 @@ def run_flops(spec: RunSpec) -> float:
     return train_flops(spec) + 2.0 * spec.model.n_active_params * mean_length(spec) * rows
 
 
-def updates_with_evaluations(spec: RunSpec) -> float:
-    """Return the number of updates with as many operations as a whole run with evaluations."""
-    return spec.steps * run_flops(spec) / train_flops(spec)
-
-
 # ---------------------------------------------------------------- weights and activations
 
 
@@ -173,48 +168,24 @@ class Load:
     """Trained parameters."""
     whole: bool
     """True: all or some weights of the base are trained; False: adapters are trained."""
+    norms_trained: bool
+    """Whether all weights of the base are trained, including the norms."""
     flops: float
     """Operations per token of forward and backward, without attention scores."""
     adapted: tuple[Matrix, ...]
     """Matrices with adapters."""
+    n_adapters: float
+    """Number of adapters; a stack of experts has one."""
     inputs: frozenset[str]
     """Names of the trained or adapted matrices: the backward pass needs their inputs."""
-
-    @property
-    def norms_trained(self) -> bool:
-        """Whether all weights of the base are trained, including the norms."""
-        return self.whole and self.trained == self.model.n_params
-
-    @property
-    def head_params(self) -> int:
-        """Weights of the unembedding."""
-        return self.model.hidden_size * self.model.vocab_size
-
-    @property
-    def layer_params(self) -> float:
-        """Weights of one layer."""
-        return (self.model.n_matmul_params - self.head_params) / self.model.n_layers
-
-    @property
-    def outer_params(self) -> float:
-        """Weights outside the layers: embedding and unembedding."""
-        return self.model.n_params - self.model.n_layers * self.layer_params
-
-    @property
-    def head_trained(self) -> float:
-        """Trained weights of the unembedding, whether or not it is tied to the embedding."""
-        trained = self.whole and not self.inputs.isdisjoint(self.model.unembedding)
-        return float(trained * self.head_params)
-
-    @property
-    def outer_trained(self) -> float:
-        """Trained weights of the base outside the layers."""
-        return self.outer_params if self.norms_trained else self.head_trained
-
-    @property
-    def n_adapters(self) -> float:
-        """Number of adapters; a stack of experts has one."""
-        return sum(m.count / m.n_experts for m in self.adapted)
+    head_params: int
+    layer_params: float
+    outer_params: float
+    """Weights of the unembedding; of one layer; outside the layers (embedding and unembedding)."""
+    head_trained: float
+    outer_trained: float
+    """Trained weights of the unembedding, whether or not it is tied to the embedding; of the base
+    outside the layers."""
 
     def gathered_bytes(self, weight: int, frozen_bytes: int) -> float:
         """Return the bytes of weights outside the layers, which each GPU gathers as stored."""
@@ -223,17 +194,19 @@ class Load:
 
 def load_of(model: ModelSpec, method: Method) -> Load:
     """Return the Load of training `method` on `model`."""
-    whole = method.MAX_PACK == 1
+    whole, trained = method.MAX_PACK == 1, method.n_trainable(model)
     layers = method.target_layers() or LAYER_SETS
     names = ((ROUTER,) if layers_ == ROUTER else getattr(model, layers_) for layers_ in layers)
-    return Load(
-        model=model,
-        trained=method.n_trainable(model),
-        whole=whole,
-        flops=method.step_flops(model, 1),
-        adapted=() if whole else model.matrices(layers),
-        inputs=frozenset(name for some in names for name in some),
-    )
+    inputs = frozenset(name for some in names for name in some)
+    adapted = () if whole else model.matrices(layers)
+    head = model.hidden_size * model.vocab_size
+    layer = (model.n_matmul_params - head) / model.n_layers
+    outer, norms = model.n_params - model.n_layers * layer, whole and trained == model.n_params
+    head_trained = float((whole and not inputs.isdisjoint(model.unembedding)) * head)
+    of_all = (model, trained, whole, norms, method.step_flops(model, 1))
+    count = sum(m.count / m.n_experts for m in adapted)
+    sizes = (head, layer, outer, head_trained, outer if norms else head_trained)
+    return Load(*of_all, adapted, count, inputs, *sizes)
 
 
 def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:

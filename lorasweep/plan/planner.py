@@ -24,7 +24,7 @@ from lorasweep.plan.load import (
     sampling_s,
     step_parts,
     step_seconds,
-    updates_with_evaluations,
+    train_flops,
 )
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
@@ -154,7 +154,8 @@ def place(
 
     def timed(layout: Layout, memory: dict[str, float]) -> Placement:
         step = step_parts(load, layout, mean, hardware, spec.precision, n_runs)
-        step_s, updates, evaluated = step_seconds(step), updates_with_evaluations(spec), 0.0
+        step_s, evaluated = step_seconds(step), 0.0
+        updates = spec.steps * run_flops(spec) / train_flops(spec)  # evaluations as updates
         how = (spec, hardware, n_runs, layout.gpus)
         if spec.max_new_tokens:
             step["sampling"] = sampling_s(*how, spec.batch_size, spec.group_size)
@@ -227,17 +228,6 @@ class Kind:
     place: Placement
     left_out: bool
     """Whether the runs need more GPUs than exec.max_gpus."""
-
-    @property
-    def label(self) -> str:
-        """The runs in words."""
-        rank = f" rank {self.spec.method.rank}" if hasattr(self.spec.method, "rank") else ""
-        return f"{self.spec.method.name}{rank} of {self.spec.model.name}"
-
-    @property
-    def trains(self) -> bool:
-        """Whether the runs fit, and on few enough GPUs."""
-        return not (self.place.why or self.left_out)
 
     @property
     def hours(self) -> float:
@@ -547,22 +537,28 @@ def costs(
 ) -> dict[str, Any]:
     """Return the costs of runs (id -> kind) as JSON values; `work_max_min`: the longest job."""
     counts = Counter(runs.values())
-    trained = [(kind, n) for kind, n in counts.items() if kind.trains]
+    trained = [(kind, n) for kind, n in counts.items() if not (kind.place.why or kind.left_out)]
     placed = [kind.place for kind, _ in trained]
     packs = [(kind, math.ceil(n / kind.pack_size)) for kind, n in trained]
     # at most work_max_min of packs, or one longer pack
     jobs = (math.ceil(n / max(1, int(60 * work_max_min / k.place.seconds))) for k, n in packs)
+    left_out, misfits = list[dict[str, Any]](), list[dict[str, Any]]()
     price = hardware.price_per_gpu_h
+    for k, n in counts.items():
+        where, method = k.place, k.spec.method
+        rank = f" rank {method.rank}" if hasattr(method, "rank") else ""
+        of_kind = {"kind": f"{method.name}{rank} of {k.spec.model.name}", "runs": n}
+        if k.left_out:
+            gpus = where.layout.gpus
+            left_out.append({**of_kind, "gpus_a_run": gpus, "gpu_hours": n * k.hours})
+        if where.why:
+            misfits.append({**of_kind, "why": where.why, "remedy": where.remedy})
 
     def total(value: Callable[[Kind], float]) -> float:
         return sum(n * value(kind) for kind, n in trained)
 
     def ends(values: Sequence[float]) -> list[float] | None:
         return [min(values), max(values)] if values else None
-
-    def listed(which: Callable[[Kind], Any], more: Callable[[Kind, int], dict[str, Any]]) -> Any:
-        found = ((kind, n) for kind, n in counts.items() if which(kind))
-        return [{"kind": kind.label, "runs": n, **more(kind, n)} for kind, n in found]
 
     hours = total(lambda k: k.hours)
     largest = max((p.layout.gpus for p in placed), default=1)
@@ -582,12 +578,6 @@ def costs(
         # on all GPUs of the hardware, or on the GPUs of the largest run if these are more
         "days": hours / 24 / max(hardware.gpus, largest),
         "cost_usd": None if price is None else hours * price,
-        "left_out": listed(
-            lambda k: k.left_out,
-            lambda k, n: {"gpus_a_run": k.place.layout.gpus, "gpu_hours": n * k.hours},
-        ),
-        "misfits": listed(
-            lambda k: k.place.why,
-            lambda k, n: {"why": k.place.why, "remedy": k.place.remedy},
-        ),
+        "left_out": left_out,
+        "misfits": misfits,
     }
