@@ -277,64 +277,53 @@ def submit(
             notify(f"jobs run code snapshot {code.folder.name}")
         mine = os.environ.get("SLURM_JOB_ID")
         follows = [j.id for s, j in queue.follows if s.sweep == request.title and j.id != mine]
-        if jobs or (work.covered and cluster.follow and not follows):
-            last = {"trainer": trainer, "idle": idle, "updates": updates_of(now.points, store)}
-            _submit(request, jobs, code, work, last)
+        if not jobs and (follows or not (work.covered and cluster.follow)):
+            return work
+        container = container_of(cluster, request.exec)
+        common = {"requeues": cluster.requeues, "trainer": trainer}
+        inside = {"container": container and dataclasses.asdict(container)}
+        runs: list[list[str]] = []
+        lines, arrays = [], []
+        # task indices begin at 0 and must be below MaxArraySize
+        most = max(1, int(slurm.setting("MaxArraySize") or 1001) - 1)
+        for same in jobs:
+            settings = {"exec": dataclasses.asdict(same.exec), **common, **inside}
+            for k in range(0, len(same.tasks), most):
+                part = same.tasks[k : k + most]
+                arrays.append((len(runs), len(part), same.needed))
+                for task in part:
+                    of_task = [p for pack in task for p in pack.points]
+                    runs.append([p.id for p in of_task])
+                    lines.append({"runs": [p.spec.plain() for p in of_task], **settings})
+        if cluster.follow:
+            again = {**request.plain(), "action": "run", "format": "text", "watch": False}
+            before = {"idle": idle, "updates": updates_of(now.points, store)}
+            lines.append({"follow": again, **common, **before})
+        work.folder = folder = _write(store.root, request.title, runs, lines)
+        for first, n, needed in arrays:
+            try:
+                work.sent[_send(folder, str(first), first, n, needed, cluster, code)] = n
+            except ClusterError as error:
+                if not work.sent:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
+                work.refused = str(error)
+                break  # the follow-up job will submit the rest
+            work.n_submitted += sum(map(len, runs[first : first + n]))
+        work.queued += work.n_submitted
+        if cluster.follow:  # it waits for these jobs and the others of these runs
+            where = cluster.follow_partition or cluster.partition
+            small = dataclasses.replace(cluster, gpus=0, partition=where, container=None)
+            needed = JobResources(1, 0, 2.0, cluster.follow_min, 1)  # plans, fits, figures: 2 GiB
+            after = sorted({*work.sent, *(job.label for job in work.covered)})
+            try:
+                work.follow = _send(folder, FOLLOW, len(runs), 1, needed, small, code, after)
+            except ClusterError as error:
+                work.refused = f"no follow-up job: {error}"
             if work.follow:  # it replaces the others
                 with suppress(ClusterError):
                     slurm.cancel(follows)
         return work
-
-
-def _submit(
-    request: Request, jobs: list[Jobs], code: "Snapshot", work: Work, last: dict[str, Any]
-) -> None:
-    """Write the tasks, then submit them; raise ClusterError if the first array is refused.
-
-    `last`: values for the follow-up job, which waits for these jobs and for `work.covered`.
-    """
-    cluster, root = request.cluster, Path(request.exec.runs_dir)
-    container = container_of(cluster, request.exec)
-    common = {"requeues": cluster.requeues, "trainer": last["trainer"]}
-    common |= {"container": container and dataclasses.asdict(container)}
-    runs: list[list[str]] = []
-    lines, arrays = [], []
-    # task indices begin at 0 and must be below MaxArraySize
-    most = max(1, int(slurm.setting("MaxArraySize") or 1001) - 1)
-    for same in jobs:
-        for k in range(0, len(same.tasks), most):
-            part = same.tasks[k : k + most]
-            arrays.append((len(runs), len(part), same.needed))
-            for task in part:
-                points = [p for pack in task for p in pack.points]
-                runs.append([p.id for p in points])
-                settings = {"exec": dataclasses.asdict(same.exec), **common}
-                lines.append({"runs": [p.spec.plain() for p in points], **settings})
-    if cluster.follow:
-        again = {"action": "run", "format": "text", "watch": False}
-        asked = {"follow": {**request.plain(), **again}, "requeues": cluster.requeues}
-        lines.append({**asked, **last})
-    work.folder = folder = _write(root, request.title, runs, lines)
-    for first, n, needed in arrays:
-        try:
-            work.sent[_send(folder, str(first), first, n, needed, cluster, code)] = n
-        except ClusterError as error:
-            if not work.sent:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            work.refused = str(error)
-            break  # the follow-up job will submit the rest
-        work.n_submitted += sum(map(len, runs[first : first + n]))
-    work.queued += work.n_submitted
-    if cluster.follow:
-        where = cluster.follow_partition or cluster.partition
-        small = dataclasses.replace(cluster, gpus=0, partition=where, container=None)
-        needed = JobResources(1, 0, 2.0, cluster.follow_min, 1)  # plans, fits, figures: 2 GiB
-        after = sorted({*work.sent, *(job.label for job in work.covered)})
-        try:
-            work.follow = _send(folder, FOLLOW, len(runs), 1, needed, small, code, after)
-        except ClusterError as error:
-            work.refused = f"no follow-up job: {error}"
 
 
 def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
