@@ -1,4 +1,1 @@
-"""Measure one machine with a GPU, and compare it with the plan (action=check_gpu).
-
-Knows the plan and the training loop. Must not import customers, config or cli.
-"""
+"""action=check_gpu: measure one machine and compare it with the plan; knows no customers, no cli."""

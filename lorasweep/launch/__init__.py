@@ -1,4 +1,1 @@
-"""Train packs in worker processes on this machine, or in jobs of a cluster.
-
-This package must not depend on the kind of model or method.
-"""
+"""Train packs, whatever the kind of model or method: worker processes here, or jobs of a cluster."""

@@ -1,4 +1,1 @@
-"""Plan a sweep: find missing runs, group them into packs, estimate the cost on given hardware.
-
-This package does not import torch. Only detect.py inspects this machine, and returns a Hardware.
-"""
+"""Plan a sweep on given hardware, without torch: missing runs, packs, cost. Only detect.py looks here."""

@@ -1,4 +1,1 @@
-"""The run folder: records, claims, checkpoints and results.
-
-This package must not depend on launchers and models.
-"""
+"""The run folder: records, claims, checkpoints and results; knows no launchers and no models."""

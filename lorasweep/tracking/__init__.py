@@ -1,4 +1,1 @@
-"""Record where a result came from, and copy results to Weights & Biases.
-
-This package must not depend on how runs are trained.
-"""
+"""Record where a result came from, and mirror results to W&B; does not know how runs train."""

@@ -1,4 +1,1 @@
-"""Train runs in jobs of a Slurm cluster.
-
-This package must not depend on what a run trains.
-"""
+"""Train runs in jobs of a Slurm cluster, whatever a run trains."""
