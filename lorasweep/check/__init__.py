@@ -1,1 +1,1 @@
-"""action=check_gpu: measure one machine and compare it with the plan; knows no customers, no cli."""
+"""action=check_gpu: measure a machine and compare it with the plan; no customers, no cli."""

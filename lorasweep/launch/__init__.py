@@ -1,1 +1,1 @@
-"""Train packs, whatever the kind of model or method: worker processes here, or jobs of a cluster."""
+"""Train packs, whatever the model or method: worker processes here, or jobs of a cluster."""

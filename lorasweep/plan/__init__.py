@@ -1,1 +1,1 @@
-"""Plan a sweep on given hardware, without torch: missing runs, packs, cost. Only detect.py looks here."""
+"""Plan a sweep on given hardware, without torch: packs and cost. Only detect.py looks here."""
