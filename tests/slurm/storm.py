@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.slurm.cluster import FAST, Slurm, attempts, curves, results, start
+from tests.slurm.conftest import FAST, Slurm, attempts, curves, results, start
 from tests.slurm.trainers import GO
 
 GRID = (

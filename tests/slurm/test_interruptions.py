@@ -9,8 +9,9 @@ from collections import Counter
 import psutil
 import pytest
 
+from lorasweep.launch.slurm.queue import log_of
 from tests.slurm import storm
-from tests.slurm.cluster import (
+from tests.slurm.conftest import (
     ALONE,
     FAST,
     HELD,
@@ -18,7 +19,6 @@ from tests.slurm.cluster import (
     ask,
     attempts,
     curves,
-    job_log,
     jobs_of,
     read_json,
     results,
@@ -122,7 +122,7 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
             last = read_json(there / f"runs/{rid}/attempts/{max(ends)}/env.json")
             assert (last["resumed_from_step"] or 0) >= FREE_STEPS, (harm, last)
             assert not (there / f"runs/{rid}/checkpoint").exists()
-    log = job_log(sent, jobs["time limit"])
+    log = log_of(sent.folder, jobs["time limit"]).read_text()
     assert "stopped by SIGUSR2;" in log and "queued again" in log
     lost = {rid for harm in ("cancelled", "job killed") for rid in runs[harm]}
     again = [rid for s in submitted(there)[1:] for task in s.tasks for rid in task]

@@ -10,7 +10,7 @@ import pytest
 
 from lorasweep.store.run_store import RunStore
 from tests.integration.test_distributed import KINDS, MEASURES, SMALL, same, spread
-from tests.slurm.cluster import ALONE, ask, jobs_of, submitted, wait_for
+from tests.slurm.conftest import ALONE, ask, jobs_of, submitted, wait_for
 from tests.world import cli
 
 RUN = (*(s for s in SMALL if s != "exec.workers=1"), *KINDS["full"])
