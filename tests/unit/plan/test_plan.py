@@ -1,9 +1,11 @@
-"""The planner: packs, speeds of finished runs, memory, hardware."""
+"""The planner: packs, speeds of finished runs, memory, hardware; budgets of a search."""
 
 import dataclasses
 import itertools
 import json
+import os
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -17,6 +19,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
+from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.detect import Hardware, from_plain
 from lorasweep.plan.load import run_flops
 from lorasweep.plan.planner import MEMORY_SHARE, Planner, make_plan, place, seconds_at, speeds_of
@@ -121,17 +124,6 @@ def test_bf16_on_a_processor_without_it_is_warned_of(compose):
         now, _ = planned(asked, dataclasses.replace(CPU, fast_bf16=fast))
         assert ("no bf16 instructions" in "".join(plan_lines(asked, now))) == (rate == 7e8)
         assert now.hours * 3600 * CPU.cores * rate == pytest.approx(now.flops)
-
-
-def test_the_same_runs_are_planned_differently_for_two_machines_of_the_catalogue(compose):
-    base = ("+sweep=lr_ratio", "scale=small", "sweep.arms.lora.lr=${around:1e-3,32,1.05}")
-    large = (*base, "sweep.axes.model=[llama-3.1-8b]", "precision=bf16", "batch_size=1")
-    request = compose(*large, "action=plan", "hardware=h200")
-    cards = [hardware_of(compose("action=plan", f"hardware={name}")) for name in ("h200", "a100")]
-    (h200, n), (a100, m) = (planned(request, dataclasses.replace(c, gpus=1)) for c in cards)
-    assert max(n) > max(m) and h200.hours < a100.hours and "on h200" in plan_lines(request, h200)[0]
-    assert a100.workers == 1 and planned(request, cards[1])[0].workers == 8
-    assert hardware_of(compose("action=plan")).name == detect.NAME
 
 
 def test_hardware_that_cannot_be_planned_for_is_refused():
@@ -262,3 +254,70 @@ def test_customers_of_few_runs_share_packs_with_neighbours_of_like_lengths(tmp_p
         others = (dataclasses.replace(p.spec, **other) for p in points[first:])
         points[first:] = [Point(s.dataset.name, s) for s in others]
         assert packs_of(points, pack_size=16)[1] == [3, 3]
+
+
+# ---------------------------------------------------------------- budgets of a search
+
+
+def test_a_budget_is_an_amount_with_its_unit():
+    for text, amount in (("2h", 7200), ("90min", 5400), ("1.5h", 5400), ("40runs", 40)):
+        assert parse_budget(text, 40).amount == amount
+    assert parse_budget("", 40) is None
+    for text in ("2", "h", "0h", "-1h", "2 days", "1e3runs"):
+        with pytest.raises(SpecError, match=r"budget=.*500gpuh"):
+            parse_budget(text, 40)
+
+
+def finished(store, spec, spans, **result):
+    """A run with attempts at these times, in seconds."""
+    for n, (begin, end) in enumerate(spans, 1):
+        store.claim(spec)
+        attempt = store.attempt(spec.id, n)
+        store.log(spec.id, n, "")
+        (attempt / ".partial").symlink_to("a file that was renamed since")
+        if n < len(spans):
+            store.write_end(spec.id, n, "stopped", "")
+        for file in filter(Path.exists, attempt.iterdir()):
+            at = begin if file.name == "owner.json" else end
+            os.utime(file, (at, at))
+    store.finish(spec.id, "done", {"test_nll": 1.0, **result})
+    os.utime(store.folder(spec.id) / "result.json", (spans[-1][1],) * 2)
+    return Point("lora", spec)
+
+
+@pytest.fixture
+def finished_runs(tmp_path):
+    store = RunStore(tmp_path)
+    store.prepare()
+    specs = [tiny_spec(lr=lr, steps=40) for lr in (1e-3, 2e-3, 4e-3)]
+    short = finished(store, dataclasses.replace(specs[0], steps=10), [(1000, 1010)])
+    together = [finished(store, s, [(1010, 1050)], pack_size=2) for s in specs[:2]]
+    resumed = finished(store, specs[2], [(1030, 1060), (5000, 5020)])
+    return store, [short, *together, resumed]
+
+
+def test_time_is_the_union_of_all_attempts_and_packs_share_a_gpu(finished_runs):
+    store, known = finished_runs
+    assert parse_budget("1h", 40).used(known, store) == 10 + 50 + 20
+    assert parse_budget("1gpuh", 40).used(known, store) == 10 + 40 + 50
+    assert parse_budget("9runs", 40).used(known, store) == 3  # a short run counts in the longer one
+    # several processes of a run take a GPU each
+    store.write_env(known[0].id, 1, {"processes": 4})
+    os.utime(next(store.attempt(known[0].id, 1).glob("env*")), (1000, 1000))
+    assert parse_budget("1gpuh", 40).used(known[:1], store) == 40
+
+
+def test_runs_may_begin_if_the_measured_cost_of_such_runs_fits(finished_runs):
+    store, known = finished_runs
+    new = [Point("lora", tiny_spec(lr=lr, steps=40)) for lr in (1e-2, 2e-2, 4e-2)]
+    # 3 full runs took 80 s, so 3 more take as long
+    assert parse_budget("2.67min", 40).allows(new, known, store)
+    assert not parse_budget("2.66min", 40).allows(new, known, store)
+    assert parse_budget("6runs", 40).allows(new, known, store)
+    assert not parse_budget("5.9runs", 40).allows(new, known, store)
+    # 10 s for a quarter of a run, so one more takes 40 s
+    fits = [parse_budget(t, 40).allows(new[:1], known[:1], store) for t in ("0.83min", "0.84min")]
+    assert fits == [False, True]
+    store.claim(new[0].spec)  # begun: they go on
+    assert parse_budget("1min", 40).allows(new, known, store)
+    assert parse_budget("1min", 40).allows(new, [], store)
