@@ -125,15 +125,6 @@ def test_a_torch_without_cuda_beside_a_gpu_is_refused(monkeypatch):
         check.check_gpu(compose_request(["action=check_gpu"]), None)
 
 
-@pytest.mark.parametrize("name", all_cases.MODELS)
-def test_shrunken_shapes_keep_what_makes_a_model_different(name):
-    whole, small = MODELS[name](), all_cases.shrink(MODELS[name]())
-    assert small.n_params < 1e6 and not small.problem
-    for key in ("tied", "qk_norm", "attention", "mlp", "weights_dtype"):
-        assert getattr(whole, key) == getattr(small, key)
-    assert bool(small.n_experts) == bool(whole.n_experts)
-
-
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 devices = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
