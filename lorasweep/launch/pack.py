@@ -18,7 +18,6 @@ from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, free_memory,
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.plan import detect
-from lorasweep.plan.load import checkpoint_bytes
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
@@ -82,16 +81,10 @@ def execute(
         cause, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         if isinstance(error, OSError) and claimed.concerns_folder(error):
             claimed.end_all("stopped", cause, trace)
-            why = f"{error.filename or store.root} cannot be read or written ({error})"
-            if error.errno in DISK_FULL:
-                free, need = checkpoint.free_bytes(store.root), checkpoint_bytes(pack)
-                why = (
-                    f"the disk of {store.root} is full ({free / 2**20:.0f} MiB free); checkpoints "
-                    f"of the {len(pack)} run(s) in training take up to {need / 2**20:.1f} MiB"
-                )
             raise StoreError(
-                f"{why}. Correct that, or choose exec.runs_dir=FOLDER; then run the same command "
-                "again: it resumes from the last checkpoints."
+                f"{error.filename or store.root} cannot be read or written ({error}). Correct "
+                "that, or choose exec.runs_dir=FOLDER; then run the same command again: it resumes "
+                "from the last checkpoints."
             ) from error
         if unwritten := claimed.end_all("failed", cause, trace):
             # this process is alive, so the run would count as running: its end ends the claim

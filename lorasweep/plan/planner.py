@@ -207,12 +207,7 @@ def place(
         f"({spec.batch_size} given; at most {MOST_GPUS} GPU(s) a run), or a GPU with {need:.0f} GiB"
     )
     if hardware.has_speeds and (gpus or rows):
-        free: dict[str, Any] = {"checkpointing": (False, True), "join_rows": join_rows}
-        other = place(spec, hardware, n_runs, gpus=None, **free)
-        if not other.why:
-            again_too = " exec.activation_checkpointing=true" * other.layout.checkpointing
-            rows, gpus = other.layout.rows, other.layout.gpus
-            remedy = f"exec.world_size={gpus} exec.micro_batch_size={rows}{again_too}"
+        remedy = f"a larger exec.world_size, a smaller exec.micro_batch_size, {remedy}"
     return replace(least, why=why, remedy=remedy)
 
 

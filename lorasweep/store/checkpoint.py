@@ -159,10 +159,3 @@ def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
         if len(states) == len(folders):
             return states
     return None
-
-
-def free_bytes(path: Path) -> int:
-    """Return the free bytes on the disk of `path`, which need not exist."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

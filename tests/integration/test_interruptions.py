@@ -173,7 +173,7 @@ def test_a_full_disk_stops_cleanly_and_loses_nothing(tmp_path):
         arguments = (*LONG, *full, f"exec.runs_dir={disk}/runs")
         first = cli(*arguments, cwd=tmp_path, check=False)  # a checkpoint of 2.6 MB does not fit
         assert first.returncode == 2
-        assert "is full" in first.stderr and "Traceback" not in first.stderr
+        assert "No space left" in first.stderr and "Traceback" not in first.stderr
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         cli(*arguments, cwd=tmp_path)
         (result,) = disk.glob("runs/*/result.json")
