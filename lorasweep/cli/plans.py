@@ -251,7 +251,7 @@ def _on_gpus(
         states = store.states(p.id for p in part.points)
         missing = [p for p in part.points if states[p.id] not in FINAL]
         second = part.sweep.replicate if part.sweep else Replicates()
-        runs = {i: k for s in planner.forecast(missing, second) for i, k in s.items()}
+        runs = planner.forecast(missing, second)
         total |= runs
         row = costs(part.sweep_name or "run", runs, hardware, request.cluster.work_max)
         outlooks = answer.outlooks(part.points, part.sweep, request.scale, *SMALLER)

@@ -295,14 +295,9 @@ class Planner:
 
         return next((n for n in reversed(some) if n == 1 or not self.place(spec, n, alone).why), 1)
 
-    def forecast(self, points: Sequence[Point], second: Replicates) -> list[dict[str, Kind]]:
-        """Return run id -> kind, of the runs and then of each fresh seed of the second stage.
-
-        The second stage has the learning rates of `expected_second_stage`.
-        """
-        fresh = expected_second_stage(points, second)
-        stages = [points, *([p for p in fresh if p.spec.seed == s] for s in second.seeds)]
-        return [{p.id: self.kind(p.spec) for p in stage} for stage in stages]
+    def forecast(self, points: Sequence[Point], second: Replicates) -> dict[str, Kind]:
+        """Return run id -> kind, of the runs and of the second stage (`expected_second_stage`)."""
+        return {p.id: self.kind(p.spec) for p in [*points, *expected_second_stage(points, second)]}
 
     def without_too_large(self, points: Sequence[Point]) -> list[Point]:
         """Return the runs that need no more GPUs than exec.max_gpus."""

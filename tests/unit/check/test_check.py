@@ -17,7 +17,6 @@ from lorasweep.config import catalogue
 from lorasweep.config.compose import compose_request
 from lorasweep.config.folders import conf_dir
 from lorasweep.errors import SpecError
-from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.planner import place
@@ -148,17 +147,3 @@ def test_an_update_is_the_cpus(device, method):
 def test_a_pack_is_its_runs(precision, device):
     found = measures.pack(dataclasses.replace(SPEC, precision=precision), 4)
     assert found["difference"] <= found["bound"] < found["loss_fell_by"]
-
-
-@pytest.mark.slow
-def test_a_pack_that_mixes_up_its_runs_is_found(monkeypatch):
-    def mixed(runs, base, data):
-        rates = [run.lr for run in runs]
-        others = [dataclasses.replace(r, lr=rates[k - 1]) for k, r in enumerate(runs)]
-        events = list(finetune(others, base, data))
-        ends = [result["test_nll"] for event in events for _, result in event.ended.values()]
-        return dict(zip([r.id for r in runs], ends, strict=True))
-
-    monkeypatch.setattr(measures, "_losses", mixed)
-    found = measures.pack(dataclasses.replace(SPEC, precision="fp64"), 2)
-    assert found["difference"] > 100 * found["bound"]

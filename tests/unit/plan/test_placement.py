@@ -128,9 +128,8 @@ def points(arm, method=None, model="llama-3.1-8b", seeds=(0,), **changes):
     return [Point(arm, spec_of(model, method, lr=lr, seed=k, **changes)) for lr, k in runs]
 
 
-def forecast(runs, second=None, **settings):
-    stages = Planner(card(), Exec(**settings)).forecast(runs, second or Replicates())
-    return {i: kind for stage in stages for i, kind in stage.items()}
+def forecast(runs, **settings):
+    return Planner(card(), Exec(**settings)).forecast(runs, Replicates())
 
 
 def cost(runs, **settings):
@@ -152,26 +151,6 @@ def test_a_sweep_takes_what_its_runs_take_alone():
     (misfit,) = found["misfits"]
     assert (misfit["kind"], misfit["runs"]) == ("fullft of llama-3.1-8b", 3)
     assert found["runs"] == 0
-
-
-def test_fresh_seeds_of_the_second_stage_are_counted_once():
-    runs = points("fullft", FullFT()) + points("lora", seeds=(0, 1))
-    planner = Planner(card(), Exec())
-    stages = planner.forecast(runs, Replicates(seeds=[1, 2], n_lrs=2))
-    assert [len(stage) for stage in stages] == [9, 2, 4]  # adapters have seed 1 at every rate
-    one_arm = planner.forecast(runs, Replicates(seeds=[1, 2], n_lrs=9, arms=["fullft"]))
-    assert sum(map(len, one_arm)) == 9 + 3 * 2
-
-
-def test_runs_beyond_the_limit_are_priced_apart_and_others_must_fit_as_they_are_trained():
-    small, large = points("lora"), points("fullft", FullFT(), "llama-3.1-70b")
-    found = cost([*small, *large], max_gpus=16)
-    (left,) = found["left_out"]
-    assert (left["kind"], left["gpus_a_run"], left["runs"]) == ("fullft of llama-3.1-70b", 32, 3)
-    assert found["runs"] == 3 and not found["misfits"]
-    whole = cost([*small, *large])["gpu_hours"]
-    assert found["gpu_hours"] + left["gpu_hours"] == pytest.approx(whole)
-    assert Planner(card(), Exec(max_gpus=1)).without_too_large([*small, *large]) == small
 
 
 def test_settings_are_the_plans_unless_the_user_set_them():
