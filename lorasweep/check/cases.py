@@ -12,7 +12,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -258,13 +258,8 @@ def measured_hardware(node: Mapping[str, Any], known: Hardware | None, name: str
 
 def hardware_file(hardware: Hardware, node: Mapping[str, Any], date: str) -> str:
     """Return the text of a file for conf/hardware."""
-    plain = Hardware()
-    values = {
-        f.name: v
-        for f in fields(Hardware)
-        if (v := getattr(hardware, f.name)) != getattr(plain, f.name)
-    }
-    values["matmul_flops_s"] = dict(hardware.matmul_flops_s)
+    plain = asdict(Hardware())
+    values = {k: v for k, v in asdict(hardware).items() if v != plain[k]}
     return (
         f"# {node['name']}, measured on {date} by action=check_gpu ({_software(node)}).\n"
         "# The best product has matmul_flops_s times attainable_share. Not measured: links,\n"

@@ -270,30 +270,23 @@ class Planner:
                     f"hardware {hardware.name!r} has no speed in {spec.precision}. Add "
                     f"matmul_flops_s.{spec.precision} to its file in conf/hardware."
                 )
-            where = self.place(spec)
-            size = self._pack_size(spec, where)
+            where, e = self.place(spec), self.exec
+            if spec.method.MAX_PACK is not None or where.layout.gpus > 1:
+                size = spec.method.MAX_PACK or 1  # several processes train one run at a time
+            elif e.pack_size is not None and not hardware.has_speeds:
+                size = e.pack_size
+            else:  # the largest of usual size that fits
+                limit = FORWARD_TOKENS if hardware.gpus else PACK_TOKENS
+                sizes = GPU_SIZES if hardware.gpus else SIZES
+                tokens = spec.batch_size * mean_length(spec)
+                some = [e.pack_size] if e.pack_size else [n for n in sizes if n * tokens <= limit]
+                fits = (n for n in reversed(some) if n == 1 or not self.place(spec, n, where).why)
+                size = next(fits, 1)
             if size > 1:
                 where = self.place(spec, size, where)
             left_out = most is not None and not where.why and where.layout.gpus > most
             self._kinds[key] = Kind(spec, size, where, left_out)
         return self._kinds[key]
-
-    def _pack_size(self, spec: RunSpec, alone: Placement) -> int:
-        """Return the largest number of runs like `spec` in a pack.
-
-        The first of these that applies: the method's limit, the user's choice, the largest of usual
-        size that fits.
-        """
-        e, hardware = self.exec, self.hardware
-        if spec.method.MAX_PACK is not None or alone.layout.gpus > 1:
-            return spec.method.MAX_PACK or 1  # several processes train one run at a time
-        if e.pack_size is not None and not hardware.has_speeds:
-            return e.pack_size
-        sizes, most = (GPU_SIZES, FORWARD_TOKENS) if hardware.gpus else (SIZES, PACK_TOKENS)
-        tokens = spec.batch_size * mean_length(spec)
-        some = [e.pack_size] if e.pack_size else [n for n in sizes if n * tokens <= most]
-
-        return next((n for n in reversed(some) if n == 1 or not self.place(spec, n, alone).why), 1)
 
     def forecast(self, points: Sequence[Point], second: Replicates) -> dict[str, Kind]:
         """Return run id -> kind, of the runs and of the second stage (`expected_second_stage`)."""
