@@ -8,8 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorasweep.fleet.serving import Profile
-from lorasweep.plan import hardware
-from lorasweep.plan.detect import Hardware
+from lorasweep.plan.detect import Hardware, from_plain
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.values import build
 
@@ -33,7 +32,7 @@ def machines(folders: Sequence[Path]) -> dict[str, Callable[[], Hardware]]:
     """Return functions that make the machines of files, by name in lower case."""
     found = _read(folders, "hardware")
     found.pop("this_machine", None)
-    return {name.lower(): cache(partial(hardware.from_plain, v)) for name, v in found.items()}
+    return {name.lower(): cache(partial(from_plain, v)) for name, v in found.items()}
 
 
 def profiles(folders: Sequence[Path]) -> dict[str, Callable[[], Profile]]:
