@@ -120,7 +120,7 @@ ONLY_IN = {
     "safetensors": TORCH + r"|lorasweep/(methods|store|cli)/",
     "jinja2": r"lorasweep/(advise/pages|cli/plans)\.py|analysis/report/",
     "matplotlib": r"analysis/report/plots\w*\.py",
-    "plotly": r"analysis/report/interactive\.py",
+    "plotly": r"analysis/report/report\.py",
     "IPython": r"analysis/report/notebook\.py",
 }
 STANDARD_LIBRARY_ONLY = r"lorasweep/(errors\.py|spec/(?!streams\.py)|sweep/)"

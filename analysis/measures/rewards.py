@@ -170,16 +170,6 @@ def collapsed_at_best(curve: LrCurve) -> tuple[int, int]:
     return int(curve.broke_down[here].sum()), int(here.sum())
 
 
-def at_each_lr(curve: LrCurve) -> dict[float, tuple[Estimate, float]]:
-    """Return LR -> the mean reward of the runs that did not collapse, and their share of all."""
-    found = {}
-    for x in np.unique(curve.x.round(6)):
-        here = np.abs(curve.x - x) < SAME
-        left = here & ~curve.broke_down
-        found[math.exp(x)] = from_sample(-curve.y[left]), float(left.sum() / here.sum())
-    return found
-
-
 def _at_edge(best: Stable, curve: LrCurve) -> bool:
     """Return whether a better LR may be beyond those at which all seeds ran.
 

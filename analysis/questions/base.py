@@ -87,8 +87,6 @@ class Panel:
     """Label -> height of a dashed horizontal line."""
     ticks: list[tuple[float, str]] | None = None
     y_range: tuple[float | None, float | None] = (None, None)
-    linear_below: float = 0.0
-    """With `log_y`: the axis is linear from 0 to this height, so that 0 can be drawn."""
 
 
 @dataclass(frozen=True)
@@ -160,14 +158,6 @@ def panel_over(
     series = [Series.of(label, of, list(of.values())) for label, of in estimates.items()]
     ticks = [(float(v), f"{v:g}") for v in sorted({v for of in estimates.values() for v in of})]
     return Panel(title, x, y, series, log_x=True, **{"ticks": ticks, **look})
-
-
-def panel_of(title: str, y: str, estimates: Mapping[str, Estimate], **look: Any) -> Panel:
-    """Draw estimates side by side, each above its name; `look`: other fields of `Panel`."""
-    found = list(estimates.values())
-    points = Series.of("", range(len(found)), found, style="o", colour=1)
-    ticks = [(float(k), name) for k, name in enumerate(estimates)]
-    return Panel(title, "", y, [points], ticks=ticks, **look)
 
 
 def best_lr(o: Optimum) -> str:

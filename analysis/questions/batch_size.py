@@ -162,12 +162,6 @@ class Batches(base.Condition):
         effects = (f"rank {r}: {with_interval(self.effects[r])}" for r in self.ranks[:-1])
         return "; ".join([f"rank {self.top}, {place}", *effects]) if self.ranks else ""
 
-    def read_change(self) -> str:
-        """Return rank and updates of `gap_change`."""
-        steps = self.runs.loc[self.runs["batch_size"] == SMALL, "steps"].max()
-        ends = f"rank {self.top}, update {steps // SHARE} to {steps}"
-        return ends if self.gap_change else ""
-
 
 def conditions(table: pd.DataFrame) -> list[Batches]:
     """Return the one condition of a model and data set."""
@@ -217,7 +211,11 @@ ESTIMANDS = [
         lambda c: [gate for g in c.gap_change for gate in base.gates_on_gap(g)],
         absent=f"batch {SMALL}",
         seeds=lambda c: base.fewest_seeds([o for g in c.gap_change for o in (g.full, g.lora)]),
-        read=Batches.read_change,
+        read=lambda c: (
+            f"rank {c.top}, update {(n := c.gap_change[1].full.curve.key['steps']) // SHARE} to {n}"
+            if c.gap_change
+            else ""
+        ),
     ),
 ]
 

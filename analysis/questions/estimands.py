@@ -23,7 +23,6 @@ fewest` or `most`; `objective: sft`: the supervised runs beside rewarded ones. O
 import functools
 import json
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,12 +36,12 @@ from analysis.inference.meta import within_groups
 from analysis.measures import at_best, rewards
 from analysis.measures.qualify import stalled
 from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of, rivals
-from analysis.measures.regret import ALLOWED, BITS_PER_PARAMETER, Gap, gain_from, starts_of
+from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves
-from analysis.runs.lr_curves import full_names, runs_of, title
+from analysis.runs.lr_curves import full_names, runs_of
 from analysis.runs.table import COLLAPSED_SHARE, CURVE_KEYS, TableError
 
 SIZES_AGREE = 0.1
@@ -561,7 +560,18 @@ def conditions(
         # Supervised runs on the data of rewarded runs are their control.
         for other in (g for g in rewarded if name not in rewarded and at[g] == at[name]):
             groups[other] = [*groups[other], *groups.pop(name, [])]
-    named = {g: _named(g, base.lora_of(mine), variants) for g, mine in groups.items()}
+    named: dict[str, dict[str, Optimum]] = {g: {} for g in groups}
+    for g, mine in groups.items():
+        left = base.lora_of(mine)
+        for name, keys in variants.items():  # a curve belongs to the first variant that it fits
+            fit = [o for o in left if keys.items() <= o.curve.key.items()]
+            if len(fit) > 1:
+                raise TableError(
+                    f"{g}: {len(fit)} curves are {name!r}, {dict(keys)}. Analyse one setting at a "
+                    "time."
+                )
+            for o in fit:
+                named[g][name], left = o, [other for other in left if other is not o]
     first = [o for g, mine in groups.items() for o in (base.full_of(mine), *named[g].values()) if o]
     order = base.distinct([*(first if variants else ()), *optima])  # seeds the draws of losses
 
@@ -591,28 +601,10 @@ def conditions(
     return [*tasks, AllTasks(whole, table, [], tasks)]
 
 
-def _named(group: str, lora: list[Optimum], variants: Mapping[str, Said]) -> dict[str, Optimum]:
-    """Return the curve of each variant; a curve belongs to the first variant that it fits."""
-    found = {}
-    for name, keys in variants.items():
-        mine = [o for o in lora if keys.items() <= o.curve.key.items()]
-        if len(mine) > 1:
-            raise TableError(
-                f"{group}: {len(mine)} curves are {name!r}, {dict(keys)}. Analyse one setting at a "
-                "time."
-            )
-        if mine:
-            found[name] = mine[0]
-            lora = [o for o in lora if o is not mine[0]]
-    return found
-
-
 # ---------------------------------------------------------------- report
 
-ONE, TEN = "FullFT's best LR", "10 x FullFT's best LR"
-RULES = {ONE: 1.0, TEN: 10.0}
+RULES = {"FullFT's best LR": 1.0, "10 x FullFT's best LR": 10.0}
 """Rules of thumb: factors on full fine-tuning's optimal learning rate."""
-REWARD = "held-out reward"
 HOW = (
     "Rewards are at the best stable LR, by a parabola through it and the stable LRs around it. An "
     f"LR is stable if at most {100 * rewards.MAX_COLLAPSED:.0f}% of its runs collapse: they were "
@@ -623,13 +615,6 @@ HOW = (
     f"width of full fine-tuning's. It needs {MIN_SEEDS} seeds that ran at all LRs of both curves. "
     "In the figure, bars are intervals over seeds; an episode is a sampled completion."
 )
-SHORT = (
-    *(("fullft, scope matrices", "full"), ("lora ", ""), ("attention", "attn")),
-    *(("unembedding", "head"), ("+", "\n+"), (", ", ",\n"), ("divided ", "divided\n")),
-)
-"""Replacements in names of arms, for the axis of a figure."""
-Regrets = dict[str, float | None]
-"""Regret of each rule of thumb, in nats; None if its learning rate is outside the LRs tried."""
 
 
 def names_of(t: Task) -> dict[int, str]:
@@ -639,10 +624,10 @@ def names_of(t: Task) -> dict[int, str]:
     return found | ({id(t.whole): "full fine-tuning"} if t.whole else {})
 
 
-def against_full(t: Task) -> list[tuple[Optimum, str, Estimate, Regrets]]:
+def against_full(t: Task) -> list[tuple[Optimum, str, Estimate, dict[str, float | None]]]:
     """Return every arm but full fine-tuning: curve, name, ratio of optimal LRs, regrets of RULES.
 
-    Empty without full fine-tuning.
+    A regret is in nats; None if its LR is outside those tried. Empty without full fine-tuning.
     """
     best, names = t.whole and t.whole.best_lr.value, names_of(t)
     return [
@@ -658,16 +643,22 @@ def against_full(t: Task) -> list[tuple[Optimum, str, Estimate, Regrets]]:
 
 
 def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.Section]]:
-    """Return the arms' comparisons, and tables and figures of every task.
+    """Return the arms' comparisons, and a table of every task.
 
     `compared`: the curves that each estimand compares; `ratios`: every arm's ratio of learning
     rates. A curve is an index of the analysis' optima; a ratio over several ranks has none.
     """
     place = {id(o): k for k, o in enumerate(base.distinct(o for t in tasks for o in t.optima))}
-    ratios, independent, out, panels = [], [], [], []
-    of_rates = any("laws" in s for s in tasks[0].estimands.values())
+    ratios, independent, out = [], [], []
+    of_rates = any(s.get("laws") for s in tasks[0].estimands.values())
+    head = (
+        "arm | trained parameters | best LR [95%] | over FullFT's [95%] | rho [95%] | best NLL | "
+        "gap (nats) [95%] | regret, % of the gain [95%] | regret of FullFT's LR | of 10x FullFT's "
+        "| share of the squared gradient"
+    )
     for k, t in enumerate(tasks, 1):
-        rows = [(place[id(o)], o, name, r, lost) for o, name, r, lost in against_full(t)]
+        arms = against_full(t)
+        rows: list[Any] = [(place[id(o)], o, name, r, lost) for o, name, r, lost in arms]
         for name, p in t.pairs.items():
             said = t.estimands[name]
             if said["measure"] == "best_lr" and "min_rank" in said["of"]:
@@ -680,13 +671,20 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
             ratios.append({**row, "ratio": ratio, "regrets": lost, "at": at})
         if is_rewarded(t.optima[0]):
             out.append(_rewarded(t, "rewards.png" if k == 1 else f"rewards_{k}.png"))
-        else:
-            section, mine = _compared(t)
-            out.append(section)
-            panels += mine
-    if panels:
-        caption = "arms against full fine-tuning, each at its best LR"
-        out.append(base.Section("Arms", [], [], "arms.png", panels, caption))
+            continue
+        rows = []
+        if o := t.whole:
+            row = ["full fine-tuning", f"{t.size(o):,}", base.best_lr(o), None, None]
+            rows.append([*row, number(o.best_nll, 5), *[None] * 4, gradient_share(t, o)])
+        for o, name, ratio, lost in arms:
+            gap = t.gap(pair := Pair([o], t.whole))
+            row = [name, f"{t.size(o):,}", base.best_lr(o), ratio, speed(t, pair, {})]
+            row += [number(o.best_nll, 5), base.with_interval(gap.mean(), signed), gap.percent()]
+            rows.append([*row, *map(signed, lost.values()), gradient_share(t, o)])
+        predicted = laws_of(t) if of_rates else {}
+        laws = "; ".join(f"{law}: {number(v)}" for law, v in predicted.items())
+        text = [f"The ratio of optimal LRs by published laws: {laws}."] if laws else []
+        out.append(base.Section.of(t.name, head, rows, text))
     if (pooled := pool_ratios(independent)) is not None:
         logs = [getattr(pooled, k) for k in ("mean", "low", "high", "tau", "low_next", "high_next")]
         mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
@@ -703,48 +701,17 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
     return {"ratios": ratios, "compared": compared, "pooled": pooled}, out
 
 
-def _compared(t: Task) -> tuple[base.Section, list[base.Panel]]:
-    head = (
-        "arm | trained parameters | best LR [95%] | over FullFT's [95%] | rho [95%] | best NLL | "
-        "gap (nats) [95%] | regret, % of the gain [95%] | regret of FullFT's LR | of 10x FullFT's "
-        "| share of the squared gradient"
-    )
-    rows: list[list[Any]] = []
-    speeds, regrets = {}, {}
-    if o := t.whole:
-        rows.append(["full fine-tuning", f"{t.size(o):,}", base.best_lr(o), None, None])
-        rows[0] += [number(o.best_nll, 5), None, None, None, None, gradient_share(t, o)]
-    for o, name, ratio, lost in against_full(t):
-        gap = t.gap(pair := Pair([o], t.whole))
-        rho, regret = speed(t, pair, {}), gap.percent()
-        tick = functools.reduce(lambda text, pair: text.replace(*pair), SHORT, name)
-        speeds[tick], regrets[tick] = rho, regret
-        row = [name, f"{t.size(o):,}", base.best_lr(o), ratio, rho, number(o.best_nll, 5)]
-        row += [base.with_interval(gap.mean(), signed), regret, *map(signed, lost.values())]
-        rows.append([*row, gradient_share(t, o)])
-    task, same = textwrap.fill(title(t.optima[0].curve), 45), {"full fine-tuning": 1.0}
-    allowed = (-100 * ALLOWED, 100 * ALLOWED)
-    panels = [
-        base.panel_of(task, "rho: FullFT's updates / the arm's", speeds, lines=same),
-        base.panel_of(task, "regret, % of FullFT's gain", regrets, band=allowed),
-    ]
-    asked = any(s.get("laws") for s in t.estimands.values())
-    laws = "; ".join(f"{law}: {number(v)}" for law, v in laws_of(t).items()) if asked else ""
-    text = [f"The ratio of optimal LRs by published laws: {laws}."] if laws else []
-    return base.Section.of(t.name, head, rows, text), panels if t.whole else []
-
-
 # ---------------------------------------------------------------- rewards
 
 
 def _rewarded(t: Task, figure: str) -> base.Section:
-    """Return a table of the arms' rewards, and their figure: over episodes and over the LR.
+    """Return a table of the arms' rewards, and their figure over episodes.
 
     The legend counts collapsed runs.
     """
     rows, control, names = [], next(iter(t.find("control")), None), names_of(t)
     key, start = t.main[0].curve.key, -t.main[0].curve.nll_start
-    progress, rewarded, survived = [], [], []
+    progress = []
     for k, o in enumerate(t.main):
         name, (lost, n) = names[id(o)], rewards.collapsed_at_best(o.curve)
         full = Pair([o], t.whole) if t.whole and o is not t.whole else None
@@ -762,29 +729,15 @@ def _rewarded(t: Task, figure: str) -> base.Section:
         without = f"{name} (without {lost} of {n} runs: collapsed)" if lost else name
         episodes = [s * int(key["batch_size"]) for s in steps]
         progress.append(base.Series.of(without, episodes, means, **look))
-        at = rewards.at_each_lr(o.curve)
-        known = {lr: e for lr, (e, _) in at.items() if e.value is not None}
-        rewarded.append(base.Series.of(name, list(known), list(known.values()), **look))
-        shares = [100 * left for _, left in at.values()]
-        survived.append(base.Series(name, list(at), shares, **look))
     head = (
         "curve | best LR [95%] | reward, points [95%] | collapsed there | behind FullFT, points "
         "[95%] | behind FullFT of LoRA's matrices | ratio of best LRs [95%] | good LRs | range "
         "over FullFT's [95%]"
     )
     text = [f"Bits of the labels over the capacity of rank 1: {t.load:.2g}." if t.load else "", HOW]
-    place, lr = f"{key['model']} on {key['dataset']}, each at its best stable LR", "learning rate"
+    place = f"{key['model']} on {key['dataset']}, each at its best stable LR"
     lines = {"before training": start} if math.isfinite(start) else {}
-    panels = [base.Panel(place, "episodes", REWARD, progress, log_x=True, lines=lines)]
-    if any(len(np.unique(o.curve.x)) > 1 for o in t.main):
-        what, least = (
-            "at the end, without the runs that collapsed",
-            100 * (1 - rewards.MAX_COLLAPSED),
-        )
-        panels.append(base.Panel(what, lr, REWARD, rewarded, log_x=True, lines=lines))
-        more: dict[str, Any] = {"log_x": True, "y_range": (0, 105)}
-        more["lines"] = {f"stable: {least:.0f}% or more": least}
-        panels.append(base.Panel("runs that do not collapse", lr, "% of runs", survived, **more))
+    panels = [base.Panel(place, "episodes", "held-out reward", progress, log_x=True, lines=lines)]
     caption = "reward over episodes by arm"
     return base.Section.of(f"Rewards, {t.name}", head, rows, text, figure, panels, caption)
 

@@ -39,7 +39,11 @@ class Twins:
         self.rows: list[list[str]] = []
         learned = by_run(proofs)
         proofs = proofs[proofs.index.isin(list(learned))]  # others' tables may lack curves
-        keys = [str(twin_key(r)) for _, r in proofs.iterrows()]
+        # what twins share, to 9 digits
+        product = proofs["alpha"] * proofs["init_scale"] * proofs["lr"] * proofs["lr_b_ratio"]
+        same = (proofs[k] for k in ("rank", "seed", "steps"))
+        shared = [product, proofs["init_scale"] / proofs["lr"], *same]
+        keys = [values.map("{:.9g}".format) for values in shared]
         pairs = [
             pair
             for _, part in (proofs.groupby(keys) if len(proofs) else ())
@@ -62,17 +66,6 @@ class Twins:
                 settings = [", ".join(f"{k} {r[k]:g}" for k in names) for r in (a, b)]
                 expected = "equal" if equal else "different"
                 self.rows.append([*settings, acts, expected, f"{most:.2g}"])
-
-
-def twin_key(row: pd.Series) -> tuple[float, ...]:
-    """Return the values that twins share, to 9 digits.
-
-    These are alpha x init_A x LR_B, init_A / LR_A, rank, seed and steps.
-    """
-    lr_b = row["lr"] * row["lr_b_ratio"]
-    shared = [row["alpha"] * row["init_scale"] * lr_b, row["init_scale"] / row["lr"]]
-    shared += [row[k] for k in ("rank", "seed", "steps")]
-    return tuple(float(f"{v:.9g}") for v in shared)
 
 
 def broken_by(a: pd.Series, b: pd.Series) -> str | None:
@@ -178,10 +171,7 @@ def report(asked: base.Asked, c: Settings) -> tuple[dict[str, Any], list[base.Se
         f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
         for r, e in c.drifts.items()
     ]
-    lrs = {RULES[r]: {base.rank_of(o): o.best_lr for o in v} for r, v in c.rules.items()}
-    panel = base.panel_over("rank", "optimal LR by rank", "best LoRA LR", lrs, log_y=True)
-    figure = ("rules.png", [panel], "optimal LR by rank and scaling rule")
-    rules = base.Section.of("Scaling rules", "", [], slopes, *figure)
+    rules = base.Section.of("Scaling rules", "", [], slopes)
     return {"drifts": c.drifts}, [twins, rules]
 
 

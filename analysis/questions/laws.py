@@ -26,7 +26,7 @@ the rule supported a law with an rms error of 6% in 87% of sweeps, one of 15%, t
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -162,39 +162,16 @@ def scale_report(asked: base.Asked, c: Bases) -> tuple[dict[str, Any], list[base
         found_here = [base.best_lr(b.full), base.best_lr(b.lora), b.ratio]
         rows.append([*settings, *found_here, *rivals(b.hidden, b.alpha).values()])
     head = "base | hidden | alpha | base NLL | pretraining tokens | best FullFT LR | best LoRA LR"
-    short = {name: name.partition(" (")[0] for name in rivals(64, 32.0)}
-    head = " | ".join([head, "ratio [95%]", *short.values()])
-
-    # ratios over alpha by base, and over the hidden size at one alpha, with published laws
-    y = "best LoRA LR / best FullFT LR"
-    by_alpha: dict[str, dict[float, Estimate]] = {b.model: {} for b in c.bases}
-    for b in sorted(c.bases, key=lambda b: b.alpha):
-        by_alpha[b.model][b.alpha] = b.ratio
-    alphas = sorted({b.alpha for b in c.bases})
-    mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]
-    at = [b for b in c.bases if b.alpha == mid]
-    measured = base.Series.of("a base", [b.hidden for b in at], [b.ratio for b in at], style="o")
-    widths = [b.hidden for b in c.bases]
-    grid = np.geomspace(min(widths), max(widths), 20).tolist()
-    lines = [
-        base.Series(
-            f"{short[name]}, alpha {mid:g}",
-            grid,
-            [rivals(h, mid)[name] for h in grid],
-            style=("--", ":", "-.", "-")[k % 4],
-            colour="grey",
-        )
-        for k, name in enumerate(short)
+    short = (name.partition(" (")[0] for name in rivals(64, 32.0))
+    head = " | ".join([head, "ratio [95%]", *short])
+    ratios = base.Section.of("Ratios", head, rows)
+    place = {id(o): k for k, o in enumerate(c.optima)}
+    measured = [
+        {"alpha": b.alpha, "ratio": b.ratio, "regrets": {}, "at": place[id(b.lora)]}
+        for b in c.bases
     ]
-    by_hidden, x = f"by hidden size at alpha {mid:g}, with laws", "hidden size"
-    panels = [
-        base.panel_over("alpha", "by alpha", y, by_alpha, log_y=True),
-        base.Panel(by_hidden, x, y, [measured, *lines], log_x=True, log_y=True),
-    ]
-    caption = "the ratio over alpha and hidden size, with published laws"
-    ratios = base.Section.of("Ratios", head, rows, [], "law.png", panels, caption)
     found = {k: {"p": w.p, "q": w.q, "rivals": w.rivals} for k, w in c.laws.items()}
-    return {"laws": found}, [laws, ratios]
+    return {"laws": found, "ratios": measured}, [laws, ratios]
 
 
 def _hidden(name: str, of: str) -> base.Estimand:
@@ -287,18 +264,6 @@ def resampled(cells: Sequence[Cell], squares: Sequence[float]) -> np.ndarray:
     return np.sqrt(np.maximum(counts @ (squares @ at) / (counts @ at.sum(0)), 0.0))
 
 
-def worst_of(errors: Mapping[str, np.ndarray]) -> Estimate:
-    """Combine the criteria on the resampled errors of the law and of every rival.
-
-    Each quantile of the result is the largest quantile of: the law's error - WITHIN, and the law's
-    error - a rival's error. So its interval is below 0 if every criterion's interval is, and above
-    0 if one of them is.
-    """
-    own = errors[RATE_LAW]
-    criteria = [own - WITHIN, *(own - e for name, e in errors.items() if name != RATE_LAW)]
-    return from_draws(np.max(np.sort(criteria, axis=1), axis=0), len(own))
-
-
 @dataclass(frozen=True)
 class Cells(base.Condition):
     """All new conditions, of this table and of the other scale's kept answer."""
@@ -328,8 +293,16 @@ class Cells(base.Condition):
 
     @property
     def worst(self) -> Estimate:
-        bases = len({c.base for c in self.cells})
-        return replace(worst_of(self.errors), spread=Spread(bases, BASES))
+        """Combine the criteria on the resampled errors of the law and of every rival.
+
+        Each quantile is the largest quantile of: the law's error - WITHIN, and the law's error - a
+        rival's error. So the interval is below 0 if every criterion's interval is, and above 0 if
+        one of them is.
+        """
+        own = self.errors[RATE_LAW]
+        criteria = [own - WITHIN, *(own - e for name, e in self.errors.items() if name in RIVALS)]
+        worst = from_draws(np.max(np.sort(criteria, axis=1), axis=0), len(own))
+        return replace(worst, spread=Spread(len({c.base for c in self.cells}), BASES))
 
     def gates(self) -> list[Gate]:
         """List the gates on all curves; also if conditions are missing."""

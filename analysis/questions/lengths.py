@@ -27,7 +27,7 @@ from analysis.measures.speed import curves_at_best, log_rho, rho
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, at_step, steps_seen, while_unsolved
-from analysis.runs.lr_curves import runs_of, title
+from analysis.runs.lr_curves import runs_of
 
 # ---------------------------------------------------------------- compute
 
@@ -128,10 +128,16 @@ class Arms(base.TwoArms):
         """Costs relative to full fine-tuning's, by rank and estimand."""
         goal, reached, found = self.goal.points, self.reached, {}
         pooled = pooled_over(log_rho(goal, r.points) for r in reached.values())
+        of_full = self.seconds(0)
         for rank, o in self.lora.items():
             row = runs_of(self.runs, o.curve).iloc[0]
             operations = exactly(flops_ratio(json.loads(row["spec"]), int(row["n_trainable"])))
-            seconds = ratio_of_times(self.seconds(rank), self.seconds(0))
+            both, seconds = (self.seconds(rank), of_full), base.UNKNOWN
+            if min(map(len, both)) >= MIN_RUNS:  # bootstrapped over runs
+                rng, n = np.random.default_rng(20251125), sum(map(len, both))
+                draws = (rng.choice(v, (4000, len(v))) for v in both)
+                x, y = (np.log(np.quantile(v, FASTEST, axis=1)) for v in draws)
+                seconds = exp_of(from_draws(x - y, n))
             steps = rho(goal, reached[rank].points, pooled)  # LoRA's steps over full fine-tuning's
             found[rank] = {
                 "flops_per_step": operations,
@@ -168,15 +174,6 @@ class Arms(base.TwoArms):
         arms = filter(None, (self.seconds(0), self.seconds(self.top)))
         most = max((float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms), default=1.0)
         return [] if most <= QUIET else [Gate(GateCode.BUSY, f"{most:.2g}")]
-
-
-def ratio_of_times(a: list[float], b: list[float]) -> Estimate:
-    """Return the ratio of two arms' 10% quantiles of time, bootstrapped over runs."""
-    if len(a) < MIN_RUNS or len(b) < MIN_RUNS:
-        return base.UNKNOWN
-    rng = np.random.default_rng(20251125)
-    x, y = (np.quantile(rng.choice(v, (4000, len(v))), FASTEST, axis=1) for v in (a, b))
-    return exp_of(from_draws(np.log(x) - np.log(y), len(a) + len(b)))
 
 
 def _times(a: Estimate, b: Estimate) -> Estimate:
@@ -368,19 +365,8 @@ def short_report(asked: base.Asked, c: Lengths) -> tuple[dict[str, Any], list[ba
         f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones.",
         c.note,
     ]
-    steps, ratios = [h.step for h in c.horizons], [h.ratio for h in c.horizons]
-    panel = base.Panel(
-        f"{title(c.optima[0].curve, length=False)}: beginnings of the same runs",
-        "updates",
-        "best LoRA LR / best FullFT LR",
-        [base.Series.of("ratio", steps, ratios, colour=1)],
-        log_x=True,
-        log_y=True,
-        lines={"the study, long runs: 10": 10.0, "the study, short runs: 15": 15.0},
-    )
-    caption, name = "ratio of the optimal LRs over the length of the run", "The ratio by horizon"
-    by_horizon = base.Section.of(name, head, rows, text, "horizons.png", [panel], caption)
     horizons = [{"step": h.step, **h.ratio.plain()} for h in c.horizons]
+    by_horizon = base.Section.of("The ratio by horizon", head, rows, text)
     return {"horizons": horizons}, [by_horizon]
 
 

@@ -210,16 +210,8 @@ def report(asked: base.Asked, c: Ranks) -> tuple[dict[str, Any], list[base.Secti
         "fine-tuning's updates to the rank's last loss, over the rank's own. Curves end at update "
         f"{c.last}.",
     ]
-    single = []
-    for r, o in c.by_rank.items():
-        curves = pd.DataFrame([dict(p) for p in c.points[r].best.values()])
-        mean = curves.mean().sort_index()
-        single.append(base.Series(o.curve.name, mean.index.tolist(), mean.tolist()))
-    title, y = "runs at the optimal LR, mean over seeds", "held-out NLL (nats per token)"
-    panels = [base.Panel(title, "updates", y, single, log_x=True)]
     head = "rank | behind from step, by seed | rho [95%]"
-    figure = ("departures.png", panels, "learning curves by rank, at the optimal LR")
-    behind = base.Section.of("Falling behind", head, rows, text, *figure)
+    behind = base.Section.of("Falling behind", head, rows, text)
     rows = [
         [r.rank, "never" if math.isinf(r.leaves) else r.leaves]
         + [signed(float(v[0])) for v in (r.difference, r.band)]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
-from analysis.inference.estimate import Estimate, number, rate, signed
+from analysis.inference.estimate import number, rate, signed
 from analysis.measures import at_best
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import Optimum
@@ -21,14 +21,7 @@ from analysis.questions import base
 from analysis.runs.lr_curves import full_names, runs_of
 
 EVERY_LAYER = "attention+mlp+unembedding"
-RECIPES = {
-    "attention_at_full_lr": "attention only,\nFullFT's LR",
-    "alpha_twice_rank": "alpha = 2r",
-    "default_rate": "attention and\nMLP at 2e-4",
-    "original": "attention,\nalpha = r,\n2e-4, decayed",
-    "ten_times": "10x FullFT's\nLR",
-}
-"""Estimand -> name in the figure."""
+RECIPES = ["attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times"]
 STEPS = 200
 """Number of LRs of full fine-tuning among which equal learning with LoRA is searched for."""
 Losses = dict[str, float]
@@ -100,13 +93,6 @@ class Recipes(base.Condition):
         lora = base.lora_of(self.few)
         return [lora[0], lora[-1]] if len(lora) > 1 else []
 
-    def few_speed(self) -> Estimate | None:
-        """Return rho of the lowest rank against the highest rank, on few rows."""
-        if not self.few_ends:
-            return None
-        low, high = curves_at_best(self.runs, self.few_ends)
-        return rho(low, high)
-
     # ---- the pretraining task
 
     @property
@@ -123,13 +109,6 @@ class Recipes(base.Condition):
     def lost(self, o: Optimum) -> at_best.AtBest[float]:
         """Return the increase of the loss on the pretraining task at a curve's optimum."""
         return self.retained[id(o)].map(lambda v: v["lost"])
-
-    def retention(self) -> Estimate | None:
-        """Return tuned LoRA's loss on the pretraining task over full fine-tuning's (`lost`)."""
-        if not self.is_retained:
-            return None
-        tuned, full = self.lost(self.tuned), self.lost(self.full)
-        return at_best.over_seeds(tuned.paired(full, lambda x, y: x / y))
 
     @cached_property
     def equal(self) -> at_best.AtBest[Losses]:
@@ -168,12 +147,6 @@ class Recipes(base.Condition):
         draws = (w if w.keys() == best.keys() else {} for w in map(equal, runs.draws))
         return at_best.AtBest(best, tuple(draws))
 
-    def retention_equal(self) -> Estimate | None:
-        """Return as `retention`, with full fine-tuning at the LR of `equal`."""
-        if not self.is_retained:
-            return None
-        return at_best.over_seeds(self.equal.map(lambda v: v["lora"] / v["lost"]))
-
     def gates_on_equal(self) -> list[Gate]:
         """List the gates: too few seeds in which full fine-tuning learned as much as LoRA."""
         both = self.lost(self.tuned).best.keys() & self.lost(self.full).best.keys()
@@ -200,32 +173,41 @@ def conditions(table: pd.DataFrame) -> list[Recipes]:
     return [Recipes(f"{table['model'].iloc[0]} on {main}", table, optima + few, optima, few)]
 
 
-def _cost(name: str) -> base.Estimand:
-    """Declare the cost of a recipe."""
-    return base.Estimand(
-        name,
-        lambda c: c.recipes[name].estimate,
-        lambda c: base.gates_on(c.rests),
-        margin_gates=lambda c, high: c.recipes[name].gates(high),
-    )
-
-
 PRETRAINING = "the pretraining task"
 ESTIMANDS = [
-    *map(_cost, RECIPES),
+    *(
+        base.Estimand(
+            name,
+            lambda c, name=name: c.recipes[name].estimate,
+            lambda c: base.gates_on(c.rests),
+            margin_gates=lambda c, high, name=name: c.recipes[name].gates(high),
+        )
+        for name in RECIPES
+    ),
     base.Estimand(
         "small_data_rank",
-        Recipes.few_speed,
+        lambda c: rho(*curves_at_best(c.runs, c.few_ends)) if c.few_ends else None,
         lambda c: base.gates_on_speed(c.few_ends),
         absent="two ranks on few rows",
         log=True,
     ),
     base.Estimand(
-        "retention", Recipes.retention, lambda c: base.gates_on(c.rests), absent=PRETRAINING
+        "retention",  # tuned LoRA's loss on the pretraining task over full fine-tuning's (`lost`)
+        lambda c: (
+            at_best.over_seeds(c.lost(c.tuned).paired(c.lost(c.full), lambda x, y: x / y))
+            if c.is_retained
+            else None
+        ),
+        lambda c: base.gates_on(c.rests),
+        absent=PRETRAINING,
     ),
     base.Estimand(
-        "retention_equal",
-        Recipes.retention_equal,
+        "retention_equal",  # the same, with full fine-tuning at the LR of `equal`
+        lambda c: (
+            at_best.over_seeds(c.equal.map(lambda v: v["lora"] / v["lost"]))
+            if c.is_retained
+            else None
+        ),
         Recipes.gates_on_equal,
         absent=PRETRAINING,
         read=lambda c: f"{len(c.equal.best) if c.is_retained else 0} seed(s)",
@@ -257,12 +239,7 @@ def report(asked: base.Asked, c: Recipes) -> tuple[dict[str, Any], list[base.Sec
         "around it. Next to an LR that diverged the nearest LR counts, and the recipe loses at "
         "least that much."
     )
-    shares = {RECIPES[k]: r.estimate for k, r in c.recipes.items()}
-    title = "regret as a share of tuned LoRA's gain"
-    panels = [base.panel_of(title, "share", shares, band=(-0.05, 0.05))]
-    costs = base.Section.of(
-        "Recipes", head, rows, [text], "recipes.png", panels, "regret of recipes"
-    )
+    costs = base.Section.of("Recipes", head, rows, [text])
     rows, at = [], ("test", "after", "before")
     pooled = at_best.pooled_over(c.lost(o) for o in c.main) if c.is_retained else None
     names = full_names([o.curve for o in c.main])

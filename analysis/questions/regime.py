@@ -105,22 +105,6 @@ class Data(base.Condition):
         """The largest rank with a load above 1, by the generator's bits; or None."""
         return max((r for r, g in self.last.items() if (g.load or 0) > 1), default=None)
 
-    @functools.cached_property
-    def over_updates(self) -> dict[int, dict[int, Estimate]]:
-        """Rank -> updates (FIRST / 2, doubled up to the last) -> gap in nats.
-
-        All gaps are on the same held-out rows. Empty where `first` is.
-        """
-        found: dict[int, dict[int, Estimate]] = {r: {} for r in self.first}
-        same, steps = on_curve_rows(self.runs), int(self.of("steps"))
-        doubled = [FIRST // 2 * 2**k for k in range((2 * steps // FIRST).bit_length())]
-        for step in sorted({*doubled, steps}) if found else ():
-            part = at_step(same, step)
-            for r, g in (_by_rank(part, base.fit(part)) if len(part) else {}).items():
-                if r in found and (e := g.mean()).has_interval():
-                    found[r][step] = e
-        return found
-
     @property
     def growing(self) -> tuple[regret.Gap, regret.Gap] | None:
         """The smallest rank's gap after FIRST and after all updates, on the same rows."""
@@ -288,22 +272,10 @@ def _regret(
     return _on(where, name, lambda c: gap(c).over_allowed(), gates, **more)
 
 
-def _gates_apart(c: Data) -> list[Gate]:
-    better = c.gap.mean().high
-    none = [] if better is not None and better < 0 else [Gate(GateCode.NO_ADVANTAGE)]
-    return c.gates_at_eighth() + none
-
-
 def _gates_on_growth(c: Data) -> list[Gate]:
-    lows = [g.mean().low for g in c.growing]
-    behind = any(low is not None and low > 0 for low in lows)
-    none = [] if behind else [Gate(GateCode.NO_GAP)]
-    return [*(gate for g in c.growing for gate in base.gates_on_gap(g)), *none]
-
-
-def _gates_on_growths(c: Data) -> list[Gate]:
-    gaps = [each[r] for r in c.growths for each in (c.first, c.last_on_first_rows)]
-    return list(dict.fromkeys(gate for g in gaps for gate in base.gates_on_gap(g)))
+    gates = [gate for g in c.growing for gate in base.gates_on_gap(g)]
+    behind = any((g.mean().low or 0) > 0 for g in c.growing)
+    return gates if behind else [*gates, Gate(GateCode.NO_GAP)]
 
 
 ESTIMANDS = [
@@ -338,7 +310,14 @@ ESTIMANDS = [
         # All ranks must grow, so the one with the lowest end of its interval decides, or one
         # without an interval.
         lambda c: min(c.growths.values(), key=lambda e: -math.inf if e.low is None else e.low),
-        _gates_on_growths,
+        lambda c: list(
+            dict.fromkeys(
+                gate
+                for r in c.growths
+                for g in (c.first[r], c.last_on_first_rows[r])
+                for gate in base.gates_on_gap(g)
+            )
+        ),
         read=lambda c: f"ranks {min(c.growths)} to {max(c.growths)}, update {FIRST} to the last",
     ),
     _on(
@@ -391,7 +370,10 @@ ESTIMANDS = [
         lambda c: over_seeds(
             (parts := c.parts_of_gap[c.eighth])["unchanged"].minus(parts["changed"])
         ),
-        _gates_apart,
+        lambda c: (
+            c.gates_at_eighth()
+            + ([] if (c.gap.mean().high or 0) < 0 else [Gate(GateCode.NO_ADVANTAGE)])
+        ),
     ),
     _regret(lambda c: c.novelty is None, "over_allowed_real", lambda c: c.gap),
     _regret(
@@ -412,42 +394,11 @@ ESTIMANDS = [
 
 # ---------------------------------------------------------------- report
 
-LINEAR, LINEAR_NATS = 1.0, 0.01
-"""Below this percentage of the gain, or this gap in nats, an axis is linear, so that 0 and less can
-be drawn."""
-
 
 def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.Section]]:
     """Return regret, load, gap and its parts by condition and rank; the gap over updates."""
-    cells = [
-        {
-            "cell": c.name,
-            "batch_size": int(c.of("batch_size")),
-            "updates": int(c.of("steps")),
-            "bits": c.bits,
-            "rank_interpolated": c.rank_needed,
-            "loads_needed": {k: c.load_needed(k) for k in regret.COUNTS},
-            "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
-            "ranks": [
-                {
-                    "rank": r,
-                    "load": g.load,
-                    "loads": c.loads[r],
-                    "gain_nats": mean_of(g.gain) if g.gain.best else None,
-                    "gap_nats": g.mean(),
-                    "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
-                    "regret_percent": at_level(g.percent(), base.level_of(asked)),
-                    "gap_nats_first": c.first[r].mean() if r in c.first else None,
-                }
-                for r, g in c.last.items()
-            ],
-        }
-        for c in found
-    ]
-    return {"cells": cells}, [_over_rank(found), _over_updates(found)]
-
-
-def _over_rank(found: Sequence[Data]) -> base.Section:
+    cells: list[dict[str, Any]] = []
+    rows: list[list[Any]] = []
     text = [
         "Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
         f"fine-tuning gains; up to {regret.ALLOWED:.0%} counts as none. Load: bits to learn over "
@@ -457,71 +408,59 @@ def _over_rank(found: Sequence[Data]) -> base.Section:
         "each before the model trains on it. The gap in nats is the sum of two parts: of contexts "
         "whose next-symbol probabilities are new (changed), and of the others."
     ]
-    rows: list[list[Any]] = []
-    lines = {}
+    growth = []
     for c in found:
-        regrets = {r: g.percent() for r, g in c.last.items()}
+        name, steps, ranks = c.name, int(c.of("steps")), []
         for r, g in c.last.items():
-            parts = [with_interval(over_seeds(v), signed) for v in c.parts_of_gap[r].values()]
+            percent, parts, first = g.percent(), c.parts_of_gap[r], c.first.get(r)
+            of_parts = [with_interval(over_seeds(v), signed) for v in parts.values()]
             loads = [c.loads[r].get(count) for count in regret.COUNTS]
-            shares = [mean_of(g.gain), regrets[r], *loads, *(parts or (None, None))]
-            rows.append([c.name, c.of("steps"), r, *shares])
-        if str(c.needed) != "-":  # "-": no rank could be judged
-            rank, needed = c.rank_needed, (number(c.load_needed(k).value) for k in regret.COUNTS)
-            between = f"; interpolated {with_interval(rank)}, loads {', '.join(needed)}"
+            shares = [mean_of(g.gain), percent, *loads, *(of_parts or (None, None))]
+            rows.append([name, steps, r, *shares])
+            ranks.append(
+                {
+                    "rank": r,
+                    "load": g.load,
+                    "loads": c.loads[r],
+                    "gain_nats": mean_of(g.gain) if g.gain.best else None,
+                    "gap_nats": g.mean(),
+                    "parts_nats": {k: mean_of(v) for k, v in parts.items()},
+                    "regret_percent": at_level(percent, base.level_of(asked)),
+                    "gap_nats_first": first.mean() if first else None,
+                }
+            )
+            if first and (last := c.last_on_first_rows.get(r)):
+                gaps = [first.mean(), last.mean(), regret.growth(first, last)]
+                growth.append([name, r, *(with_interval(e, signed) for e in gaps)])
+        rank, loads_needed = c.rank_needed, {k: c.load_needed(k) for k in regret.COUNTS}
+        needed = c.needed
+        cells.append(
+            {
+                "cell": name,
+                "batch_size": int(c.of("batch_size")),
+                "updates": steps,
+                "bits": c.bits,
+                "rank_interpolated": rank,
+                "loads_needed": loads_needed,
+                "rank_needed": [needed.above, None if math.isinf(needed.up_to) else needed.up_to],
+                "ranks": ranks,
+            }
+        )
+        if str(needed) != "-":  # "-": no rank could be judged
+            of_counts = ", ".join(number(e.value) for e in loads_needed.values())
+            between = f"; interpolated {with_interval(rank)}, loads {of_counts}"
             between = "" if rank.value is None else between
-            text.append(f"{c.name}: the smallest rank with no regret is {c.needed}{between}.")
-        # Where nothing is new there is hardly a gain to compare with.
-        known = {r: e for r, e in regrets.items() if e.value is not None}
-        if known and (c.novelty is None or not c.novelty.nothing):
-            lines[f"{c.name}, {c.of('steps')} updates"] = known
-    lows = [e.low for line in lines.values() for e in line.values() if e.low is not None]
-    panel = base.panel_over(
-        "rank",
-        "each rank and full fine-tuning at their optimal LRs",
-        "regret, % of full fine-tuning's gain",
-        lines,
-        log_y=True,
-        linear_below=LINEAR,
-        lines={f"counts as none: {regret.ALLOWED:.0%}": 100 * regret.ALLOWED},
-        y_range=(1.5 * min([-LINEAR, *lows]), None),
-    )
+            text.append(f"{name}: the smallest rank with no regret is {needed}{between}.")
     counts = " | ".join(f"load by {words}" for words in regret.COUNTS.values())
     head = "condition | updates | rank | gain of FullFT | regret, % of the gain [95%] | "
     head += f"{counts} | changed contexts, nats [95%] | unchanged contexts"
-    figure = ("regret.png", [panel], "regret over rank")
-    return base.Section.of("Regret over rank", head, rows, text, *figure)
-
-
-def _over_updates(found: Sequence[Data]) -> base.Section:
-    rows, panels = [], []
-    shown = [e for c in found for of in c.over_updates.values() for e in of.values()]
-    ends = [end for e in shown for end in e.interval]
-    y_range = (1.1 * min([0.0, *ends]), 1.3 * max([0.0, *ends]))
-    for c in found:
-        for r, g in c.last_on_first_rows.items():
-            if r in c.first:
-                gaps = [c.first[r].mean(), g.mean(), regret.growth(c.first[r], g)]
-                rows.append([c.name, r, *(with_interval(e, signed) for e in gaps)])
-        if any(c.over_updates.values()) and not (c.novelty and c.novelty.nothing):
-            series = [
-                base.Series.of(f"rank {r}", of, list(of.values()), colour=k)
-                for k, (r, of) in enumerate(c.over_updates.items(), 1)
-            ]
-            steps = sorted({n for of in c.over_updates.values() for n in of})
-            look: dict[str, Any] = {"log_y": True, "linear_below": LINEAR_NATS}
-            look |= {"lines": {"full fine-tuning": 0.0}, "y_range": y_range}
-            look |= {"log_x": True, "ticks": [(float(n), str(n)) for n in steps]}
-            y = "LoRA's loss - full fine-tuning's (nats)"
-            panels.append(base.Panel(c.name, "updates", y, series, **look))
+    over_rank = base.Section.of("Regret over rank", head, rows, text)
     text = [
         "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. All "
-        "gaps are on the same held-out rows. The figure's axis is linear up to "
-        f"{LINEAR_NATS:g} nats, and logarithmic above."
+        "gaps are on the same held-out rows."
     ]
     head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
-    figure = ("growth.png", panels, "the gap in nats after few and after many updates")
-    return base.Section.of("Speed or capacity", head, rows, text, *figure)
+    return {"cells": cells}, [over_rank, base.Section.of("Speed or capacity", head, growth, text)]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, report)

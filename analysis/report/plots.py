@@ -27,7 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 from analysis.inference.estimate import rate, with_interval
 from analysis.optimum.fit import Optimum
 from analysis.optimum.valley import rate_means, without_shifts
-from analysis.questions.base import Panel, Series, by_group
+from analysis.questions.base import Panel, by_group
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names, runs_of, title
 
@@ -42,8 +42,6 @@ MANY = 3
 """A legend with more entries, or in a panel with horizontal lines, goes below the axes."""
 PLAIN = 1e5
 """Tick labels of a logarithmic axis from 1 up to this are plain numbers, not powers of ten."""
-ROWS = 8
-"""From so many named estimates in a panel on, a figure has a row for each instead of a column."""
 ARROW = 24
 """Length of an arrow, in points."""
 INPUTS = "Inputs"
@@ -86,28 +84,21 @@ def drawn(
 
 def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
     """Draw panels side by side; equal y labels share y limits, equal legends are drawn once."""
-    most = max((len(p.ticks or ()) for p in parts if _is_named(p)), default=0)
-    height = 1.2 + 0.33 * most if most >= ROWS else 4.1
-    size = (4.8 if len(parts) > 1 else 7.2, height)
+    size = (4.8 if len(parts) > 1 else 7.2, 4.1)
     with drawn(path, inputs, len(parts), size, bbox_inches="tight") as (fig, axes):
         used = list(zip(axes, parts))
-        flat = {id(ax): most >= ROWS and _is_named(panel) for ax, panel in used}
         for ax, panel in used:
-            _draw(ax, panel, flat[id(ax)])
+            _draw(ax, panel)
         for ax, panel in used:
-            ends = "xlim" if flat[id(ax)] else "ylim"
-            alike = [o for o, p in used if p.y == panel.y and flat[id(o)] == flat[id(ax)]]
-            lows, highs = zip(*(getattr(other, f"get_{ends}")() for other in alike))
-            ax.set(**{ends: (min(lows), max(highs))})
-        for ax, panel in used:
-            _label_ticks(ax, panel, flat[id(ax)])
+            lows, highs = zip(*(other.get_ylim() for other, p in used if p.y == panel.y))
+            ax.set_ylim(min(lows), max(highs))
+            _label_ticks(ax, panel)
         labels = [ax.get_legend_handles_labels()[1] for ax, _ in used]
         shared = len(used) > 1 and all(mine == labels[0] for mine in labels)
         below = {**BELOW, "ncol": 2}
         for (ax, panel), mine in zip(used, labels) if not shared else ():
             if len(mine) > MANY or panel.lines:
-                texts = [] if flat[id(ax)] else [t for _, t in panel.ticks or ()]
-                lines = max((t.count("\n") for t in texts), default=0)
+                lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
                 ax.legend(bbox_to_anchor=(0.5, -0.19 - 0.07 * lines), **below)
             elif mine:
                 ax.legend(**LEGEND)
@@ -117,56 +108,48 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
             fig.legend(handles, labels[0], bbox_to_anchor=(0.5, 0.0), **below)
 
 
-def _is_named(panel: Panel) -> bool:
-    """Whether a panel has a name for each estimate, instead of values of x."""
-    return panel.ticks is not None and not panel.log_x
-
-
-def _draw(ax: Axes, panel: Panel, flat: bool) -> None:
-    """Draw a panel's band, lines and series, and set its scales; `flat`: values along x."""
+def _draw(ax: Axes, panel: Panel) -> None:
+    """Draw a panel's band, lines and series, and set its scales."""
     if panel.band is not None:
         low, high = panel.band
         look: dict[str, Any] = {"color": COLOURS[3], "alpha": 0.13, "lw": 0}
-        (ax.axvspan if flat else ax.axhspan)(low, high, label=f"margin {low:g} to {high:g}", **look)
+        ax.axhspan(low, high, label=f"margin {low:g} to {high:g}", **look)
     for (label, height), dash in zip(panel.lines.items(), itertools.cycle(("--", ":", "-."))):
-        look = {"color": "grey", "lw": 1.2, "ls": dash, "label": label}
-        (ax.axvline if flat else ax.axhline)(height, **look)
-    for k, series in enumerate(panel.series):
-        _series(ax, series, k, flat)
-    if flat:
-        ax.set(xlabel=panel.y, ylabel=panel.x, xscale="log" if panel.log_y else "linear")
-        ax.set_title(panel.title, fontsize=10)
-        return
+        ax.axhline(height, color="grey", lw=1.2, ls=dash, label=label)
+    for k, s in enumerate(panel.series):
+        index = k if s.colour is None else s.colour
+        colour = index if isinstance(index, str) else COLOURS[index % len(COLOURS)]
+        x, y = np.asarray(s.x, float), np.array(s.y, float)  # None becomes NaN
+        bounds = np.asarray(s.bounds, int) if len(s.bounds) else np.zeros(len(x), int)
+        style = s.style.replace("o", MARKERS[k % len(MARKERS)])
+        values = np.where(bounds == 0, y, np.nan)
+        ax.plot(x, values, style, label=s.label or None, color=colour, lw=1.6, ms=s.size)
+        for side in (-1, 1):
+            arrows(ax, x[bounds == side], y[bounds == side], (0, side), colour)
+        if len(s.low):
+            low, high = np.array(s.low, float), np.array(s.high, float)
+            # A range without a value has its error bar around the middle.
+            middle = np.where(np.isfinite(y), y, (low + high) / 2)
+            reach = np.clip(np.stack([middle - low, high - middle]), 0, None)
+            bars = np.where(np.isfinite(reach), reach, 0)
+            bars[:, (bounds != 0) & ~(np.isfinite(low) & np.isfinite(high))] = 0
+            ax.errorbar(x, middle, yerr=bars, fmt="none", ecolor=colour, capsize=3, lw=1.2)
     ax.set(xlabel=panel.x, ylabel=panel.y)
     ax.set_title(panel.title, fontsize=10)
-    positive = [float(v) for s in panel.series for v in s.y if v is not None and v > 0]
-    if panel.log_x and positive:  # an empty panel cannot have a log scale
-        ax.set_xscale("log")
-    if panel.log_y and positive and panel.linear_below:
-        ax.set_yscale("symlog", linthresh=panel.linear_below)
-        ax.set_ylim(-panel.linear_below, 4 * max(positive))
-    elif panel.log_y and positive:
-        ax.set_yscale("log")
+    positive = any(v is not None and v > 0 for s in panel.series for v in s.y)
+    if positive:  # an empty panel cannot have a log scale
+        ax.set_xscale("log" if panel.log_x else "linear")
+        ax.set_yscale("log" if panel.log_y else "linear")
     if panel.y_range != (None, None):
         ax.set_ylim(*panel.y_range)
 
 
-def _label_ticks(ax: Axes, panel: Panel, flat: bool) -> None:
+def _label_ticks(ax: Axes, panel: Panel) -> None:
     def plain(value: float, _: float) -> str:
         return f"{value:g}"
 
-    if flat:
-        names = [(v, t.replace("\n+", "+").replace("\n", " ")) for v, t in panel.ticks or ()]
-        ax.set_yticks([v for v, _ in names], [t for _, t in names])
-        ax.set_ylim(len(names) - 0.5, -0.5)
-        return
     low, high = ax.get_ylim()
-    if ax.get_yscale() == "symlog" and high < 1000 * panel.linear_below:
-        steps = (0, *(s * k for k in (0.5, 1, 2, 4, 10, 20, 50, 100) for s in (-1, 1)))
-        ax.set_yticks(sorted(t for s in steps if low <= (t := s * panel.linear_below) <= high))
-        ax.yaxis.set_major_formatter(plain)
-        ax.yaxis.set_minor_locator(NullLocator())
-    elif ax.get_yscale() == "log" and high < 100 * low:
+    if ax.get_yscale() == "log" and high < 100 * low:
         # Less than two decades: label minor ticks with plain numbers too.
         ax.yaxis.set_major_formatter(plain)
         if high >= 6 * low:
@@ -186,36 +169,6 @@ def _label_ticks(ax: Axes, panel: Panel, flat: bool) -> None:
         else:
             ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(plain)
-
-
-def _series(ax: Axes, s: Series, k: int, flat: bool) -> None:
-    """Draw the k-th series of a panel; `flat`: x upwards and y to the right."""
-    index = k if s.colour is None else s.colour
-    colour = index if isinstance(index, str) else COLOURS[index % len(COLOURS)]
-    x, y = np.asarray(s.x, float), np.array(s.y, float)  # None becomes NaN
-    bounds = np.asarray(s.bounds, int) if len(s.bounds) else np.zeros(len(x), int)
-    style = s.style.replace("o", MARKERS[k % len(MARKERS)])
-    look: dict[str, Any] = {"color": colour, "lw": 1.6, "ms": s.size}
-
-    def turned(along: Any, value: Any) -> Any:
-        return (value, along) if flat else (along, value)
-
-    points = turned(x, np.where(bounds == 0, y, np.nan))
-    ax.plot(*points, style, label=s.label or None, **look)
-    for side in (-1, 1):
-        mine = bounds == side
-        where: Any = turned(x[mine], y[mine])
-        arrows(ax, where[0], where[1], turned(0, side), colour)
-    if len(s.low):
-        low, high = np.array(s.low, float), np.array(s.high, float)
-        # A range without a value has its error bar around the middle.
-        middle = np.where(np.isfinite(y), y, (low + high) / 2)
-        reach = np.clip(np.stack([middle - low, high - middle]), 0, None)
-        bars = np.where(np.isfinite(reach), reach, 0)
-        bars[:, (bounds != 0) & ~(np.isfinite(low) & np.isfinite(high))] = 0
-        look = {"fmt": "none", "ecolor": colour, "capsize": 3, "lw": 1.2}
-        look["xerr" if flat else "yerr"] = bars
-        ax.errorbar(*turned(x, middle), **look)
 
 
 def arrows(
@@ -255,7 +208,41 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
                 span = max(float(y.max() - y.min()), 1e-3)
                 broken, limit = float(y.max()) + 0.08 * span, float(y.max()) + 0.14 * span
             for k, o in enumerate(members):
-                _fitted(ax, o, names[id(o)], k, broken, limit)
+                label = names[id(o)]
+                index, again = _look(k)
+                colour, marker = COLOURS[index], MARKERS[(index + again) % len(MARKERS)]
+                c, e, height = o.curve, o.best_lr, o.best_nll
+                known = any(v is not None for v in (e.value, e.low, e.high))
+                if known:
+                    label += f": best {with_interval(e, rate)}"
+                elif o.flags:
+                    label += f": {o.flags[-1].replace('_', ' ')}"
+                x, y = without_shifts(c)
+                rates = np.exp(c.unbroken)
+                plain = np.isin(x, c.unbroken)
+                look: dict[str, Any] = {"color": colour, "ms": 5, "alpha": 0.8}
+                ax.plot(np.exp(x[plain]), y[plain], marker, label=label, **look)
+                ax.plot(np.exp(x[~plain]), y[~plain], marker, mfc="none", **look)
+                bad = np.exp(c.x[~c.usable])
+                ax.plot(bad, np.full(len(bad), broken), "x", color=colour, ms=7, mew=2)
+                if len(rates) > 1:
+                    grid = np.geomspace(rates[0], rates[-1], 200)
+                    if (fitted := o.predict(grid)) is not None:
+                        inside = fitted <= limit
+                        ax.plot(grid[inside], fitted[inside], "-", color=colour, lw=1.3)
+                if not known or height is None:
+                    continue
+                look = {"color": colour, "ms": 14, "mew": 2, "capsize": 4, "zorder": 5}
+                if e.low is not None and e.high is not None:
+                    at = e.value or math.sqrt(e.low * e.high)
+                    reach = [[at - e.low], [e.high - at]]
+                    ax.errorbar([at], [height], xerr=reach, fmt="|" if e.value else "none", **look)
+                elif e.value is not None:
+                    ax.errorbar([e.value], [height], fmt="|", **look)
+                elif e.low is not None:
+                    arrows(ax, [e.low], [height], (1, 0), colour)
+                elif e.high is not None:
+                    arrows(ax, [e.high], [height], (-1, 0), colour)
             ax.set(
                 xscale="log", xlabel="learning rate", ylabel=f"{shown.label}, seeds at their mean"
             )
@@ -265,45 +252,6 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
             ax.legend(**BELOW, bbox_to_anchor=(0.5, -0.16))
         _same_axes(panels)
         fig.tight_layout()
-
-
-def _fitted(ax: Axes, o: Optimum, label: str, k: int, broken: float, limit: float) -> None:
-    """Draw the k-th curve of a group: runs, fit up to `limit`, best LR, and broken runs."""
-    index, again = _look(k)
-    colour, marker = COLOURS[index], MARKERS[(index + again) % len(MARKERS)]
-    c, e, height = o.curve, o.best_lr, o.best_nll
-    known = any(v is not None for v in (e.value, e.low, e.high))
-    if known:
-        label += f": best {with_interval(e, rate)}"
-    elif o.flags:
-        label += f": {o.flags[-1].replace('_', ' ')}"
-    x, y = without_shifts(c)
-    rates = np.exp(c.unbroken)
-    plain = np.isin(x, c.unbroken)
-    look: dict[str, Any] = {"color": colour, "ms": 5, "alpha": 0.8}
-    ax.plot(np.exp(x[plain]), y[plain], marker, label=label, **look)
-    ax.plot(np.exp(x[~plain]), y[~plain], marker, mfc="none", **look)
-    bad = np.exp(c.x[~c.usable])
-    ax.plot(bad, np.full(len(bad), broken), "x", color=colour, ms=7, mew=2)
-    if len(rates) > 1:
-        span = np.geomspace(rates[0], rates[-1], 200)
-        fitted = o.predict(span)
-        if fitted is not None:
-            shown = fitted <= limit
-            ax.plot(span[shown], fitted[shown], "-", color=colour, lw=1.3)
-    if not known or height is None:
-        return
-    look = {"color": colour, "ms": 14, "mew": 2, "capsize": 4, "zorder": 5}
-    if e.low is not None and e.high is not None:
-        at = e.value or math.sqrt(e.low * e.high)
-        reach = [[at - e.low], [e.high - at]]
-        ax.errorbar([at], [height], xerr=reach, fmt="|" if e.value else "none", **look)
-    elif e.value is not None:
-        ax.errorbar([e.value], [height], fmt="|", **look)
-    elif e.low is not None:
-        arrows(ax, [e.low], [height], (1, 0), colour)
-    elif e.high is not None:
-        arrows(ax, [e.high], [height], (-1, 0), colour)
 
 
 def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:

@@ -4,23 +4,25 @@ Questions contribute sections; this module knows no particular claim.
 """
 
 import hashlib
+import importlib.resources
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import Verdict
-from analysis.inference.estimate import number, rate, with_interval
+from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.optimum.fit import WITHIN, Optimum
 from analysis.questions.base import Analysis, level_of
 from analysis.questions.registry import analyse
-from analysis.report import interactive
-from analysis.report.text import aligned, missing, plain, rendered, text_hash
-from analysis.runs.learning_curves import by_run
-from analysis.runs.lr_curves import full_names, in_words
+from analysis.report.text import aligned, check_installed, missing, plain, rendered, text_hash
+from analysis.runs.learning_curves import by_run, learning_curves
+from analysis.runs.lr_curves import full_names, in_words, runs_of
 from analysis.runs.table import NLL, as_losses, whole, write
 
 NOT_JUDGED = (
@@ -70,8 +72,8 @@ def judge_and_report(
         left_out = write_answer(found, table, question, folder)
         if not left_out:
             title = f"{question['name']} at scale {question['scale']}: {question['question']}"
-            shown = (found.optima, found.ratios, found.verdicts, WITHIN)
-            interactive.write(folder / "report.html", title, as_losses(table), *shown)
+            shown = (found.optima, found.ratios, found.verdicts)
+            write_html(folder / "report.html", title, as_losses(table), *shown)
     if as_json:
         report = None if folder is None or left_out else str(folder / "report.md")
         left = [left_out] if left_out else []
@@ -301,3 +303,102 @@ def _held_out(table: pd.DataFrame) -> str:
         return ""
     last, before = (" or ".join(f"{n:,}" for n in sorted(set(ns))) for ns in zip(*pairs))
     return f"{last} at the end, {before} for learning curves"
+
+
+# ---------------------------------------------------------------- report.html
+
+
+def write_html(
+    path: Path,
+    title: str,
+    table: pd.DataFrame,
+    optima: Sequence[Optimum],
+    ratios: Sequence[tuple[str, str, Estimate]] = (),
+    verdicts: Sequence[Verdict] = (),
+    within: float = WITHIN,
+) -> None:
+    """Write the interactive report: one HTML file with its data and its plotting library inside.
+
+    `templates/report.js` draws and filters the numbers with plotly. Text from a table is shown as
+    text, never as markup.
+
+    Args:
+        table: runs to which the optima were fitted, one per row, with the metric as a loss.
+        ratios: (group, name, LoRA / FullFT) for the forest plot.
+        within: extra loss allowed in the low-regret band.
+
+    Raises:
+        TableError: plotly or jinja2 is not installed.
+    """
+    check_installed("the interactive page", "plotly", "jinja2")
+    learned = learning_curves(table).query("step >= 1").dropna(subset="test_nll")
+    points = {
+        run: list(zip(c["step"].tolist(), c["test_nll"].tolist()))
+        for run, c in learned.groupby("run")
+    }
+    where: dict[Any, int] = {}
+    curves, used = [], []
+    for k, o in enumerate(optima):
+        where |= dict.fromkeys(runs_of(table, o.curve).index, k)
+        used.append({round(float(v), 9) for v in o.curve.x[o.curve.usable]})
+        key, e, sign, x = o.curve.key, o.best_lr, o.curve.shown.sign, o.curve.unbroken
+        fit: dict[str, list[float]] | None = None
+        if o.shape is not None and len(x):
+            lr = np.exp(np.linspace(x.min(), x.max(), 80))
+            nll = [float(f"{sign * v:.6g}") for v in o.predict(lr)]
+            fit = {"lr": [float(f"{v:.5g}") for v in lr], "nll": nll}
+        best = o.best_nll
+        curves.append(
+            {
+                **{"name": o.curve.name, "group": o.curve.group, "metric": o.curve.shown.label},
+                **{"sign": sign, "model": str(key["model"]), "rank": plain(key.get("rank"))},
+                **{"method": str(key["method"]), "batch_size": plain(key.get("batch_size"))},
+                **{"best_lr": e.value, "low": e.low, "high": e.high},
+                "best_nll": None if best is None or not math.isfinite(best) else sign * best,
+                **{"flags": list(o.flags), "band": o.band(within), "fit": fit},
+            }
+        )
+    runs = []
+    for run, row in zip(table.index, table.to_dict("records")):
+        curve = where.get(run)
+        sign = 1 if curve is None else optima[curve].curve.shown.sign
+        nll, is_used = plain(row.get("test_nll")), False
+        if curve is not None and row["status"] == "done":
+            is_used = round(math.log(row["lr"]), 9) in used[curve]
+        details = {k: plain(v) for k, v in row.items() if k not in ("spec", "result", "block")}
+        runs.append(
+            {
+                "curve": curve,
+                "lr": float(row["lr"]),
+                "seed": plain(row.get("seed")),
+                "status": str(row["status"]),
+                "nll": None if nll is None else sign * nll,
+                "fitted": is_used,
+                "learned": [[step, sign * value] for step, value in points.get(run, ())],
+                "details": {k: v for k, v in details.items() if v is not None},
+            }
+        )
+    data = {
+        **{"title": title, "within": within, "curves": curves, "runs": runs},
+        "ratios": [
+            {"group": g, "name": n, "value": e.value, "low": e.low, "high": e.high}
+            for g, n, e in ratios
+        ],
+        "verdicts": [
+            {
+                **{k: getattr(v, k) for k in ("claim", "group", "why", "needed")},
+                "outcome": v.shown,
+                **{k: getattr(v.estimate, k) for k in ("value", "low", "high")},
+                "margin": list(v.margin),
+            }
+            for v in verdicts
+        ],
+    }
+    files = importlib.resources.files
+    library = files("plotly").joinpath("package_data/plotly.min.js").read_text()
+    style, code = (
+        files("analysis.report").joinpath("templates", name).read_text()
+        for name in ("report.css", "report.js")
+    )
+    page = rendered("report.html", data=data, style=style, code=code, library=library)
+    path.write_text(page)

@@ -101,10 +101,10 @@ class LrCurve:
         return ", ".join([*words, *filter(None, [length])])
 
 
-def title(curve: LrCurve, length: bool = True) -> str:
-    """Return the title of a group's figures, in words; `length`: with the number of updates."""
+def title(curve: LrCurve) -> str:
+    """Return the title of a group's figures, in words."""
     updates = ""
-    if length and _known(curve.key.get("steps")):
+    if _known(curve.key.get("steps")):
         steps = int(curve.key["steps"])
         updates = f"first {steps} of {curve.cut_from}" if curve.cut_from else f"{steps}"
         updates += " updates"

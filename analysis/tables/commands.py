@@ -34,8 +34,7 @@ from analysis.optimum.valley import lowest_loss, rate_means
 from analysis.questions import base
 from analysis.questions.base import by_group, by_variant, lora_of
 from analysis.questions.registry import analyse, read_question
-from analysis.report import interactive
-from analysis.report.report import judge_and_report
+from analysis.report.report import judge_and_report, write_html
 from analysis.report.study import answers
 from analysis.report.text import aligned, check_installed, plain
 from analysis.runs import reading
@@ -145,7 +144,7 @@ def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
         arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
         ratios = [(group, o.curve.name, ratio_of([o], full)) for group, o, full in arms]
         title = f"{out.stem}: {len(table.table)} runs"
-        interactive.write(out, title, table.table, optima, ratios, (), args.within)
+        write_html(out, title, table.table, optima, ratios, (), args.within)
         print(f"page: {out}")
         return
     of = args.of

@@ -41,10 +41,6 @@ def fresh(folder):
     return table, question, analyse(table, question, KEPT)
 
 
-def _json(path):
-    return json.loads(path.read_text())
-
-
 def _unit(number):
     """The value of one in the last printed digit."""
     digits, _, exponent = number.partition("e")
@@ -81,37 +77,25 @@ def differing(a, b, where=""):
     return [] if same else [f"{where}: {a} is not {b}"]
 
 
-def test_the_comparison_sees_a_word_and_a_number():
-    line = "SUPPORTED: measured 10.2 [9.1, 11.4] over 1,024 rows"
-    assert not differing_text(line, line.replace("10.2", "10.3"))
-    assert differing_text(line, line.replace("10.2", "10.4"))
-    assert differing_text(line, line.replace("SUPPORTED", "REFUTED"))
-    assert differing_text(line, line.replace("1,024", "1,034"))
-    assert differing({"a": [1.0, "x"]}, {"a": [1.0002, "x"]}) == []
-    assert differing({"a": [1.0, "x"]}, {"a": [1.002, "x"]})
-    assert differing({"a": 1.0}, {"b": 1.0}) and differing({"a": None}, {"a": 1.0})
-
-
 @pytest.mark.parametrize("folder", ANSWERS)
 def test_kept_answers_reports_and_figures_are_what_their_tables_say_today(folder):
     table, question, analysis = fresh(folder)
     today = json.loads(json.dumps(report.results_of(analysis, question, table)))
-    assert differing(today, _json(folder / "results.json")) == []
+    results = (folder / "results.json").read_text()
+    assert differing(today, json.loads(results)) == []
     today = report.render(analysis, question, table)
     assert not differing_text(today, (folder / "report.md").read_text())
     wanted = {s.figure for s in analysis.sections if s.panels}
     wanted |= {"lr_nll.png"} if analysis.optima else set()
-    figures = {p.name: p for p in folder.glob("*.png")}
-    assert wanted <= figures.keys()
-    linked = re.findall(r"\]\((\w+\.png)\)", (folder / "report.md").read_text())
-    assert figures.keys() == set(linked)
-    inputs = report.inputs_hash(table, (folder / "results.json").read_text())
-    assert {name: _inputs(p) for name, p in figures.items()} == dict.fromkeys(figures, inputs)
+    linked = set(re.findall(r"\]\((\w+\.png)\)", (folder / "report.md").read_text()))
+    inputs = report.inputs_hash(table, results)
+    assert wanted <= linked
+    assert {p.name: _inputs(p) for p in folder.glob("*.png")} == dict.fromkeys(linked, inputs)
 
 
 def test_the_table_of_all_rows_is_of_the_kept_answers():
     """The adviser reads it."""
-    today = csv_of(page.Data(answers.read_answers([KEPT])).rows)
+    today = csv_of(page.rows_of(answers.read_answers([KEPT])))
     assert not differing_text(today, (KEPT / page.TABLE).read_text())
 
 

@@ -28,10 +28,8 @@ def runs(models, ranks, batches=(8,), ids="r{:05d}"):
     one.loc[one["lr"] > 1e-2, "status"] = "diverged"
     found = [one.assign(model=m, batch_size=b) for m in models for b in batches]
     table = pd.concat(found, ignore_index=True)
-    curve = [{"step": s, "test_nll": 2 + 1 / s} for s in (1, 2, 4, 8, 16)]
-    return table.assign(
-        run_id=[ids.format(k) for k in table.index], result=json.dumps({"curve": curve})
-    )
+    curve = json.dumps({"curve": [{"step": s, "test_nll": 2 + 1 / s} for s in (1, 2, 4, 8, 16)]})
+    return table.assign(run_id=[ids.format(k) for k in table.index], result=curve)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,6 @@ def drawn(browser, times=1):
 
 
 def opened(browser, tmp_path, table):
-    """Open the page of a table; the test then asks scripts of it."""
     table.to_parquet(tmp_path / "runs.parquet")
     page = tmp_path / "page.html"
     assert main(["html", str(tmp_path / "runs.parquet"), "--out", str(page)]) == 0
@@ -70,7 +67,7 @@ def opened(browser, tmp_path, table):
 
 
 def quiet(browser):
-    """Nothing on the console, nothing asked of the network."""
+    """Check that nothing is on the console, and that nothing was asked of the network."""
     assert browser.get_log("browser") == []
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]

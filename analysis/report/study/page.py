@@ -21,20 +21,29 @@ from analysis.inference.estimate import number, with_interval
 from analysis.measures.regret import FIRST_PASS
 from analysis.measures.rows import Row, csv_of, pick
 from analysis.questions.registry import analyse, read_question
-from analysis.report import plots, plots_study
+from analysis.report import plots_study
 from analysis.report.report import added_after, command_of, write_answer
-from analysis.report.study.answers import Answer, called, listed, read_answers, where, within
-from analysis.report.study.findings import ON_PAGE, Finding, findings, ledger
+from analysis.report.study.answers import (
+    ON_PAGE,
+    Answer,
+    Finding,
+    called,
+    findings,
+    ledger,
+    listed,
+    read_answers,
+    where,
+    within,
+)
 from analysis.report.text import Rows, rendered, text_hash, with_block
 from analysis.runs.lr_curves import in_words
 from analysis.runs.table import read as read_table
 
-MAP, FOREST, RATES, SPEED = "map.png", "forest.png", "rates.png", "speed.png"
-FIGURES = (MAP, FOREST, RATES, SPEED)
+FIGURES = (MAP, FOREST) = ("map.png", "forest.png")
 QUESTIONS = "questions"
 """Folder of the pages of the questions."""
 LAW = "rate_law"
-"""The question whose figure replaces RATES on the page once it has runs."""
+"""The question whose figure the page shows once it has runs."""
 TABLE = "rows.csv"
 """All rows: verdicts, and the measurements that the pages show."""
 MOST = 12
@@ -48,25 +57,19 @@ BASES = Path(__file__).with_name("bases.yaml")
 """Base model -> what it is, in words."""
 
 
-class Data:
-    """What the pages show beside the answers: all rows, also those measured for figures."""
+def rows_of(answers: Sequence[Answer]) -> list[Row]:
+    """Return the rows of the answers, and those that only the pages measure."""
+    rows = [*(r for a in answers for r in a.rows), *plots_study.speed_rows(answers)]
+    return sorted(rows, key=lambda r: (r.sweep, r.scale))
 
-    def __init__(self, answers: Sequence[Answer]) -> None:
-        rates, shown = plots_study.rate_curves(answers), plots_study.speed_answers(answers)
-        speeds = [r for a in shown.values() for r in plots_study.speed_rows(a)]
-        claims = plots_study.claim_rows(answers)
-        self.n_claims = len(claims)
-        drawn: dict[str, tuple[Sequence[Any], Callable[..., None]]] = {
-            MAP: (plots_study.regret_lines(answers), plots_study.regret_map),
-            FOREST: (claims[:MOST], plots_study.forest),
-            RATES: (rates, plots_study.rates),
-            SPEED: (plots_study.speed_panels(speeds), plots.panels),
-        }
-        self.figures = {name: partial(draw, of) for name, (of, draw) in drawn.items() if of}
-        """Name of each figure that there is -> the function that draws it."""
-        widths = [c.row for c in rates if c.row.sweep == plots_study.WIDTHS]
-        rows = [*(r for a in answers for r in a.rows), *speeds, *widths]
-        self.rows = sorted(rows, key=lambda r: (r.sweep, r.scale))
+
+def figures_of(answers: Sequence[Answer]) -> dict[str, Callable[[Path, str], None]]:
+    """Return the name of each figure that there is -> the function that draws it."""
+    found: dict[str, tuple[Sequence[Any], Callable[..., None]]] = {
+        MAP: (plots_study.regret_lines(answers), plots_study.regret_map),
+        FOREST: (plots_study.claim_rows(answers)[:MOST], plots_study.forest),
+    }
+    return {name: partial(draw, of) for name, (of, draw) in found.items() if of}
 
 
 def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
@@ -74,11 +77,10 @@ def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
 
     Earlier pages are replaced only once all new pages and figures are there.
     """
-    data, folder = Data(answers), path.parent
-    texts = pages(answers, path, kept, data)
+    folder, texts = path.parent, pages(answers, path, kept)
     (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as drawn:
-        for name, draw in data.figures.items():
+        for name, draw in figures_of(answers).items():
             draw(Path(drawn) / name, inputs_hash(answers))
         for name in FIGURES:
             (folder / name).unlink(missing_ok=True)
@@ -97,22 +99,19 @@ def inputs_hash(answers: Sequence[Answer]) -> str:
     return text_hash("".join(texts) + "".join(sorted(i for a in answers for i in a.run_ids)))
 
 
-def pages(
-    answers: Sequence[Answer], path: Path, kept: bool = False, data: Data | None = None
-) -> dict[str, str]:
+def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str, str]:
     """Render the page of answers and the pages beside it: name in the page's folder -> text.
 
     Args:
         path: the page; links are relative to its folder.
         kept: for kept answers, also the findings, changes after a look, and what was not tested.
-        data: the answers' `Data`, if they are known.
     """
-    data = data or Data(answers)
+    rows, n_claims = rows_of(answers), len(plots_study.claim_rows(answers))
     by_sweep: dict[str, list[Answer]] = {}
     for a in answers:
         by_sweep.setdefault(a.sweep, []).append(a)
     folder = path.parent
-    found = findings(data.rows) if kept else []
+    found = findings(rows) if kept else []
     tables = [a.runs.reindex(columns=USED) for a in answers]
     runs = pd.concat(tables) if tables else pd.DataFrame(columns=USED)
     sizes = sizes_of(runs) / 1e6
@@ -123,13 +122,21 @@ def pages(
         for r, v in a.single
         if v.primary and not v.is_withdrawn and v.estimate.value is not None
     ]
+    withdrawn = []  # a line for each such answer: its bases, and whose answer stands
+    for a in (a for a in answers if a.question.get("withdrawn")):
+        mine = [other for other in by_sweep[a.sweep] if not other.question.get("withdrawn")]
+        bases, stands = (listed([called(b) for x in of for b in x.bases]) for of in ([a], mine))
+        why = a.question["withdrawn"].partition(", ")[0]
+        link = f"[{a.question['question']}]({QUESTIONS}/{a.sweep}.md)"
+        rest = f" The answer on {stands} stands." if stands else ""
+        withdrawn.append(f"**Withdrawn on {bases}**: {link} {why[0].upper()}{why[1:]}.{rest}")
     law = [a.folder / "law.png" for a in by_sweep.get(LAW, [])]
     common: dict[str, Any] = {
         "kept": kept,
         "page": path.name,
         "n_claims": len({(r.sweep, v.claim) for a in answers for r, v in a.single}),
         "n_runs": len(set().union(*(a.run_ids for a in answers))),
-        "figures": list(data.figures),
+        "figures": list(figures_of(answers)),
     }
     questions = [question_of(mine, folder / QUESTIONS, found) for mine in by_sweep.values()]
     texts = {
@@ -138,13 +145,13 @@ def pages(
             **common,
             findings=found[:ON_PAGE],
             claims=[] if kept else primary,
-            loads=first_pass_loads(data.rows),
+            loads=first_pass_loads(rows),
             others=found[ON_PAGE:],
             tally=tally(answers),
             spans=[sizes.min(), sizes.max(), runs["steps"].max()] if len(sizes) else [],
-            withdrawn=[line for mine in by_sweep.values() for line in withdrawn_lines(mine)],
+            withdrawn=withdrawn,
             law=next((os.path.relpath(p, folder) for p in law if p.is_file()), ""),
-            n_forest=(min(data.n_claims, MOST), data.n_claims),
+            n_forest=(min(n_claims, MOST), n_claims),
             bases=base_rows(runs, " ".join(f.text for f in found[:ON_PAGE])),
             questions=questions,
         ),
@@ -156,7 +163,7 @@ def pages(
         texts["changes.md"] = rendered("study/changes.md", added=added)
     for q in questions:
         texts[f"{QUESTIONS}/{q['sweep']}.md"] = rendered("study/question.md", **common, q=q)
-    return {**{name: in_words(text) for name, text in texts.items()}, TABLE: csv_of(data.rows)}
+    return {**{name: in_words(text) for name, text in texts.items()}, TABLE: csv_of(rows)}
 
 
 def first_pass_loads(rows: Sequence[Row]) -> str:
@@ -175,6 +182,7 @@ def question_of(
 ) -> dict[str, Any]:
     """Return the parts of a question's page, which is in `folder`."""
     asked, shown = answers[0].question, []
+    verdicts = [["claim", "scale", "measured", "margin", "verdict", "notes"]]
     mine = [f for f in found if answers[0].sweep in (f.sweep, *f.also)]
     for a in answers:
         here = os.path.relpath(a.folder, folder)
@@ -183,8 +191,22 @@ def question_of(
         links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
         runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
         shown.append(f"`{a.scale}`: {runs} ({links})")
+        many = len({r.task for r, _ in a.judged}) > 1
+        for r, v in a.judged:
+            marks = f"{r.asked.get('source') or 'ours'}{', primary' if v.primary else ''}"
+            is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
+            notes = [
+                v.why if is_open else BETTER if v.is_better else "",
+                f"needs {v.needed}" if is_open and v.needed else "",
+                f"{EXPLORATORY}: {v.exploratory}" if v.exploratory else "",
+                r.at,
+                *(r.asked.get(k) or "" for k in ("measure", "note")),
+            ]
+            task = f", {r.task}" if many else ""
+            says = f"{r.says}{task} (`{a.sweep}: {v.claim}`, {marks})"
+            row = [says, a.scale, with_interval(v.estimate), within(v.margin), f"**{v.shown}**"]
+            verdicts.append([*row, "; ".join(filter(None, notes))])
     outcomes = Counter(v.shown for a in answers for _, v in a.single)
-    head = ["claim", "scale", "measured", "margin", "verdict", "notes"]
     return {
         "sweep": answers[0].sweep,
         "title": asked["question"],
@@ -193,7 +215,7 @@ def question_of(
         "found": [f"{f.text} {f.more}".strip() for f in mine],
         "outcomes": ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())),
         "answers": shown,
-        "verdicts": [head, *(verdict_row(a, r, v) for a in answers for r, v in a.judged)],
+        "verdicts": verdicts,
         "figures": [
             (caption[0].upper() + caption[1:], os.path.relpath(a.folder / name, folder))
             for a in answers
@@ -201,19 +223,6 @@ def question_of(
             if (a.folder / name).is_file()
         ],
     }
-
-
-def withdrawn_lines(answers: Sequence[Answer]) -> list[str]:
-    """Return a line for each withdrawn answer of a question: its bases, and whose answer stands."""
-    on = {a.folder: listed([called(b) for b in a.bases]) for a in answers}
-    stands = listed([on[a.folder] for a in answers if not a.question.get("withdrawn")])
-    lines = []
-    for a in (a for a in answers if a.question.get("withdrawn")):
-        why = a.question["withdrawn"].partition(", ")[0]
-        link = f"[{a.question['question']}]({QUESTIONS}/{a.sweep}.md)"
-        rest = f" The answer on {stands} stands." if stands else ""
-        lines.append(f"**Withdrawn on {on[a.folder]}**: {link} {why[0].upper()}{why[1:]}.{rest}")
-    return lines
 
 
 def tally(answers: Sequence[Answer]) -> str:
@@ -243,7 +252,7 @@ def tally(answers: Sequence[Answer]) -> str:
 
 def readme(text: str, kept: Path) -> str:
     """Return the project's README with its findings rendered again from kept results."""
-    found = findings(Data(read_answers([kept])).rows)[:ON_PAGE]
+    found = findings(rows_of(read_answers([kept])))[:ON_PAGE]
     return with_block(text, "answers", [f"{k}. {f.text}" for k, f in enumerate(found, 1)])
 
 
@@ -282,28 +291,6 @@ def base_rows(runs: pd.DataFrame, text: str) -> Rows:
         width = f"{mine['hidden_size'].max():g}"
         rows.append([called(base), width, size, what.get(base, "-"), *spans])
     return rows if len(rows) > 1 else []
-
-
-def verdict_row(a: Answer, r: Row, v: Verdict) -> list[str]:
-    """Return one verdict as a row of its question's table, with qualifications as notes."""
-    task = f", {r.task}" if len({other.task for other, _ in a.judged}) > 1 else ""
-    marks = f"{r.asked.get('source') or 'ours'}{', primary' if v.primary else ''}"
-    is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
-    notes = [
-        v.why if is_open else BETTER if v.is_better else "",
-        f"needs {v.needed}" if is_open and v.needed else "",
-        f"{EXPLORATORY}: {v.exploratory}" if v.exploratory else "",
-        r.at,
-        *(r.asked.get(k) or "" for k in ("measure", "note")),
-    ]
-    return [
-        f"{r.says}{task} (`{a.sweep}: {v.claim}`, {marks})",
-        a.scale,
-        with_interval(v.estimate),
-        within(v.margin),
-        f"**{v.shown}**",
-        "; ".join(filter(None, notes)),
-    ]
 
 
 # ---------------------------------------------------------------- render all kept answers

@@ -37,6 +37,7 @@ KEPT = {
     "no fullft": lambda specs: [s for s in specs if s.method.name != "fullft"],
     "no lora": lambda specs: [s for s in specs if s.method.name != "lora"],
 }
+WITHOUT = ("no fullft", "no lora")
 ENDS = ("good", "hurt", "equal", "diverged", "nan", "none", "infinite")
 GOOD = {"fullft": "good", "lora": "good"}
 CURVES = ("whole", "start", "none")
@@ -106,6 +107,7 @@ CASES = [
     ("invariance", "one seed", GOOD, "none"),
     ("tune", "no lora", {**GOOD, "fullft": "hurt"}, "start"),
     ("lr_ratio", "all", {**GOOD, "lora": "infinite"}, "whole"),  # ended in the pages
+    *((sweep, arm, GOOD, "whole") for sweep in ("rank", "regime", "rl") for arm in WITHOUT),
 ]
 
 

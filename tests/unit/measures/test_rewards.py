@@ -8,7 +8,6 @@ import pytest
 from analysis.inference.decide import GateCode
 from analysis.measures.at_best import over_seeds
 from analysis.measures.rewards import (
-    at_each_lr,
     collapsed_at_best,
     gates_on_stable,
     good_range,
@@ -78,10 +77,6 @@ def test_only_lrs_of_all_seeds_count():
     losses = [[-0.3] * 4, [-0.5] * 4, [-0.52] * 4, [-0.5] * 4, [-0.12] * 4]
     spoiled, rest = stable(curve(losses, X[:5])), stable(curve(losses[:4], X[:4]))
     assert over_seeds(spoiled.loss).value == pytest.approx(over_seeds(rest.loss).value, abs=1e-9)
-    found = at_each_lr(curve([[-0.4, -0.6], [-0.7, NAN], [NAN, NAN]], X[:3]))
-    rewards, shares = zip(*found.values())
-    assert list(found) == pytest.approx([1, 1.41, 2], rel=1e-4) and shares == (1.0, 0.5, 0.0)
-    assert [e.value for e in rewards] == [pytest.approx(0.5), pytest.approx(0.7), None]
 
 
 def test_a_best_lr_at_the_edge_of_those_tried_is_gated():
