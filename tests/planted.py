@@ -170,6 +170,33 @@ def lost(of, **world):
     return Lost(lambda spec: 1.0, **world)
 
 
+class Gaps(World):
+    """LoRA lies `gap(rank, step, exceptions)` of full fine-tuning's whole gain behind it, in the
+    changed contexts (0.4 of all) or in the unchanged ones. `also`: loss to add; `stored`: results."""
+
+    def __init__(self, gap=lambda r, s, e: 0.0, part="changed", bits=1e4, also=None, stored=None):
+        super().__init__(lambda spec: 1.0, more=self.results)
+        self.gap, self.also = gap, also or (lambda spec, step: 0.0)
+        self.part, self.bits, self.stored = part, bits, stored or (lambda spec: {})
+
+    def behind(self, spec, step):
+        if is_full(spec):
+            return 0.0
+        exceptions = spec.plain()["dataset"]["knobs"]["new_exceptions"]
+        return GAIN * math.log2(1 + spec.steps) * self.gap(spec.method.rank, step, exceptions)
+
+    def loss(self, spec, step):
+        return super().loss(spec, step) + self.behind(spec, step) + self.also(spec, step)
+
+    def results(self, spec):
+        behind = self.behind(spec, spec.steps)
+        is_new = spec.plain()["dataset"]["knobs"]["rule_shift"] > 0
+        parts = dict.fromkeys(("test_nll_changed", "test_nll_unchanged"), self.nll(spec) - behind)
+        parts[f"test_nll_{self.part}"] += behind / (0.4 if self.part == "changed" else 0.6)
+        bits = {"bits_generator": self.bits * is_new, "changed_share": 0.4}
+        return {**bits, **parts, **self.stored(spec)}
+
+
 RANKS = {"attention": 8, "mlp": 4, "attention+mlp": 4}
 
 

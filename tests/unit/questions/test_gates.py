@@ -55,16 +55,12 @@ def two_batches(rho, *best):
 
 def novel(gap=0.0, noise=0.0, steps=256, ranks=(1, 8)):
     """LoRA is `gap` of the gain behind; the losses of full fine-tuning vary."""
-    parts = {"bits_generator": 1e4, "changed_share": 0.4}
-    parts |= dict.fromkeys(("test_nll_changed", "test_nll_unchanged"), 2.5)
 
-    def of(spec, step):
-        if is_full(spec):
-            return np.random.default_rng(int(spec.id, 16)).normal(0, noise)
-        return planted.GAIN * math.log2(1 + spec.steps) * gap
+    def also(spec, step):
+        return np.random.default_rng(int(spec.id, 16)).normal(0, noise) * is_full(spec)
 
     specs = arms(planted.base(**NEW), ranks, steps=steps, batch_size=4)
-    return "regime", lost(of, more=lambda spec: parts), specs
+    return "regime", planted.Gaps(lambda r, s, e: gap, also=also), specs
 
 
 def climbs(spec, step):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.planted import FULL, GAIN, LORA, World, arms, ask, base, check, is_full, rank_of
+from tests.planted import FULL, GAIN, LORA, Gaps, arms, ask, base, check, is_full, rank_of
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -12,35 +12,8 @@ LOW = {"rule_shift": 0.25, "shift_rank": 2, "new_exceptions": 0.0}
 BEYOND = {"rule_shift": 0.25, "shift_rank": 8, "new_exceptions": 0.3}
 IN_LOW = "8 symbols, change of rank 2"
 IN_BEYOND = "8 symbols, change of rank 8 + 30% new exceptions"
-SHARE, BATCH, PARAMETERS = 0.4, 4, 5216
-"""Share of changed contexts; parameters of rank 1 in tiny64: 4 x (2 x 128 + 2 x 80 + 3 x 288) + 96."""
-
-
-class Gaps(World):
-    """LoRA lies `gap(rank, step, exceptions)` of full fine-tuning's whole gain behind it, in the
-    changed contexts only or in the unchanged ones only. `also`: loss to add; `stored`: results."""
-
-    def __init__(self, gap=lambda r, s, e: 0.0, part="changed", bits=1e4, also=None, stored=None):
-        super().__init__(lambda spec: 1.0, more=self.results)
-        self.gap, self.also = gap, also or (lambda spec, step: 0.0)
-        self.part, self.bits, self.stored = part, bits, stored or (lambda spec: {})
-
-    def behind(self, spec, step):
-        if is_full(spec):
-            return 0.0
-        exceptions = spec.plain()["dataset"]["knobs"]["new_exceptions"]
-        return GAIN * math.log2(1 + spec.steps) * self.gap(spec.method.rank, step, exceptions)
-
-    def loss(self, spec, step):
-        return super().loss(spec, step) + self.behind(spec, step) + self.also(spec, step)
-
-    def results(self, spec):
-        behind = self.behind(spec, spec.steps)
-        is_new = spec.plain()["dataset"]["knobs"]["rule_shift"] > 0
-        parts = dict.fromkeys(("test_nll_changed", "test_nll_unchanged"), self.nll(spec) - behind)
-        parts[f"test_nll_{self.part}"] += behind / (SHARE if self.part == "changed" else 1 - SHARE)
-        bits = {"bits_generator": self.bits * is_new, "changed_share": SHARE}
-        return {**bits, **parts, **self.stored(spec)}
+BATCH, PARAMETERS = 4, 5216
+"""Parameters of rank 1 in tiny64: 4 x (2 x 128 + 2 x 80 + 3 x 288) + 96."""
 
 
 def ask_regime(world, *novelties, ranks=(1, 8), steps=256):
