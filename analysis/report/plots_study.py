@@ -71,7 +71,7 @@ def regret_lines(answers: Sequence[Answer]) -> list[Line]:
 def regret_map(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
     """Draw a line per condition, the worst first in the legend; a triangle is below the axis."""
     ranks = sorted({rank for line in lines for rank in line.regrets})
-    with drawn(path, inputs, 1, (9.0, 4.8)) as (fig, (ax,)):
+    with drawn(path, inputs, 1, (6.0, 4.8), bbox_inches="tight") as (_, (ax,)):
         limit = 100 * ALLOWED
         ax.axhspan(LOWEST, limit, color=MARGIN, alpha=0.13, lw=0)
         ax.text(ranks[0], 0.93 * limit, f"up to {limit:g}%: no regret", va="top", fontsize=9)
@@ -96,7 +96,6 @@ def regret_map(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
         ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
         ax.set_xticks(ranks, [str(r) for r in ranks])
         ax.minorticks_off()
-        fig.subplots_adjust(left=0.08, right=0.61, top=0.97, bottom=0.12)
         ax.legend(**LEGEND, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=4)
 
 
