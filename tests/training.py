@@ -213,7 +213,7 @@ def as_alone(pack, base, rows, other, some=(), micro=None, at=()):
         assert worst(alone.states[one.id], found.states[one.id]) < ROUNDING[10]
         pairs = zip(alone.records[one.id], found.records[one.id], strict=True)
         for a, b in (*pairs, (alone.results[one.id], found.results[one.id])):
-            shared = {"padding", *(["tokens"] if "surrogate" in b else [])}  # prompts are shared
+            shared = {"tokens"} if "surrogate" in b else set()  # prompts are shared
             kept = {n: v for n, v in b.items() if n not in shared and n[-2:] != "_s"}
             kept = {n: v for n, v in kept.items() if isinstance(v, int | float)}
             assert a.keys() == b.keys()

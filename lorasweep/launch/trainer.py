@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lorasweep.data.examples import Data
     from lorasweep.models.load import Base
     from lorasweep.models.sharding import Mesh
-    from lorasweep.train.objectives.base import Objective
+    from lorasweep.train.loop import Objective
 
 TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, shared by all workers."""
@@ -75,7 +75,7 @@ class TorchTrainer:
         if base.mesh.size > 1:
             self._base = None  # a sharded model cannot be used again
         rows = exec_.micro_batch_size
-        yield from finetune(pack, base, data, rows, resume, exec_.join_rows, exec_.forward_parts)
+        yield from finetune(pack, base, data, rows, resume, exec_.forward_parts)
 
     def data(self, spec: RunSpec, exec_: Exec, base: "Base | None" = None) -> "Data":
         """Load the rows of a run; `base` has the tokenizer (None: the run's base is loaded).
@@ -150,7 +150,6 @@ def finetune(
     data: "Data | Mapping[str, Data]",
     micro_batch_size: int | None = None,
     resume: dict[str, State] | None = None,
-    join_rows: bool = False,
     forward_parts: int = 1,
 ) -> Iterator[Event]:
     """Train the runs of `pack` together; yield an Event per update.
@@ -166,7 +165,7 @@ def finetune(
     kinds = {"sft": SupervisedFineTuning, "policy_gradient": PolicyGradient}
     by_run = data if isinstance(data, Mapping) else {s.id: data for s in pack}
     objective: Objective = kinds[pack[0].objective](
-        by_run, pack[0].precision, micro_batch_size, join_rows, forward_parts
+        by_run, pack[0].precision, micro_batch_size, forward_parts
     )
     if resume and "result" in resume[pack[0].id]["meta"]:
         return measure_trials(pack, base, objective, resume)

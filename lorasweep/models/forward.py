@@ -24,7 +24,7 @@ EXPERT_STACKS = ("gate_up_proj", "down_proj")
 GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # their factor is 1 + weight
 ROUNDING = 0.03
 """Accepted difference of outputs, as a share of the largest one: above bf16 rounding, far below the
-effect of tokens of another row."""
+effect of another attention."""
 SHORT_ROWS = "short_rows"
 """transformers' name of `attention`: a value of attn_implementation."""
 SHORT_BYTES = 1024
@@ -141,16 +141,9 @@ def set_numerics(model: nn.Module, precision: str, published_in_bf16: bool) -> N
 # ---------------------------------------------------------------- forward passes
 
 
-def hidden_states(
-    model: Any,
-    tokens_RT: torch.Tensor,
-    positions_RP: torch.Tensor,
-    position_ids_RT: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the decoder's output [R, P, H]; `position_ids_RT` for joined rows."""
-    states_RTH = model.base_model(
-        input_ids=tokens_RT, position_ids=position_ids_RT, use_cache=False
-    ).last_hidden_state
+def hidden_states(model: Any, tokens_RT: torch.Tensor, positions_RP: torch.Tensor) -> torch.Tensor:
+    """Return the decoder's output [R, P, H]."""
+    states_RTH = model.base_model(input_ids=tokens_RT, use_cache=False).last_hidden_state
     at = positions_RP[..., None].expand(-1, -1, states_RTH.shape[-1])
     return states_RTH.gather(1, at)
 
@@ -189,23 +182,6 @@ class _Computed(nn.Module):
 
         self.called = True
         return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # dense models read less
-
-
-@torch.no_grad()
-def check_rows_stay_apart(model: Any, precision: str) -> None:
-    """Raise ModelError if, in joined rows, the output at a token depends on another row."""
-    device = next(model.parameters()).device
-    # the second row is the same
-    tokens_RT = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, 2, 4, 5, 6]], device=device)
-    position_ids_RT = torch.arange(3, device=device).repeat(2, 2)
-    second_RP = torch.tensor([[3, 4, 5]] * 2, device=device)
-    with autocast(precision, device):
-        one, other = hidden_states(model, tokens_RT, second_RP, position_ids_RT).float()
-    if not torch.allclose(one, other, rtol=0.0, atol=ROUNDING * float(one.abs().max())):
-        raise ModelError(
-            f"{type(model).__name__} lets joined rows attend to each other with "
-            f"attn_implementation={model.config._attn_implementation!r}. Set exec.join_rows=false."
-        )
 
 
 def use_short_rows(model: Any) -> None:

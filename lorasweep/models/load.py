@@ -9,10 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +18,7 @@ import torch
 from torch import nn
 
 from lorasweep.errors import ModelError, check_installed, from_hub
-from lorasweep.methods.stacked import StackedExperts, experts_forward
+from lorasweep.methods.stacked import experts_forward
 from lorasweep.methods.trainables import Experts, Router, Target
 from lorasweep.models import find
 from lorasweep.models.forward import MASTER_DTYPES, bf16_matrices, set_numerics, use_short_rows
@@ -307,43 +305,6 @@ def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
         find_targets(model, spec, ("mlp",))
         ALL_EXPERTS_FUNCTIONS.register("sorted_by_run", experts_forward)
         model.set_experts_implementation("sorted_by_run")
-
-
-@contextmanager
-def expert_tokens(model: nn.Module) -> Iterator[Callable[[int, Mesh], list[list[list[int]]]]]:
-    """Count the tokens that each expert gets in training, padding included.
-
-    Yields a function of the number of runs and the mesh: each run's counts since the last call, by
-    layer and expert; empty without experts. Passes without gradients and passes repeated by a
-    backward pass do not count.
-    """
-    layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "experts"]
-    counted: list[list[torch.Tensor]] = [[] for _ in layers]
-
-    def count(found: list[torch.Tensor], module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        if torch._C._current_graph_task_id() == -1 and torch.is_grad_enabled():
-            adapted = isinstance(module, StackedExperts)
-            n_runs = len(module.gate_proj.scaling_N) if adapted else 1
-            chosen, base = args[1].view(n_runs, -1), module.base if adapted else module
-            counts = chosen.new_zeros(n_runs, len(base.down_proj))
-            found.append(counts.scatter_add_(1, chosen, torch.ones_like(chosen)))
-
-    def take(n_runs: int, mesh: Mesh) -> list[list[list[int]]]:
-        if not counted:
-            return [[]] * n_runs
-        by_layer = torch.stack([torch.stack(found).sum(0) for found in counted])
-        for found in counted:
-            found.clear()
-        mesh.sum_(by_layer)
-        return by_layer.transpose(0, 1).tolist()
-
-    pairs = zip(layers, counted)
-    hooks = [m.register_forward_pre_hook(partial(count, found)) for m, found in pairs]
-    try:
-        yield take
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---------------------------------------------------------------- recipes

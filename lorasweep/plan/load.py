@@ -58,7 +58,7 @@ CACHE_SHARE = 0.3
 DRAW_PEAK_BYTES, DRAW_BYTES = 44, 150
 """Bytes held at the peak while a token is drawn, and bytes moved, per entry of the vocabulary:
 logits and logarithms in fp32, probabilities, their sums and entropy in fp64."""
-LEARNING = ("activations", "gradients of activations", "attention masks", "gradients")
+LEARNING = ("activations", "gradients of activations", "gradients")
 """Components of memory that are freed before completions are sampled."""
 CACHE_PASSES = 3
 """Each token reads and writes all of transformers' DynamicCache, and attention reads it again."""
@@ -275,8 +275,6 @@ class Layout:
     """Exec.activation_checkpointing."""
     accumulation: float = 1
     """Forward passes per update."""
-    joined: bool = False
-    """Exec.join_rows."""
 
 
 def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) -> dict[str, float]:
@@ -365,11 +363,6 @@ def memory_parts(
     logits = tokens * model.vocab_size
     if not whole_logits:
         logits = min(logits, max(chunk, n_runs * layout.rows * model.vocab_size))
-    masks = 0.0
-    if layout.joined and layout.rows > 1:
-        # transformers' mask of bytes, and torch's mask in the type of products, which each layer
-        # keeps. Read from the code of both and seen on a CPU. Flash attention needs no mask.
-        masks = float(n_runs * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
     weight, gradient, moments = STATE_BYTES[states]
     trained, start = n_runs * load.trained / n, start_bytes if load.whole else 0
     parts = {
@@ -380,7 +373,6 @@ def memory_parts(
         "moments": moments * trained,
         "activations": tokens * (inputs + layers * kept + last),
         "gradients of activations": word / 2 * tokens * (4 * h + 4 * model.mlp_size),
-        "attention masks": masks,
         "logits": logit_bytes * logits,
     }
     adapters = 0 if load.whole else n_runs * load.trained
@@ -396,7 +388,7 @@ def memory_parts(
         changed = load.layer_params if load.whole else added
         copies = outer + 2 * word * (load.layer_params + added) + (word + gradient) * changed
         # the embedding's gradient comes last, when the activations have been freed
-        freed = parts["activations"] + masks + parts["logits"]
+        freed = parts["activations"] + parts["logits"]
         copies += max(0.0, gradient * (load.outer_trained - load.head_trained) - freed)
     on_card = PROCESS_BYTES + (NCCL_BYTES if n > 1 else 0)
     return parts | {"copies and buffers": copies, "process": on_card if host is None else host}

@@ -136,7 +136,6 @@ def place(
     *,
     gpus: int | None = 1,
     checkpointing: Sequence[bool] = (False,),
-    join_rows: bool = False,
 ) -> Placement:
     """Choose the fewest GPUs, a power of two, that hold a pack, and the fastest layout on them.
 
@@ -147,7 +146,6 @@ def place(
         rows: rows per forward pass, run and process; None: chosen.
         gpus: number of GPUs or processes; None: chosen, a divisor of the batch size.
         checkpointing: the allowed values of activation checkpointing.
-        join_rows: see Exec.
     """
     length, mean = spec.dataset.max_length, mean_length(spec)
     load = load_of(spec.model, spec.method)
@@ -185,7 +183,7 @@ def place(
             tries = [max(1, min(share, most))]
         for again in checkpointing:
             for k in tries:  # the largest that fits
-                layout = Layout(n, k, again, share / k, join_rows)
+                layout = Layout(n, k, again, share / k)
                 memory = pack_memory(n_runs, spec, hardware, layout)
                 if sum(memory.values()) <= room:
                     found.append(timed(layout, memory))
@@ -249,8 +247,8 @@ class Planner:
         if like is not None:
             # a pack that recomputes activations would be slower than its runs one by one
             gpus, ways = like.layout.gpus, (like.layout.checkpointing,)
-        how: dict[str, Any] = {"checkpointing": ways, "join_rows": e.join_rows}
-        return place(spec, self.hardware, n_runs, e.micro_batch_size, gpus=gpus, **how)
+        rows = e.micro_batch_size
+        return place(spec, self.hardware, n_runs, rows, gpus=gpus, checkpointing=ways)
 
     def kind(self, spec: RunSpec) -> Kind:
         """Return the kind of a run; SpecError: no speed is known for the precision of the run."""

@@ -38,10 +38,6 @@ class Exec:
     forward_parts: Count = 1
     """Parts into which sampling and evaluation are split, to take less memory; the backward pass is
     not split. The worker doubles this number when either of the two runs out of memory."""
-    join_rows: bool = False
-    """Join a run's rows into one sequence per forward pass instead of padding them; attention stays
-    inside a row. Useful for long rows of different lengths. With X tokens, transformers' sdpa holds
-    a mask of X * X bytes, and in bf16 2 * X * X bytes in each layer that keeps its activations."""
     world_size: Count = 1
     """Processes that train one run together, one per GPU if there are GPUs. Above 1: the model is
     sharded (FSDP2) and runs are not packed. 1: with cluster=slurm and hardware=NAME, the plan

@@ -1,7 +1,7 @@
-"""The training loop of a pack of N runs over one base model; N may be 1.
+"""The loop that trains a pack of N runs (N >= 1) over one base; the interface of objectives to it.
 
-Yields events, which the caller records. Must not import methods and objectives (other than their
-interfaces), the launcher or configuration; of the store only `checkpoint`.
+Yields events, which the caller records. Must not import methods and objectives, the launcher or
+configuration; of the store only `checkpoint`. Shapes: N runs of the pack, in order.
 """
 
 import math
@@ -18,18 +18,118 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorasweep.data.examples import Example, collate
+from lorasweep.data.examples import Batch, Data, Example, collate
+from lorasweep.errors import DataError
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend, frozen_in_bf16
-from lorasweep.models.load import Base, expert_tokens, find_targets
+from lorasweep.models.load import Base, find_targets
 from lorasweep.models.sharding import Mesh, guard, shard
 from lorasweep.spec.evaluations import EARLY_STOPPING_RULE, Best, eval_steps, no_better
+from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.train.events import EVALUATION, Event, Record, phase
-from lorasweep.train.objectives.base import DIVERGENCE_RULE, Objective
 from lorasweep.train.objectives.nll import token_log_p
 from lorasweep.train.optim import AdamW
+
+DIVERGENCE_RULE = 2
+"""Version of the divergence rule, stored in every result. Results without a version were judged by
+rule 1, for which the base was measured on held-out rows only."""
+
+
+class Objective:
+    """A training objective: its loss, its held-out measures, and its divergence rule.
+
+    `runs`: those still in the pack; in `evaluate` and `at_end`, those to measure. For an update the
+    loop calls `batches`, then `loss` of each batch. It divides each run's summed loss by the run's
+    summed `weights`. So a mean over tokens does not depend on the micro-batches. In batches N
+    counts groups of runs, see `groups`; it is the number of runs after the first update.
+    """
+
+    metric: Metric
+
+    def __init__(
+        self,
+        data: Mapping[str, Data],
+        precision: str,
+        micro_batch_size: int | None = None,
+        forward_parts: int = 1,
+    ) -> None:
+        """Set up the objective; for `forward_parts` see Exec.
+
+        `data`: run id -> the run's data set. `micro_batch_size`: sequences (rows or completions)
+        per run and forward pass with gradients; None: all of an update.
+        """
+        self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
+        self._forward_parts, self._mesh = forward_parts, Mesh()
+
+    def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
+        """Return the group of each run, numbered by the first runs, which alone are in the batches.
+
+        Runs of a group have the same gradient at update `step`.
+        """
+        return list(range(len(runs)))
+
+    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
+        """Return each run's measures, the metric included, under the base without adapters."""
+        self._mesh = base.mesh
+        return []
+
+    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> Sequence[Batch]:
+        """Return the micro-batches of update `step` (0-based). May sample from the model.
+
+        All processes return the same list, whose length is a multiple of their number.
+        """
+
+    def weights(self, batch: Any) -> torch.Tensor:
+        """Return each run's weight of a batch, [N]. It is known before the forward pass."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Return the summed loss of each run, [N], with gradient."""
+
+    def metrics(self, losses: Sequence[float]) -> list[Record]:
+        """Return the record of an update for each run, from the mean losses of the runs."""
+
+    def diverged(self, run_id: str, loss: float) -> bool:
+        """Note the mean loss of an update; return whether the run diverged. The loop checks NaN."""
+
+    def evaluate(
+        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
+    ) -> list[tuple[Record, int]]:
+        """Return measures of runs by name, the metric included, and the number of held-out items.
+
+        On all items if `final`, else on a part. The model has only the adapters of these runs.
+        """
+
+    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
+        """Return more measures of finished runs; the model has only the adapters of these runs."""
+        return [{} for _ in runs]
+
+    def facts(self, run: RunSpec) -> Record:
+        """Return the facts that the result of this run contains, finished or diverged."""
+        data = self._data[run.id]
+        commit = {"data_commit": data.commit} if data.commit else {}
+        counts = {"n_test": len(data.test), "n_train": data.n_train}
+        return {**counts, "data_sha256": data.sha256, **commit}
+
+    def state(self, run_id: str) -> dict[str, Any]:
+        """Return a run's state for its checkpoint, as JSON values, beside the keys of the loop."""
+        return {"data_sha256": self._data[run_id].sha256}
+
+    def load_state(self, run_id: str, state: dict[str, Any]) -> None:
+        """Restore the values of `state`; DataError: the run resumes with other data."""
+        then, now = state["data_sha256"], self._data[run_id].sha256
+        if then != now:
+            raise DataError(
+                f"run {run_id} was started on other data (fingerprint {then}) than are there now "
+                f"({now}). Restore those data, or delete the folder {run_id} in the run folder, "
+                "which starts the run from the beginning."
+            )
+
+    def curve_rows(self, run: RunSpec) -> Sequence[Example]:
+        """Return the held-out rows of evaluations before the end: validation or first test rows."""
+        data = self._data[run.id]
+        return data.validation or data.test[: run.dataset.n_test_curve or None]
 
 
 @contextmanager
@@ -69,7 +169,6 @@ def train(
     at_start = objective.start(base, runs) if mesh.size == 1 else []
     with ExitStack() as at_end:
         trainables = at_end.enter_context(attached(pack, base))
-        take_counts = at_end.enter_context(expert_tokens(model))
         # Measure here: only a sharded base may fit, and new adapters change no output yet.
         if mesh.size > 1:
             mesh = base.mesh = shard(model, trainables, mesh, pack[0].precision)
@@ -125,17 +224,13 @@ def train(
 
             # ------------------------------------------------------------ records
             losses = (total_N / divisor_N.double())[groups].tolist()
-            n_padded = sum(b.tokens_NX.shape[1] for b in batches)
             records: dict[str, Record] = {}
             diverged = set()
             update = objective.metrics(losses)
-            by_expert = take_counts(len(total_N), mesh)
             for k, run in enumerate(runs):
                 n_tokens, mine = sum(b.tokens_N[groups[k]] for b in batches), progress[run.id]
                 mine.tokens += n_tokens
                 mine.step_s.append(seconds)
-                of_experts = np.add(mine.expert_tokens or 0, by_expert[groups[k]])
-                mine.expert_tokens = of_experts.tolist()
                 records[run.id] = {
                     "step": step,
                     "examples": step * run.batch_size,
@@ -144,7 +239,6 @@ def train(
                     "grad_norm": norms[k],
                     "step_s": seconds,
                     "tokens_per_s": n_tokens / seconds,
-                    "padding": 1 - n_tokens / n_padded,
                 }
                 lost = objective.diverged(run.id, losses[k])
                 if lost or not math.isfinite(losses[k]) or not math.isfinite(norms[k]):
@@ -204,7 +298,6 @@ def train(
                     "tokens": mine.tokens,
                     **update[k],
                     "curve": mine.curve,
-                    **({"expert_tokens": mine.expert_tokens} if mine.expert_tokens else {}),
                     "base_sha256": base.sha256,
                     "divergence_rule": DIVERGENCE_RULE,
                     **({"base_commit": base.commit} if base.commit else {}),
@@ -326,18 +419,14 @@ class Progress:
     tokens: int = 0
     step_s: list[float] = field(default_factory=list)
     """Seconds of each update in this attempt: time of the pack divided by its number of runs."""
-    expert_tokens: list[list[int]] = field(default_factory=list)
-    """Training tokens of each expert, by layer; empty without experts."""
     best: Best = field(default_factory=Best)
 
     def load(self, meta: dict[str, Any]) -> None:
         """Restore the values of a checkpoint."""
         self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
-        self.expert_tokens = meta.get("expert_tokens", [])
         self.best = Best(*meta.get("best", ())[:2])  # old checkpoints have a third value
 
     def state(self) -> dict[str, Any]:
         """Return the values for a checkpoint."""
         best = {"best": astuple(self.best)} if self.best.step else {}
-        experts = {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
-        return {"curve": self.curve, "tokens": self.tokens, **best, **experts}
+        return {"curve": self.curve, "tokens": self.tokens, **best}

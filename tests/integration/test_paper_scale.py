@@ -128,8 +128,6 @@ def test_a_dense_run_one_with_experts_and_a_rewarded_one_train_from_the_hubs_cac
     for spec, result in zip(specs, (dense, experts)):
         assert result["base_commit"] == spec.model.revision
         assert result["test_nll"] < result["curve"][0]["test_nll"]
-    routed = sum(map(sum, experts["expert_tokens"]))
-    assert routed >= 2 * 8 * experts["tokens"]  # 2 layers, 8 active
     assert rewarded["metric"]["name"] == "test_reward" and rewarded["answers"] == 2 * 3 * 32
     assert rewarded["test_reward_unread"] > 0.9 and rewarded["cut_off"] > 0.9
     assert rewarded["n_train"] == 7 * 4  # without the held-out problems

@@ -70,7 +70,7 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     assert any(len(a.tokens) < MOST for g in groups for a in g.completions)
     signal = [g for g in groups if any(a.advantage for a in g.completions)]
     assert len(signal) < PROMPTS
-    (batch,) = collate_rollouts([signal], 10**6, len(seen), False)
+    (batch,) = collate_rollouts([signal], 10**6, len(seen))
     for p in model.parameters():
         p.requires_grad_(True).grad = None
     log_p = token_log_p(model, batch, "fp64")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorasweep.data.examples import Batch, Example, by_length, joined, merge, padded
+from lorasweep.data.examples import Batch, Example, by_length, merge, padded
 from lorasweep.models.forward import autocast, hidden_states, logits_of
 from lorasweep.models.sharding import ALONE, Mesh
 from lorasweep.train.events import EVALUATION, Record, phase
@@ -38,7 +38,7 @@ def nll_sums(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
     ) -> torch.Tensor:
         nll_RP = -_log_p(logits_RPV, targets_RP, weight_RP)
         # the rows of a run are neighbours
-        return (nll_RP * weight_RP.to(nll_RP.dtype)).view(len(batch.lengths), -1).sum(1)
+        return (nll_RP * weight_RP.to(nll_RP.dtype)).view(len(batch.tokens_N), -1).sum(1)
 
     parts = _by_chunks(model, inputs(model, batch), precision, sums)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -58,20 +58,15 @@ def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[to
     """Return for each run log q of all V symbols at its L loss tokens, [L, V], in nats."""
     given = inputs(model, batch)
     parts = _by_chunks(model, given, precision, lambda logits, *_: _wide(logits).log_softmax(-1))
-    log_q_NRPV = torch.cat(parts, 1).unflatten(0, (len(batch.lengths), -1))
-    real_NRP = (given[3] > 0).unflatten(0, (len(batch.lengths), -1))
+    log_q_NRPV = torch.cat(parts, 1).unflatten(0, (len(batch.tokens_N), -1))
+    real_NRP = (given[3] > 0).unflatten(0, (len(batch.tokens_N), -1))
     return [log_q[real] for log_q, real in zip(log_q_NRPV, real_NRP)]
 
 
 def inputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
-    """Move a batch to the model's device: rows joined if `batch.join_rows`, else padded.
-
-    Returns tokens [R, T]; [R, P]: positions whose next token is predicted, targets, weights (1 for
-    a loss token, 0 for filler); of joined rows also each token's position in its row [R, T].
-    """
+    """Move a batch to the model's device, `padded`: tokens, positions, targets and weights."""
     device = next(model.parameters()).device
-    arrays = joined(batch) if batch.join_rows else padded(batch)
-    return [torch.from_numpy(a).to(device) for a in arrays]
+    return [torch.from_numpy(a).to(device) for a in padded(batch)]
 
 
 def _by_chunks(
@@ -81,12 +76,12 @@ def _by_chunks(
 
     It gets logits [R, p, V], targets [R, p] and weights [R, p].
     """
-    tokens_RT, positions_RP, targets_RP, weight_RP, *position_ids_RT = given
+    tokens_RT, positions_RP, targets_RP, weight_RP = given
     rows, width = positions_RP.shape
     most = LOGITS if tokens_RT.device.type == "cpu" else GPU_LOGITS
     step = max(1, most // (rows * model.config.get_text_config().vocab_size))
     with autocast(precision, tokens_RT.device):
-        hidden_RPH = hidden_states(model, tokens_RT, positions_RP, *position_ids_RT)
+        hidden_RPH = hidden_states(model, tokens_RT, positions_RP)
         if step >= width:
             return [measure(logits_of(model, hidden_RPH), targets_RP, weight_RP)]
 
@@ -147,7 +142,7 @@ def evaluate(
 
 def in_evaluation(batches_N: Sequence[list[Batch]]) -> AbstractContextManager[None]:
     """Return the phase of evaluation, divisible if a batch has several rows of a run."""
-    divisible = any(len(batch.lengths[0]) > 1 for own in batches_N for batch in own)
+    divisible = any(batch.tokens_NRT.shape[1] > 1 for own in batches_N for batch in own)
     return phase(EVALUATION, divisible)
 
 
@@ -164,13 +159,13 @@ def row_nlls(
     `batches_N`: the rows, as `eval_batches` groups them. Several processes share the batches.
     """
     counts_N = [[int(rows[i].loss.sum()) for i in by_length(rows)] for rows in rows_N]
-    ends_N = [np.cumsum([len(b.lengths[0]) for b in own]) for own in batches_N]
+    ends_N = [np.cumsum([b.tokens_NRT.shape[1] for b in own]) for own in batches_N]
     found_N = [torch.zeros(len(rows), dtype=torch.float64) for rows in rows_N]
     for k, batch, who in _merged(batches_N, mesh):
         log_p_NM = token_log_p(model, batch, precision).double().cpu().numpy()
         for n in who:
             own = batches_N[n][k]
-            rows = slice(ends_N[n][k] - len(own.lengths[0]), ends_N[n][k])
+            rows = slice(ends_N[n][k] - own.tokens_NRT.shape[1], ends_N[n][k])
             starts = np.cumsum([0, *counts_N[n][rows][:-1]])
             sums = np.add.reduceat(log_p_NM[n, : own.n_loss], starts)
             found_N[n][rows] = torch.from_numpy(-sums)

@@ -13,9 +13,8 @@ of a completion is predicted.
 
 import copy
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +27,9 @@ from lorasweep.data.examples import (
     Example,
     Rewards,
     eval_batches,
+    filled,
     merge,
     prompt_of,
-    up,
-    widen,
 )
 from lorasweep.data.rewards import check_available, check_rows
 from lorasweep.errors import DataError, ModelError
@@ -41,7 +39,7 @@ from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.train.events import Record
-from lorasweep.train.objectives.base import Objective
+from lorasweep.train.loop import Objective
 from lorasweep.train.objectives.nll import in_evaluation, row_nlls, token_log_p
 from lorasweep.train.sampling import Completions, sample
 
@@ -128,26 +126,24 @@ class PolicyGradient(Objective):
         first = runs[0]  # the shape of an update is the same for all runs of a pack
         n_prompts = first.batch_size // first.group_size
         rows_N = [self._data[r.id].train(r.seed, step * n_prompts, n_prompts) for r in runs]
-        started, shape = time.perf_counter(), (first.batch_size, first.max_new_tokens)
+        shape = (first.batch_size, first.max_new_tokens)
         prompts = [[prompt_of(row) for row in rows] for rows in rows_N]
         uniforms = np.stack([stream("sample", r.seed, step).random(shape) for r in runs])
         how = (self._data[first.id].rewards.ends, self._precision, self._mesh, self._forward_parts)
         completions_N = self._mesh.run(sample, model, prompts, uniforms, *how)
-        n_sampled = sum(len(t) for own in completions_N for t in own.tokens)
-        speed = {"sampled_tokens_per_s": n_sampled / (time.perf_counter() - started)}
         some, kept_N = list[Group](), []
         for run, rows, completions in zip(runs, rows_N, completions_N):
             rewards = self._rewards_of(run)
             groups, record = reward_groups(rows, completions, rewards, run.reward_scale)
-            self._signals[run.id].note({**record, **speed}, run.batch_size)
+            self._signals[run.id].note(record, run.batch_size)
             some = some or groups[:1]
             kept = [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
             kept_N.append(kept)
         if not any(kept_N):
             kept_N[0] = some  # an update needs a micro-batch, even without a gradient
         share = -(-first.batch_size // self._mesh.size)
-        most, more = min(self._micro_batch_size or share, share), (self._join_rows, self._mesh.size)
-        return collate_rollouts(kept_N, most, first.batch_size, *more)
+        most = min(self._micro_batch_size or share, share)
+        return collate_rollouts(kept_N, most, first.batch_size, self._mesh.size)
 
     def _rewards_of(self, run: RunSpec) -> Rewards:
         """Return Rewards that process 0 computes and broadcasts.
@@ -191,7 +187,7 @@ class PolicyGradient(Objective):
         """Return the record of this update for each run: the keys of reward_groups, and more.
 
         `surrogate`: the mean loss. `sampler_kl`: mean of log p_sampler - log p_learner over loss
-        tokens. `sampled_tokens_per_s`: of the whole pack. DataError: see Signal.check.
+        tokens. DataError: see Signal.check.
         """
         kl_N, count_N = (sum(x.double() for x in xs) for xs in zip(*self._gap_NK))
         self._mesh.sum_(kl_N, count_N)
@@ -225,7 +221,6 @@ class PolicyGradient(Objective):
             if final:
                 measures[self.metric.on_part] = first[name]
             signal, data = self._signals[run.id], self._data[run.id]
-            signal.best = max(signal.best, measures[name])
             if data.rewards.choices and data.n_train:
                 bits = data.n_train * bits_learned(measures[name], data.rewards.choices)
                 measures |= {"bits": bits, "bits_per_answer": bits / signal.completions}
@@ -235,14 +230,13 @@ class PolicyGradient(Objective):
         self, model: nn.Module, runs: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
     ) -> list[Record]:
         rewards_N, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
-        how = (self._precision, self._join_rows, self._mesh, self._forward_parts)
+        how = (self._precision, self._mesh, self._forward_parts)
         return held_out_rewards(model, rows, rewards_N, most, *how)
 
     def facts(self, run: RunSpec) -> Record:
         signal = self._signals[run.id]
         found = {"reward_start": signal.reward_start, "collapsed": signal.collapsed}
-        found |= {name: signal.state()[name] for name in ("best_reward", "answers")}
-        return {**found, **super().facts(run)}
+        return {**found, "answers": signal.completions, **super().facts(run)}
 
     def state(self, run_id: str) -> dict[str, Any]:
         return {**self._signals[run_id].state(), **super().state(run_id)}
@@ -270,8 +264,6 @@ class Signal:
     completions: int = 0
     rewarded: float = 0.0
     """Sum of the rewards of all `completions`."""
-    best: float = -math.inf
-    """Highest held-out reward so far."""
     last: Record = field(default_factory=dict)
     """The record of the present update."""
     beyond_fp32: bool = False
@@ -322,17 +314,16 @@ class Signal:
             )
 
     def state(self) -> dict[str, Any]:
-        """Return counts and rewards as JSON values. A reward is None before its first value."""
-        rewards = {"first_reward": self.first_reward, "best_reward": self.best}
-        found = {name: x if math.isfinite(x) else None for name, x in rewards.items()}
+        """Return the values for a checkpoint; `first_reward` is None before the first update."""
+        first = self.first_reward if math.isfinite(self.first_reward) else None
         counts = {"below": self.below, "answers": self.completions, "rewarded": self.rewarded}
-        return {**counts, **found}
+        return {**counts, "first_reward": first}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the values of `state`."""
         self.below, self.completions = state["below"], state["answers"]
-        self.rewarded, rewards = state["rewarded"], (state["best_reward"], state["first_reward"])
-        self.best, self.first_reward = (-math.inf if x is None else x for x in rewards)
+        first, self.rewarded = state["first_reward"], state["rewarded"]
+        self.first_reward = -math.inf if first is None else first
 
 
 def surrogate(
@@ -421,7 +412,6 @@ def held_out_rewards(
     rewards_N: Sequence[Rewards],
     max_new_tokens: int,
     precision: str,
-    join_rows: bool = False,
     mesh: Mesh = ALONE,
     forward_parts: int = 1,
 ) -> list[Record]:
@@ -434,7 +424,7 @@ def held_out_rewards(
     name = METRICS["policy_gradient"].name
     if all(r.exact for r in rewards_N):
         most = max(1, EVAL_TOKENS // forward_parts)
-        batches_N = [eval_batches(rows, most, join_rows) for rows in rows_N]
+        batches_N = [eval_batches(rows, most) for rows in rows_N]
         with in_evaluation(batches_N):
             values_N = [np.exp(-nll) for nll in row_nlls(model, rows_N, batches_N, precision)]
         return [{name: float(v.mean()), f"{name}_se": standard_error(v)} for v in values_N]
@@ -472,11 +462,7 @@ def bits_learned(reward: float, choices: int) -> float:
 
 
 def collate_rollouts(
-    groups_N: Sequence[Sequence[Group]],
-    rows: int,
-    episodes: int,
-    join_rows: bool,
-    processes: int = 1,
+    groups_N: Sequence[Sequence[Group]], rows: int, episodes: int, processes: int = 1
 ) -> list[Rollouts]:
     """Return micro-batches of at most `rows` completions (or one group) per run.
 
@@ -488,11 +474,12 @@ def collate_rollouts(
         return len(group.prompt) + max(len(c.tokens) for c in group.completions)
 
     def silent(weight: int) -> Rollouts:
-        """Return a micro-batch of one run with advantages 0, and with weights or without."""
-        found = _collate(some[:1], join_rows)
-        none = np.zeros_like(found.advantage_NM)
-        weight_NM = weight * found.weight_NM
-        return replace(found, advantage_NM=none, weight_NM=weight_NM, tokens_N=(0,))
+        """Return a micro-batch of one run with advantages 0; with weight 0 it has no rows."""
+        found = _collate(some[:1])
+        none, weight_NM = np.zeros_like(found.advantage_NM), weight * found.weight_NM
+        tokens = found.tokens_NRT if weight else found.tokens_NRT[:, :0, :0]
+        found = replace(found, tokens_NRT=tokens, tokens_N=(0,))
+        return replace(found, advantage_NM=none, weight_NM=weight_NM)
 
     size = next(len(groups[0].completions) for groups in groups_N if groups)
     most, parts_N = max(1, rows // size), []
@@ -502,47 +489,38 @@ def collate_rollouts(
     some = next(parts[0] for parts in parts_N if parts)
     micro_batches = []
     for k in range(max(map(len, parts_N))):
-        own = [_collate(parts[k], join_rows) if k < len(parts) else silent(0) for parts in parts_N]
-        batch = merge(own)
-        width = batch.weight_NM.shape[1]
-        found: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}
-        for name in ("sampler_NM", "advantage_NM", "completion_NM"):
-            found[name] = np.concatenate([widen(getattr(part, name), width) for part in own])
-        micro_batches.append(Rollouts(**found, episodes=0 if k else episodes))
+        own = [_collate(parts[k]) if k < len(parts) else silent(0) for parts in parts_N]
+        micro_batches.append(replace(merge(own), episodes=0 if k else episodes))
     return micro_batches + [silent(1)] * (-len(micro_batches) % processes)  # equally many each
 
 
-def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
+def _collate(groups: Sequence[Group]) -> Rollouts:
     """Collate one run's completions; in a group, those equal up to the last token share a row."""
-    tokens, completions = list[np.ndarray](), list[Completion]()
-    firsts, lengths, n_tokens = list[int](), list[int](), 0
+    rows, completions = list[np.ndarray](), list[Completion]()
+    numbers, firsts = list[int](), list[int]()
     for group in groups:
         # nothing is predicted from the last token
         sharing: dict[bytes, list[Completion]] = {}
         for completion in group.completions:
             sharing.setdefault(completion.tokens[:-1].tobytes(), []).append(completion)
         for own in sharing.values():
-            row = np.concatenate([group.prompt, own[0].tokens[:-1]])
-            firsts += [sum(lengths) + len(group.prompt) - 1] * len(own)
             completions += own
-            lengths.append(up(len(row)))
-            tokens.append(np.pad(row, (0, lengths[-1] - len(row))))
-            n_tokens += len(row)
+            numbers += [len(rows)] * len(own)
+            firsts += [len(group.prompt) - 1] * len(own)
+            rows.append(np.concatenate([group.prompt, own[0].tokens[:-1]]))
     sizes = np.array([len(c.tokens) for c in completions])
-    count = int(sizes.sum())
-    within = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
     def wide(values: np.ndarray) -> np.ndarray:
-        return widen(values[None], up(count))
+        return filled([values[None]])
 
     return Rollouts(
-        tokens_NX=np.concatenate(tokens).astype(np.int64)[None],
-        lengths=(tuple(lengths),),
-        loss_positions_NM=wide(np.repeat(firsts, sizes) + within),
+        tokens_NRT=filled([row[None] for row in rows]).astype(np.int64)[None],
+        rows_NM=wide(np.repeat(numbers, sizes)),
+        positions_NM=wide(np.repeat(firsts, sizes) + within),
         targets_NM=wide(np.concatenate([c.tokens for c in completions]).astype(np.int64)),
-        weight_NM=wide(np.ones(count, dtype=np.float32)),
-        tokens_N=(n_tokens,),
-        join_rows=join_rows,
+        weight_NM=wide(np.ones(len(within), dtype=np.float32)),
+        tokens_N=(sum(map(len, rows)),),
         sampler_NM=wide(np.concatenate([c.log_p for c in completions])),
         advantage_NM=wide(np.repeat([c.advantage for c in completions], sizes)),
         completion_NM=wide(np.repeat(range(len(completions)), sizes)),

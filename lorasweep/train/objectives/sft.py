@@ -23,8 +23,8 @@ from lorasweep.models.load import Base
 from lorasweep.spec.metric import CURVE_START, METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
+from lorasweep.train.loop import Objective
 from lorasweep.train.objectives import nll
-from lorasweep.train.objectives.base import Objective
 from lorasweep.train.objectives.nll import evaluate, nll_sums, row_nlls
 
 DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
@@ -135,7 +135,7 @@ class SupervisedFineTuning(Objective):
             for part in (examples[k : k + rows] for k in range(0, size, rows)):
                 share = len(part) // processes
                 for k in range(0, len(part), share):
-                    own.append(collate(part[k : k + share], self._join_rows))
+                    own.append(collate(part[k : k + share]))
             self._runs[run.id].n_loss = sum(b.n_loss for b in own)
             by_run.append(own)
         return [merge(parts) for parts in zip(*by_run)]
@@ -201,7 +201,7 @@ class SupervisedFineTuning(Objective):
     ) -> list[Record]:
         """Return each run's NLL on its rows; where `by_row` is True, also those of rows (ROWS)."""
         name = self.metric.name
-        batches = [eval_batches(own, self._eval_tokens, self._join_rows) for own in rows]
+        batches = [eval_batches(own, self._eval_tokens) for own in rows]
         sums: Sequence[np.ndarray] = ()
         nlls: Sequence[float] = ()
         with nll.in_evaluation(batches):

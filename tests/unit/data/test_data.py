@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from lorasweep.data import load as data
 from lorasweep.data import messages, own, text
-from lorasweep.data.examples import Example, collate, merge, padded
+from lorasweep.data.examples import Example, collate, merge, padded, up
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES
 from tests.bpe import qwen_like
@@ -110,30 +110,23 @@ def test_what_spreadsheets_and_other_rows_do(tmp_path):
             data.load(shipped("gsm8k", location="mine"), [str(tmp_path)], tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "filled"),
-    [
-        (((5, 20),), ((16, 32),)),
-        (((5, 20), (40, 3)), ((16, 32, 16), (48, 16))),
-        (((64, 64), (16,) * 5), ((64, 64), (16,) * 5 + (48,))),
-    ],
-)
-def test_runs_are_filled_up_and_only_tokens_in_the_loss_are_predicted(lengths, filled):
+@pytest.mark.parametrize("lengths", [((5, 20),), ((5, 20), (40, 3)), ((64, 64), (16,) * 5)])
+def test_runs_are_filled_up_and_only_tokens_in_the_loss_are_predicted(lengths):
     rng = np.random.default_rng(0)
     rows = [
         [Example(rng.integers(1, 9, size=n).astype(np.int32), np.arange(n) % 3 > 0) for n in own]
         for own in lengths
     ]
     b = merge([collate(own) for own in rows])
-    assert (b.lengths, b.tokens_N) == (filled, tuple(map(sum, lengths)))
+    assert b.tokens_N == tuple(map(sum, lengths))
     wanted = [token for own in rows for e in own for token in e.tokens[e.loss]]
     run, column = np.nonzero(b.weight_NM)
     assert b.targets_NM[run, column].tolist() == wanted and b.n_loss == len(run)
-    assert (b.tokens_NX[run, b.loss_positions_NM[run, column] + 1] == wanted).all()
     tokens, positions, targets, weight = padded(b)
-    most = max(map(len, lengths))  # filler is left out; a run with fewer rows gets empty ones
+    most = max(map(len, lengths))  # a run with fewer rows gets empty ones
     expected = [n for own in lengths for n in (*own, *[0] * (most - len(own)))]
     assert [int((row > 0).sum()) for row in tokens] == expected
+    assert tokens.shape[1] == up(max(expected)) and weight.sum() == len(wanted)
     row_of, column = np.nonzero(weight)
     assert targets[row_of, column].tolist() == wanted
     assert (tokens[row_of, positions[row_of, column] + 1] == wanted).all()

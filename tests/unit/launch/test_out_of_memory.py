@@ -234,7 +234,7 @@ def test_evaluation_that_runs_out_holds_less_at_once(monkeypatch, shortage):
     """Half of what one run holds fits: halved for the base and for two runs, not for the learner."""
 
     def rows(model, rows_N, batches_N, precision):
-        return max(sum(len(b.lengths[0]) for b in bs) for bs in zip(*batches_N))
+        return max(sum(b.tokens_NRT.shape[1] for b in bs) for bs in zip(*batches_N))
 
     shortage(policy_gradient, "row_nlls", rows)
     monkeypatch.setattr(policy_gradient, "EVAL_TOKENS", 1024)
@@ -245,9 +245,9 @@ def test_evaluation_that_runs_out_holds_less_at_once(monkeypatch, shortage):
 
 def test_evaluation_and_learning_that_run_out_have_separate_limits(shortage):
     def held_out(model, batches, *_):
-        return sum(max(len(b.lengths[0]) for b in own) for own in batches)
+        return sum(max(b.tokens_NRT.shape[1] for b in own) for own in batches)
 
-    shortage(sft, "nll_sums", lambda m, b, p: len(b.lengths) * len(b.lengths[0]), 2 * 2)
+    shortage(sft, "nll_sums", lambda m, b, p: b.tokens_NRT[..., 0].size, 2 * 2)
     shortage(sft, "evaluate", held_out, 2 * 4)
     short = dataclasses.replace(tiny_spec().dataset, n_test=16, max_length=64, exact_loss=False)
     tried, limit, notes = shortage.train(specs_of(2, steps=2, dataset=short))

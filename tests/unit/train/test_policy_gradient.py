@@ -85,7 +85,7 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
         for token, own in zip(pair, policy_gradient.advantages(rewards, "none")[0]):
             completions.append(policy_gradient.Completion(token, at[token], own * likely / 2))
     groups = [policy_gradient.Group(prompt_of(row), completions)]
-    (batch,) = policy_gradient.collate_rollouts([groups], 10**6, 1, False)
+    (batch,) = policy_gradient.collate_rollouts([groups], 10**6, 1)
     assert batch.tokens_N == (4,)  # all of them share the prompt's row
     objective.loss(model, batch).sum().backward()
     assert float(exact.norm()) > 1e-3
@@ -201,7 +201,7 @@ def test_it_learns_the_labels_and_records_what_it_learned(worlds):
     _, result = end_of(spec, base, loaded)
     rewards = [point["test_reward"] for point in result["curve"]]
     assert rewards[0] == result["reward_start"] < 0.1 and rewards[-1] > 0.25
-    assert result["best_reward"] == max(rewards[1:]) and result["answers"] == 24 * 512
+    assert result["answers"] == 24 * 512
     assert result["bits"] == pytest.approx(64 * policy_gradient.bits_learned(rewards[-1], 16))
     assert result["bits_per_answer"] == pytest.approx(result["bits"] / (24 * 512))
     metric = metric_of(json.loads(json.dumps(result)))  # read back, and better is higher
