@@ -14,7 +14,7 @@ from typing import Any
 
 from lorasweep.advise.pages import render
 from lorasweep.advise.rules import MOST_RATES
-from lorasweep.data import own, sources
+from lorasweep.data import sources
 from lorasweep.data.examples import Data
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.spec.dataset import FILES
@@ -49,7 +49,7 @@ def run_of(request: Request) -> RunSpec:
     if request.data:
         named = ("format", "prompt_field", "completion_field")
         stated = {n: getattr(dataset, n) for n in named if f"dataset.{n}" in request.given}
-        dataset = own.dataset_of(request.data, named=stated)
+        dataset = sources.dataset_of(request.data, named=stated)
     elif dataset.name in request.described:  # all rows are measured, as with data=FILE
         dataset = dataclasses.replace(dataset, holdout=0, held_out_by="")
     n_test, n_curve = dataset.n_test, dataset.n_test_curve
@@ -114,7 +114,7 @@ def information(
     rows_sha256 = None  # set if the rows are a whole file
     if dataset.source in FILES and dataset.n_train is None:
         found = sources.find_file(dataset, dataset.train_split, request.exec.data_dir)
-        rows_sha256 = found[1][: own.DIGITS]
+        rows_sha256 = found[1][: sources.DIGITS]
     settings = {key: getattr(spec, key) for key in ("batch_size", "precision")}
     lengths = {
         key: {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points, final_loss, is_search, judged
 from lorasweep.cli.printed import Answer, duration, notifier, table
-from lorasweep.data import templates
+from lorasweep.data import text
 from lorasweep.errors import LorasweepError, SpecError, StoreError, TrainingError
 from lorasweep.fleet.rows import shown
 from lorasweep.fleet.serving import ADAPTER
@@ -339,9 +339,9 @@ def _served(request: Request) -> tuple[Any, dict[str, Any]]:
     if spec.dataset.source == "synthetic":
         return None, {}
     tokenizer = load.tokenizer_of(spec.model, request.exec.models_dir, fetched)
-    served = templates.with_template(spec.dataset, tokenizer)
+    served = text.with_template(spec.dataset, tokenizer)
     form = shown(spec.dataset, [], tokenizer)
-    templates.check(spec.dataset, served, form["messages"], [], form["example"], "example")
+    text.check_served(spec.dataset, served, form["messages"], [], form["example"], "example")
     return served, form
 
 
@@ -382,7 +382,7 @@ def finish(
                 commit = (store.result(best.id) or {}).get("base_commit")
                 write_adapter(partial, best.spec, weights, commit, request.exec.models_dir)
                 if served:
-                    templates.save(served, form["stop"], partial)
+                    text.save_tokenizer(served, form["stop"], partial)
                 content = {k: v for k, v in conclusion.items() if k != "out"}
                 content = {**results, "answer": content, "prompt_form": form}
                 (partial / ANSWER).write_text(json.dumps(content, indent=1))

@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.data.own import as_served
+from lorasweep.data.sources import as_served
 from lorasweep.errors import (
     ClusterError,
     DataError,

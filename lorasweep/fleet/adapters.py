@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lorasweep.advise.pages import plain_text, render
-from lorasweep.data import templates
+from lorasweep.data import text
 from lorasweep.errors import LorasweepError, ModelError
 from lorasweep.fleet.choice import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
 from lorasweep.fleet.serving import ADAPTER, PEFT, Profile, problems
@@ -115,11 +115,11 @@ def _export(
                 f"the weights of run {spec.id} were not kept. Train it again: python -m lorasweep "
                 f"action=adapter run={spec.id} out=FOLDER"
             )
-        served = templates.with_template(spec.dataset, tokenizer_of(spec.model))
-        templates.check(spec.dataset, served, rows.messages, [], rows.example, "example")
+        served = text.with_template(spec.dataset, tokenizer_of(spec.model))
+        text.check_served(spec.dataset, served, rows.messages, [], rows.example, "example")
         with folders.replaced(mine, FACTS) as partial:
             save(partial, spec, weights, outcome.result.get("base_commit"))
-            templates.save(served, rows.stop, partial)
+            text.save_tokenizer(served, rows.stop, partial)
             architecture = member.served.get("architecture", "")
             if wrong := problems(partial, profile, spec.model, spec.method, architecture):
                 raise ModelError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from lorasweep.advise.read import LONGEST, RowError
 from lorasweep.advise.rules import rounded
-from lorasweep.data import load, messages, own, sources, templates, text
+from lorasweep.data import load, messages, sources, text
 from lorasweep.data.messages import Message
 from lorasweep.errors import DataError
 from lorasweep.plan.load import TEXT_FILL
@@ -56,7 +56,7 @@ class Rules:
     def form(self, format: str, tokenizer: Any) -> dict[str, Any]:
         """Return the fields of DatasetSpec that determine how text is rendered and learned."""
         chat = "chat_template" if getattr(tokenizer, "chat_template", None) else FIRST_RENDER
-        found = own.as_served(format, self.render or chat)
+        found = sources.as_served(format, self.render or chat)
         if self.template is not None:
             found["template"] = self.template
         found["whole_prompt"] &= self.whole_prompt
@@ -113,14 +113,14 @@ def rows_of(
             rows in the form of training.
         RowError: the file `validation` is not beside the training rows.
     """
-    spec = own.dataset_of(data, name)
+    spec = sources.dataset_of(data, name)
     spec = dataclasses.replace(spec, **rules.form(spec.format, tokenizer))
     test = f"{data}[{spec.test_split}]"
     if spec.source != "hub":
         path = Path(data).expanduser()
         folder, split = (path, spec.test_split) if path.is_dir() else (path.parent, path.stem)
         if validation is not None:
-            train, held = own.path_of(data), Path(validation).expanduser().absolute()
+            train, held = sources.path_of(data), Path(validation).expanduser().absolute()
             apart = held == train or held.resolve().parent != train.resolve().parent
             if apart or not held.is_file() or held.suffix != train.suffix:
                 raise RowError(
@@ -166,7 +166,7 @@ def rows_of(
         length = rounded(max(longest, float(lengths.mean()) / TEXT_FILL))
         spec = dataclasses.replace(spec, max_length=length)
     first = list(itertools.islice(train_rows.rows(), EXAMPLES))
-    templates.check_rows(spec, first, tokenizer)
+    text.check_rows(spec, first, tokenizer)
     left_out = len(rows) - n_train if tested is not None else 0
     counts = (len(found), spec.n_validation > 0, repeated, same_prompt, left_out)
     rows_found = Rows(spec, *counts, warning=warning, **shown(spec, first, tokenizer))
@@ -185,7 +185,7 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
     Raises:
         DataError: there are no such rows, one cannot be read, or there are too few.
     """
-    spec, folder = own.dataset_of(given, named=named), ""
+    spec, folder = sources.dataset_of(given, named=named), ""
     if spec.source != "hub":
         folder = spec.location
         split = spec.test_split if spec.train_split == "train" else spec.train_split
@@ -304,7 +304,7 @@ def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> di
     answer = next((piece for piece, in_loss in reversed(example) if in_loss), "")
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""
-    turns, _ = templates.request_of(spec, row, "example")
+    turns, _ = text.request_of(spec, row, "example")
     stop: dict[str, list[Any]] = {}
     if end and not (tokenizer.eos_token and end.strip().endswith(tokenizer.eos_token)):
         # a special token is named by its number, because servers leave its text out of the answer

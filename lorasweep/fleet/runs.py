@@ -17,7 +17,7 @@ from lorasweep.advise.advice import advise
 from lorasweep.advise.evidence import Known
 from lorasweep.advise.read import Customer, RowError, shape_of
 from lorasweep.advise.rules import ALPHA, APART, MOST_RATES
-from lorasweep.data.own import CHAT, EXPECTED, PLAIN
+from lorasweep.data.sources import CHAT, EXPECTED, PLAIN
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.fleet.rows import Rows, Rules, rows_of
 from lorasweep.fleet.serving import PEFT, Profile, adapted

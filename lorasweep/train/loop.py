@@ -93,12 +93,10 @@ class Objective:
     def diverged(self, run_id: str, loss: float) -> bool:
         """Note the mean loss of an update; return whether the run diverged. The loop checks NaN."""
 
-    def evaluate(
-        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
-    ) -> list[tuple[Record, int]]:
-        """Return measures of runs by name, the metric included, and the number of held-out items.
+    def evaluate(self, model: nn.Module, runs: Sequence[RunSpec], final: bool) -> list[Record]:
+        """Return measures of runs by name, the metric included; on all held-out items if `final`.
 
-        On all items if `final`, else on a part. The model has only the adapters of these runs.
+        The model has only the adapters of these runs.
         """
 
     def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
@@ -250,9 +248,9 @@ def train(
             measured: dict[str, Record] = {}
             due = {run.id for run in runs if step in evaluations[run.id]} - diverged
             for final, ids in ((True, due & last), (False, due - last)):
-                for i, (measures, n_items) in held_out(runs, ids, final).items():
+                for i, measures in held_out(runs, ids, final).items():
                     measured[i] = measures
-                    records[i] |= {**measures, "test_items": n_items}
+                    records[i] |= measures
                     names = ("step", "examples", "tokens", *measures)
                     progress[i].curve.append({name: records[i][name] for name in names})
                     if not math.isfinite(measures.get(metric.name, metric.on_first(measures))):
@@ -277,8 +275,7 @@ def train(
                 k for k in at if runs[k].early_stopping and progress[runs[k].id].best.step != step
             ]
             optimizer.keep_best(past, restore=True)
-            again = held_out(runs, {runs[k].id for k in past}, True)
-            measured |= {i: measures for i, (measures, _) in again.items()}
+            measured |= held_out(runs, {runs[k].id for k in past}, True)
             if finished:
                 with phase(EVALUATION), trainables.only(at):
                     more = mesh.run(objective.at_end, model, finished)
@@ -344,11 +341,11 @@ def measure_trials(
         for run in pack:
             objective.load_state(run.id, trials[run.id]["meta"]["result"])
         found = measure(model, objective, trainables, base.mesh, pack, set(trials), True)
-        for i, (measures, n_items) in found.items():
+        for i, measures in found.items():
             result, last = (trials[i]["meta"][key] for key in ("result", "last"))
             if result.get("best_step", result["steps_done"]) == result["steps_done"]:
                 # else the last evaluation was of other weights
-                last = {**last, **measures, "test_items": n_items}
+                last = {**last, **measures}
                 curve = [*result["curve"][:-1], {**result["curve"][-1], **measures}]
                 result = {**result, "curve": curve}
             records[i] = last
@@ -386,8 +383,8 @@ def measure(
     runs: Sequence[RunSpec],
     ids: set[str],
     final: bool,
-) -> dict[str, tuple[Record, int]]:
-    """Return the held-out measures of the runs `ids`, with weight norms, and the number of items.
+) -> dict[str, Record]:
+    """Return the held-out measures of the runs `ids`, with weight norms.
 
     `runs`: all runs of the pack. `final`: measure on all held-out items, else on a part of them.
     """
@@ -399,14 +396,13 @@ def measure(
     for k, run in enumerate(runs):
         if run.id in ids:
             groups.setdefault(run.dataset.canonical if on_cpu else "", []).append(k)
-    measured: dict[str, tuple[Record, int]] = {}
+    measured: dict[str, Record] = {}
     norms = trainables.norms() if ids else []
     for at in groups.values():
         some = [runs[k] for k in at]
         with phase(EVALUATION), trainables.only(at):
             found = mesh.run(objective.evaluate, model, some, final)
-        for k, (measures, n_items) in zip(at, found):
-            measured[runs[k].id] = {**measures, **norms[k]}, n_items
+        measured |= {runs[k].id: {**measures, **norms[k]} for k, measures in zip(at, found)}
     return measured
 
 

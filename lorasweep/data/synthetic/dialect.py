@@ -14,7 +14,6 @@ Shapes: V symbols; a table P_VVVV is P(next | a, b, c).
 
 import dataclasses
 import math
-from functools import cache
 
 import numpy as np
 
@@ -50,14 +49,12 @@ CONTEXT_STEPS = 30
 MAX_SCALE_STEPS = 100
 SCALE_PRECISION = 1e-6
 """Largest relative error of shift_nats."""
-LEARNABLE_TIMES = 3
-"""How often a context must be seen for its exception to count as learnable. A convention."""
 
 
 def load(spec: DatasetSpec, draw: int | None = None) -> Data:
     """Make a dialect. Each number `draw` gives another dialect with the same parameters."""
-    table = transition(spec.generator_params, draw)
-    unshifted = {"rule_shift": 0.0, "new_exceptions": 0.0}
+    parts = parts_of(spec.generator_params, draw)
+    table, unshifted = _table(parts), {"rule_shift": 0.0, "new_exceptions": 0.0}
     language = transition({**spec.generator_params, **unshifted})
     length = spec.max_length
 
@@ -86,7 +83,7 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
         n_train=spec.n_train,
         retain=retain,
         entropy_floor_nats=float(floor.mean()),
-        bits=lambda n_tokens: bits(spec.generator_params, n_tokens, draw),
+        bits=lambda n_tokens: bits(parts, n_tokens),
     )
     # rounded to 3 digits, because the last digits of products depend on the processor
     return with_fingerprint(data, table.astype("<f2"))
@@ -193,42 +190,21 @@ def distance(dialect_VVVV: np.ndarray, language_VVVV: np.ndarray) -> float:
     return float((context_shares(dialect_VVVV) * kl).sum())
 
 
-@cache
-def _facts(params: tuple[tuple[str, float], ...], draw: int | None) -> tuple[int, int, np.ndarray]:
-    """Return what `bits` counts, cached because the table is slow to make.
-
-    These are the number of free parameters of the shift, the number of exceptions, and the context
-    frequencies of the replaced exceptions.
-    """
-    parts = parts_of(dict(params), draw)
-    k = parts.k
-    m, low, rank = round(k["rule_shift"] * VOCAB), int(k["shift_rank"]), int(k["features"])
-    # a matrix [m, rank] of rank low has low (m + rank - low) free parameters; there are two
-    low = min(low, m) if low else min(rank, m)
-    numbers = 2 * low * (m + rank - low)
-    shares = context_shares(_table(parts))[parts.replaced_VVV]
-    return numbers, int(parts.is_exception_VVV.sum()), shares
-
-
-def bits(params: dict[str, float], n_tokens: int, draw: int | None = None) -> dict[str, float]:
+def bits(parts: Parts, n_tokens: int) -> dict[str, float]:
     """Return the new information in `n_tokens` symbols of the dialect, in bits.
 
     generator: log2(n_tokens) / 2 for each free parameter of the shift, the precision that n_tokens
     symbols resolve (Rissanen 1978). Each replaced exception adds log2(V), and the set of replaced
     exceptions adds log2 of the number of such sets.
-    learnable: the same, but only for exceptions whose context is expected at least LEARNABLE_TIMES
-    times.
     """
-    numbers, n_exceptions, shares = _facts(tuple(sorted(params.items())), draw)
-    rule = numbers / 2 * math.log2(max(2, n_tokens))
-    seen = int((shares * n_tokens >= LEARNABLE_TIMES).sum())
-
-    def of_exceptions(count: int) -> float:
-        which = math.lgamma(n_exceptions + 1) - math.lgamma(count + 1)
-        which -= math.lgamma(n_exceptions - count + 1)
-        return count * math.log2(VOCAB) + which / math.log(2)
-
-    return {"generator": rule + of_exceptions(len(shares)), "learnable": rule + of_exceptions(seen)}
+    k = parts.k
+    m, low, rank = round(k["rule_shift"] * VOCAB), int(k["shift_rank"]), int(k["features"])
+    # a matrix [m, rank] of rank low has low (m + rank - low) free parameters; there are two
+    low = min(low, m) if low else min(rank, m)
+    rule = low * (m + rank - low) * math.log2(max(2, n_tokens))
+    every, count = int(parts.is_exception_VVV.sum()), int(parts.replaced_VVV.sum())
+    which = math.lgamma(every + 1) - math.lgamma(count + 1) - math.lgamma(every - count + 1)
+    return {"generator": rule + (count * math.log2(VOCAB) + which / math.log(2))}
 
 
 def sample(table: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:

@@ -223,23 +223,3 @@ def evaluate_exact(
     mesh.sum_(sums, counts)
     means = (sums / counts).tolist()  # 0 / 0 is NaN
     return [{f"{name}{end}": value for end, value in zip(PARTS, row)} for row in means]
-
-
-def floors(examples: Sequence[Example], name: str) -> Record:
-    """Return the lowest possible values of the measures of `evaluate_exact`.
-
-    Keys: `name` with each suffix of PARTS except the first: the mean entropy of the true
-    distributions, in nats. `changed_share`: share of the contexts with `Truth.changed`. Empty if no
-    example has a Truth.
-    """
-    truths = [e.truth for e in examples if e.truth is not None]
-    if not truths:
-        return {}
-    p = np.concatenate([t.probabilities for t in truths]).astype(np.float64)
-    changed = np.concatenate([t.changed for t in truths])
-    # a probability below the range of float32 is stored as 0, and adds nothing
-    entropies = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
-    found = {"changed_share": float(changed.mean())}
-    for end, chosen in zip(PARTS[1:], (changed, ~changed)):
-        found[name + end] = float(entropies[chosen].mean()) if chosen.any() else math.nan
-    return found

@@ -203,9 +203,7 @@ class PolicyGradient(Objective):
         # the loss is no sign: it is always near 0
         return self._signals[run_id].collapsed or self._signals[run_id].beyond_fp32
 
-    def evaluate(
-        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
-    ) -> list[tuple[Record, int]]:
+    def evaluate(self, model: nn.Module, runs: Sequence[RunSpec], final: bool) -> list[Record]:
         """Return each run's held-out reward with the standard error: see held_out_rewards.
 
         Sampled rewards come with the share of unreadable completions, which count as wrong. If the
@@ -224,7 +222,7 @@ class PolicyGradient(Objective):
             if data.rewards.choices and data.n_train:
                 bits = data.n_train * bits_learned(measures[name], data.rewards.choices)
                 measures |= {"bits": bits, "bits_per_answer": bits / signal.completions}
-        return [(measures, len(items)) for measures, items in zip(found, rows)]
+        return found
 
     def _measure(
         self, model: nn.Module, runs: Sequence[RunSpec], rows: Sequence[Sequence[Example]]

@@ -154,9 +154,7 @@ class SupervisedFineTuning(Objective):
         known.code_nats += loss * known.n_loss
         return known.note(loss)
 
-    def evaluate(
-        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
-    ) -> list[tuple[Record, int]]:
+    def evaluate(self, model: nn.Module, runs: Sequence[RunSpec], final: bool) -> list[Record]:
         """Return each run's NLL and related measures on its validation rows, or first test rows.
 
         At the end of training they are measured on all test rows. Then `test_nll_curve` is the NLL
@@ -194,7 +192,7 @@ class SupervisedFineTuning(Objective):
                 prompts = _prompts(run, own.test)
                 measures["gain_se"] = nll.gain_se(known.rows, after, tokens, prompts)
             measures["code_nats"] = known.code_nats
-        return [(measures, len(items)) for measures, items in zip(found, rows)]
+        return found
 
     def _measure(
         self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
@@ -240,13 +238,14 @@ class SupervisedFineTuning(Objective):
         data, known = self._data[run.id], self._runs[run.id]
         bits = data.bits(run.steps * known.n_loss) if data.bits else {}
         prompts = _prompts(run, data.test)
+        changed = [e.truth.changed for e in data.test if e.truth is not None]
         return {
             "nll_start": known.start[self.metric.name],
             CURVE_START: known.start[self.metric.on_part],
             "floor_nats": data.entropy_floor_nats,
             **super().facts(run),
             **({"n_test_prompts": len(set(prompts))} if prompts else {}),
-            **nll.floors(data.test, "floor"),
+            **({"changed_share": float(np.concatenate(changed).mean())} if changed else {}),
             **{f"bits_{measure}": value for measure, value in bits.items()},
         }
 

@@ -9,7 +9,7 @@ from lorasweep.advise import pages
 from lorasweep.advise.advice import SURE_OF, answers, plain_of, totals
 from lorasweep.advise.evidence import Sure, read_information
 from lorasweep.advise.read import COLUMNS, RowError, check_rows, read_customers
-from lorasweep.data import own
+from lorasweep.data import sources
 from tests.customers import write_json
 from tests.unit.advise.world import advice, known
 from tests.world import ROOT
@@ -95,7 +95,7 @@ def test_measured_bits_of_the_same_data_and_model_are_used(rows_file, tmp_path):
         world = dataclasses.replace(known(), information=information)
         return advice(world, **{**SFT, **columns, **more})
 
-    sha256 = own.count(str(rows_file)).sha256[: own.DIGITS]
+    sha256 = sources.count(str(rows_file)).sha256[: sources.DIGITS]
     command = f"action=measure model=mine data={rows_file}"
     for useless in ((sha256, "another"), ("0" * 16,), (sha256, "mine", None)):
         measured(*useless)

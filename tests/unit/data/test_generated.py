@@ -49,15 +49,14 @@ def test_an_old_dialect_is_the_same_table():
 
 def test_bits_are_those_of_the_free_numbers_and_of_the_exceptions():
     n = 2**20
-    for k, free in ((2, 2 * (8 + 8 - 2)), (8, 8 * 8)):
-        assert dialect.bits(params(8, k), n)["generator"] == 2 * free / 2 * 20
-    assert dialect.bits(params(0, 2), n) == {"generator": 0.0, "learnable": 0.0}
-    some = dialect.bits({"rule_shift": 0.0, "new_exceptions": 0.1}, n)
+    for m, k, free in ((8, 2, 2 * (8 + 8 - 2)), (8, 8, 8 * 8), (0, 2, 0)):
+        parts = dialect.parts_of(params(m, k))
+        assert dialect.bits(parts, n) == {"generator": 2 * free / 2 * 20}
     parts = dialect.parts_of({"rule_shift": 0, "new_exceptions": 0.1})
+    some = dialect.bits(parts, n)
     exceptions, replaced = int(parts.is_exception_VVV.sum()), int(parts.replaced_VVV.sum())
     which = math.log2(math.comb(exceptions, replaced))
     assert some["generator"] == pytest.approx(5 * replaced + which, rel=1e-9)
-    assert 0 < some["learnable"] < some["generator"]
 
 
 def test_the_exact_loss_has_less_noise_and_the_same_mean():

@@ -15,7 +15,7 @@ from pyarrow import parquet as pq
 from transformers import AutoTokenizer
 
 from lorasweep.data import load as data
-from lorasweep.data import messages, own, templates, text
+from lorasweep.data import messages, sources, text
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from tests.bpe import llama_like, qwen_like, with_chat
@@ -73,7 +73,7 @@ def test_role_colon_is_the_studys_form_with_bos_where_there_is_one(tokens_of):
 def test_a_whole_prompt_has_the_tokens_that_a_server_sends(tokens_of, tokenizer, render):
     """Of one or two questions; an earlier answer is in the prompt, too."""
     differ, how = 0, {"add_generation_prompt": True, "tokenize": False}
-    served = templates.with_template(shipped("tulu3", render=render), tokenizer())
+    served = text.with_template(shipped("tulu3", render=render), tokenizer())
     for n in (2, 4):
         sent = served(served.apply_chat_template(TURNS[: n - 1], **how), add_special_tokens=False)
         alone, whole = (
@@ -260,7 +260,7 @@ def read(tmp_path):
     def make(rows, tokenizer=None, **changes):
         path = write_json(tmp_path / "rows.jsonl", rows) if isinstance(rows, list) else rows
         changes = {"render": "chat_template", "max_length": 4096, **changes}
-        spec = dataclasses.replace(own.dataset_of(str(path)), **changes)
+        spec = dataclasses.replace(sources.dataset_of(str(path)), **changes)
         source, _ = data.sources_of(spec, ["."])
         tokenizer = tokenizer or with_chat(CHATML)
         found = text.examples(spec, spec.train_split, source, tokenizer, None, "")
@@ -444,11 +444,11 @@ def test_rows_read_back_are_those_trained_on(render, form, mask, tmp_path):
     for n, tokenizer in enumerate(chats if chat else (llama_like(), qwen_like())):
         for template in in_forms:
             spec = spec_of(render, form, template, mask=mask)
-            templates.save(templates.with_template(spec, tokenizer), {}, tmp_path / f"{n}")
+            text.save_tokenizer(text.with_template(spec, tokenizer), {}, tmp_path / f"{n}")
             served = AutoTokenizer.from_pretrained(tmp_path / f"{n}")
             for k in range(20):
                 row = row_of(form, k, form == "messages" and n == 1 and chat)
-                turns, described = templates.request_of(spec, row, "row")
+                turns, described = text.request_of(spec, row, "row")
                 one = SimpleNamespace(rows=lambda row=row: iter([("row", row)]))
                 (example,) = text.examples(spec, "train", one, tokenizer, None, "")
                 how = {"tools": described or None, "tokenize": False}
@@ -464,15 +464,15 @@ def test_rows_read_back_are_those_trained_on(render, form, mask, tmp_path):
                 if mask != "all":
                     learned = "".join(p for p, _ in text.rendered(spec, row, "row", tokenizer)[:-1])
                     assert learned == prompt
-                templates.check_rows(spec, [("row", row)], tokenizer)
+                text.check_rows(spec, [("row", row)], tokenizer)
 
 
 @pytest.mark.parametrize("wrong", ["{{ messages[0].content }}", "{{ 1 / 0 }}", NO_HEAD])
 def test_other_conversations_and_another_text_are_refused(wrong, monkeypatch):
-    served = templates.with_template(spec_of("role_eos"), llama_like())
+    served = text.with_template(spec_of("role_eos"), llama_like())
     with pytest.raises(Exception, match="send one user message"):
         served.apply_chat_template([{"role": "system", "content": "Yes."}, USER], tokenize=False)
-    monkeypatch.setattr(templates, "_plain", lambda spec, bos: wrong)
+    monkeypatch.setattr(text, "_plain", lambda spec, bos: wrong)
     rows = [("my.jsonl:1", row_of("messages", 0))]
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers"):
-        templates.check_rows(spec_of("role_eos", "messages"), rows, with_chat(CHAT_TEMPLATE))
+        text.check_rows(spec_of("role_eos", "messages"), rows, with_chat(CHAT_TEMPLATE))

@@ -11,7 +11,7 @@ import yaml
 from markupsafe import escape
 from safetensors.torch import save_file
 
-from lorasweep.data import templates
+from lorasweep.data import text
 from lorasweep.fleet import adapters
 from lorasweep.fleet.choice import Outcome
 from lorasweep.fleet.rows import Rows
@@ -59,7 +59,7 @@ def exported(found, folder, check=lambda *form: None):
 
     with (  # neither adapter nor rows are real ones
         mock.patch.object(adapters, "problems", return_value=[]),
-        mock.patch.object(adapters.templates, "check", check),
+        mock.patch.object(adapters.text, "check_served", check),
     ):
         return adapters.export(found, store, folder, "title", save, lambda model: llama_like())
 
@@ -124,7 +124,7 @@ def test_without_a_form_for_servers_a_customer_has_an_error_and_no_folder(tmp_pa
     rows = {"messages": [{"role": "user", "content": "{prompt}"}], "example": [["{prompt}", False]]}
     here = outcome(0, 0.1)
     member = dataclasses.replace(here.member, rows=dataclasses.replace(here.member.rows, **rows))
-    (found,) = exported([dataclasses.replace(here, member=member)], tmp_path, templates.check)
+    (found,) = exported([dataclasses.replace(here, member=member)], tmp_path, text.check_served)
     assert found.spec is None and "example: the chat template for servers" in found.problem
     assert not (tmp_path / "c0").exists() and not list(tmp_path.glob(".c0*"))
 

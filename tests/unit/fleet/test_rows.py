@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 from lorasweep.advise.read import RowError
-from lorasweep.data import load, messages, templates, text
+from lorasweep.data import load, messages, text
 from lorasweep.errors import DataError
 from lorasweep.fleet.rows import Rules, named_rows, rows_of
 from lorasweep.spec.dataset import DatasetSpec
@@ -212,7 +212,7 @@ def test_rows_begin_with_bos_where_a_server_sends_it(tmp_path, tokenizer):
         row = next(iter(load.load(spec, [folder], tokenizer).test))
         prompt = tokenizer.decode(row.tokens[~row.loss], skip_special_tokens=True)
         assert row.tokens[~row.loss].tolist() == tokenizer(prompt).input_ids
-        served = templates.with_template(spec, tokenizer)
+        served = text.with_template(spec, tokenizer)
         said = [{"role": "user", "content": prompt.removesuffix("\n")}]
         sent = served.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         assert served(sent, add_special_tokens=False).input_ids == row.tokens[~row.loss].tolist()
@@ -357,7 +357,7 @@ def test_a_template_that_breaks_on_a_row_and_one_that_servers_could_not_use(tmp_
     with pytest.raises(DataError, match=r"my.jsonl:28: the tokenizer's chat template .*no system"):
         fitted(path, tokenizer=breaking)
     fitted(path, tokenizer=served)
-    monkeypatch.setattr(templates, "_extended", lambda spec, given: f"!{given}")
+    monkeypatch.setattr(text, "_extended", lambda spec, given: f"!{given}")
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers gives '!<user"):
         fitted(path, tokenizer=served)
 
@@ -384,7 +384,7 @@ def test_a_request_names_the_end_of_an_answer_if_the_end_token_does_not(
     found, _ = fitted(write_rows(tmp_path / "my.jsonl", 30, "Yes {k}"), rules, tokenizer)
     assert found.stop == stop
     assert [m["content"] for m in found.messages] == ["{prompt}", "{completion}"]
-    templates.save(templates.with_template(found.dataset, tokenizer), found.stop, tmp_path)
+    text.save_tokenizer(text.with_template(found.dataset, tokenizer), found.stop, tmp_path)
     ends = GenerationConfig.from_pretrained(tmp_path)
     assert ends.eos_token_id == [1, *stop.get("stop_token_ids", [])]
     assert ends.stop_strings == stop.get("stop")
