@@ -32,11 +32,6 @@ def check_available(request: Request) -> None:
             rewards.check_available(spec.dataset)
         if not exec_.skip_broken_data:  # else bad data fails only its own runs
             data.check_available(spec.dataset, exec_.data_dir)
-    if exec_.world_size > 1 and any(s.kl_weight for s in specs):
-        raise SpecError(
-            f"exec.world_size={exec_.world_size} with kl_weight, which needs a copy of the base in "
-            "one process. Set exec.world_size=1, or kl_weight=0."
-        )
     for spec in {(s.model.name, s.dataset.name): s for s in specs}.values():
         vocab, model = data.generator_vocab(spec.dataset), spec.model
         if (vocab or 0) > model.vocab_size or (vocab is None and not reads_text[model.name]):

@@ -2,8 +2,8 @@
 
 Reads one line per pair: a JSON list of the gold answer and the answer, in LaTeX, without the box.
 Writes `ready`, then one line per pair: right, wrong, or unread if one of them cannot be read. Any
-pair may hang or take all memory. Then the parent ends this process; if the parent is gone, an alarm
-does. This file imports nothing of lorasweep, to start quickly.
+pair may hang or take all memory: an alarm ends this process, whatever it does and whether or not
+the parent is still there. This file imports nothing of lorasweep, to start quickly.
 """
 
 import json
@@ -15,8 +15,8 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
-
+START_S = 120
+"""Time limit to import math-verify, which takes 1 to 3 s."""
 MEMORY_BYTES = 4 << 30
 """Limit on the address space of this process: a tower of powers would take all memory."""
 
@@ -24,11 +24,15 @@ MEMORY_BYTES = 4 << 30
 @lru_cache(1 << 16)
 def read(answer: str) -> Any:
     """Parse the content of a box by math-verify; empty if it cannot be read."""
+    from math_verify import parse
+
     return parse(f"$\\boxed{{{answer}}}$", parsing_timeout=None)
 
 
 def judge(gold: str, answer: str) -> str:
     """Return right, wrong or unread. The order matters: `verify` is not symmetric."""
+    from math_verify import verify
+
     try:
         wanted, found = read(gold), read(answer)
         if not wanted or not found:
@@ -39,19 +43,22 @@ def judge(gold: str, answer: str) -> str:
     return "right" if same else "wrong"
 
 
-def main(limit_s: int) -> None:
+def main(limit_s: float) -> None:
     """Answer until standard input ends. A pair that takes over `limit_s` ends the process."""
+    signal.alarm(START_S)  # without a handler: the kernel ends the process
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries goes to stderr
     logging.disable()  # math-verify warns at every call that no time limit is set
+    judge("1", "1")  # imports it
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.alarm(0)
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        signal.alarm(limit_s)  # without a handler: the kernel ends the process
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
         verdict = judge(*json.loads(line))
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(verdict, file=out, flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(float(sys.argv[1]))

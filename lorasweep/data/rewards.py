@@ -1,18 +1,17 @@
 """Reward completions by the verifier of a data set: right (1), wrong (0), or unreadable (None).
 
-Mathematical answers are compared in processes that are killed when a check takes too long:
-math-verify's time limit is a signal, which works in the main thread only and not inside C calls.
+Mathematical answers are compared in processes that end when a check takes too long: math-verify's
+time limit is a signal with a handler, which works in the main thread only and not inside C calls.
 """
 
 import json
 import os
 import queue
 import re
-import select
+import signal
 import subprocess
 import sys
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from decimal import Decimal
@@ -33,8 +32,6 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 NUMBER = re.compile(r"([-+]?\d+)(\.0*)?")
 LIMIT_S = 10.0
 """Time limit of a check; the default limits of math-verify are 5 s to read and 5 s to compare."""
-START_S = 120.0
-"""Time limit for a process to import math-verify, which takes 1 to 3 s."""
 MOST_PROCESSES = 8
 MOST_KNOWN = 1 << 18
 """Largest number of cached verdicts."""
@@ -163,7 +160,7 @@ def boxed(solution: str) -> str | None:
 
 
 class MathChecks:
-    """A few processes that check answers. They end when the present process ends."""
+    """A few processes that check answers. They end with this object or the present process."""
 
     def __init__(self, processes: int, limit_s: float = LIMIT_S) -> None:
         """Prepare the processes; each is started when it is first needed."""
@@ -206,50 +203,29 @@ class _Worker:
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._end: Callable[[], object] = lambda: None
+        self._process: subprocess.Popen[str] | None = None
 
     def answer(self, question: str) -> str:
         """Return the line that answers a question; empty after a timeout or two dead processes."""
         for _ in range(2):  # the system may have ended the process, as when out of memory
             process = self._process or self._start()
-            assert process.stdin is not None
+            assert process.stdin is not None and process.stdout is not None
             with suppress(BrokenPipeError):
-                process.stdin.write(f"{question}\n".encode())
-                process.stdin.flush()
-            found = _line(process, self._limit_s)
-            if found:
+                print(question, file=process.stdin, flush=True)
+            if found := process.stdout.readline().strip():
                 return found
-            self._stop()
-            if found is None:
+            self._process = None
+            if process.wait() == -signal.SIGALRM:
                 break
         return ""
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _start(self) -> "subprocess.Popen[str]":
         program = str(Path(__file__).with_name("math_worker.py"))
-        command = [sys.executable, "-P", program, str(int(2 * self._limit_s) + 1)]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-        self._process = process
-        self._end = weakref.finalize(self, _kill, process)  # at the latest at exit
-        if _line(process, START_S) != "ready":
-            self._stop()
+        command, pipe = [sys.executable, "-P", program, str(self._limit_s)], subprocess.PIPE
+        how: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, **how, text=True)
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            self._process = None
             raise DataError(f"no process starts that verifies answers: {' '.join(command)}")
-        return process
-
-    def _stop(self) -> None:
-        self._process = None
-        self._end()
-
-
-def _line(process: "subprocess.Popen[bytes]", limit_s: float) -> str | None:
-    """Return the next line of a process; empty if it has ended, None if none comes in time."""
-    # the process writes one short line at a time, so the pipe holds a whole line or none
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], limit_s)
-    return process.stdout.readline().decode().strip() if ready else None
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.communicate()
+        return self._process

@@ -18,10 +18,7 @@ from lorasweep.spec.values import ABOVE_0, BELOW_1, Is, Value, encode, fields, l
 TRAIN_VERSION = 1
 """Increase it when the training maths changes: old results then no longer count as done."""
 
-OF_SAMPLING = (
-    *("group_size", "max_new_tokens", "reward_scale"),
-    *("ratio_level", "clip_ratio", "kl_weight"),
-)
+OF_SAMPLING = ("group_size", "max_new_tokens", "reward_scale")
 """Fields that apply only to objectives that sample completions."""
 LR_RANGE = (1e-9, 1e2)
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -53,21 +50,13 @@ class RunSpec(Value):
     objective: Literal["sft", "policy_gradient"] = later("sft")
     """sft: the NLL of given answers. policy_gradient: the reward of sampled completions."""
     group_size: Annotated[int, Is("completions", 0)] = later(0)
-    """policy_gradient (as the next five fields). Completions per prompt; their mean reward is the
+    """policy_gradient (as the next two fields). Completions per prompt; their mean reward is the
     baseline. An update has batch_size / group_size prompts."""
     max_new_tokens: Annotated[int, Is("tokens", 0)] = later(0)
     """Maximum number of tokens of a completion, including the end token."""
     reward_scale: Literal["none", "group"] = later("none")
     """Divisor of the advantage. none: 1 (the study; Dr. GRPO, arXiv 2503.20783). group: standard
     deviation of the group's rewards, plus 1e-4 (GRPO, arXiv 2402.03300)."""
-    ratio_level: Literal["token", "sequence"] = later("token")
-    """Importance ratio of learner to sampler. token: of each token. sequence: geometric mean over
-    the tokens of a sequence (GSPO, arXiv 2507.18071)."""
-    clip_ratio: Annotated[float | None, Is("", ABOVE_0)] = later(None)
-    """Distance from 1 beyond which a ratio is clipped (PPO, arXiv 1707.06347). With one update per
-    batch the ratio is 1 up to rounding, so this is for samplers with lower precision."""
-    kl_weight: Annotated[float, Is("", 0)] = later(0.0)
-    """Weight in the loss of the KL to the base, by the estimator of arXiv 2402.03300, eq. 4."""
     early_stopping: Annotated[int, Is("evaluations; 0: off", 0)] = later(0)
     """sft: end after this many evaluations in a row without a better validation loss, and keep the
     weights of the best one. 0: make all updates, and keep the last weights."""

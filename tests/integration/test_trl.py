@@ -74,10 +74,9 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     for p in model.parameters():
         p.requires_grad_(True).grad = None
     log_p = token_log_p(model, batch, "fp64")
-    arrays = (batch.advantage_NM, batch.completion_NM, batch.weight_NM)
-    advantage_NM, completion_NM, weight_NM = map(torch.from_numpy, arrays)
+    advantage_NM, weight_NM = map(torch.from_numpy, (batch.advantage_NM, batch.weight_NM))
     gap = log_p - log_p.detach()  # the sampler is the learner
-    loss = surrogate(gap, advantage_NM.to(gap), completion_NM, weight_NM, "token", None)
+    loss = surrogate(gap, advantage_NM.to(gap), weight_NM)
     (loss.sum() / batch.episodes).backward()
     ours = torch.cat([p.grad.flatten() for p in model.parameters()])
     # dr_grpo divides by the most tokens that the answers could have had together

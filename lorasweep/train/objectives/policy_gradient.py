@@ -11,7 +11,6 @@ Shapes: N runs of the pack, P prompts, G completions of each, M positions per ru
 of a completion is predicted.
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,8 +79,6 @@ class Rollouts(Batch):
     sampler_NM: np.ndarray
     """log p of each token under the sampler; float64, 0 at filler."""
     advantage_NM: np.ndarray
-    completion_NM: np.ndarray
-    """Number of the completion that a token belongs to, within its run; int64, 0 at filler."""
     episodes: int = 0
     """Divisor of each run's loss: in the first micro-batch the completions that the run sampled for
     the update, in the others 0."""
@@ -117,8 +114,6 @@ class PolicyGradient(Objective):
                 base.at_start[key] = {on_part: at_first[0][name], **at_start}
             found.append(dict(base.at_start[key]))
             self._signals[run.id].reward_start = found[-1][name]
-        if any(run.kl_weight for run in runs):
-            self._reference = copy.deepcopy(base.model).requires_grad_(False)
         return found
 
     def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Rollouts]:
@@ -137,8 +132,7 @@ class PolicyGradient(Objective):
             groups, record = reward_groups(rows, completions, rewards, run.reward_scale)
             self._signals[run.id].note(record, run.batch_size)
             some = some or groups[:1]
-            kept = [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
-            kept_N.append(kept)
+            kept_N.append([g for g in groups if any(c.advantage for c in g.completions)])
         if not any(kept_N):
             kept_N[0] = some  # an update needs a micro-batch, even without a gradient
         share = -(-first.batch_size // self._mesh.size)
@@ -162,26 +156,16 @@ class PolicyGradient(Objective):
 
     def loss(self, model: nn.Module, batch: Rollouts) -> torch.Tensor:
         """Return the summed loss of each run, [N]; see Signal.check_sampler (not in bf16)."""
-        first = self._pack[0]
         log_p_NM = token_log_p(model, batch, self._precision)
         arrays = (batch.sampler_NM, batch.advantage_NM, batch.weight_NM)
         sampler_NM, advantage_NM, weight_NM = (torch.from_numpy(a).to(log_p_NM) for a in arrays)
-        completion_NM = torch.from_numpy(batch.completion_NM).to(log_p_NM.device)
         gap_NM = log_p_NM - sampler_NM
         noted_NM = gap_NM.detach() * weight_NM
         self._gap_NK.append((-noted_NM.sum(1), weight_NM.sum(1)))
         if self._precision != "bf16":
             for run, off in zip(self._pack, noted_NM.abs().amax(1).expm1().tolist()):
                 self._signals[run.id].check_sampler(run, off)
-        loss_NM = surrogate(
-            gap_NM, advantage_NM, completion_NM, weight_NM, first.ratio_level, first.clip_ratio
-        )
-        if first.kl_weight:
-            with torch.no_grad():
-                reference_NM = token_log_p(self._reference, batch, self._precision)
-            away_NM = reference_NM - log_p_NM
-            loss_NM = loss_NM + first.kl_weight * (away_NM.exp() - away_NM - 1) * weight_NM
-        return loss_NM.sum(1)
+        return surrogate(gap_NM, advantage_NM, weight_NM).sum(1)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
         """Return the record of this update for each run: the keys of reward_groups, and more.
@@ -325,35 +309,13 @@ class Signal:
 
 
 def surrogate(
-    gap_NM: torch.Tensor,
-    advantage_NM: torch.Tensor,
-    completion_NM: torch.Tensor,
-    weight_NM: torch.Tensor,
-    level: str,
-    clip: float | None,
+    gap_NM: torch.Tensor, advantage_NM: torch.Tensor, weight_NM: torch.Tensor
 ) -> torch.Tensor:
     """Return the loss of each token, [N, M], whose gradient is the policy gradient.
 
-    Args:
-        gap_NM: log p_learner - log p_sampler of each token.
-        completion_NM: number of the completion that a token belongs to.
-        weight_NM: 1 for a token, 0 for filler.
-        level: 'token', or 'sequence': the tokens of a completion share one ratio, the geometric
-            mean, and their mean loss counts, not the sum (arXiv 2507.18071, eq. 5 and 7).
+    `gap_NM`: log p_learner - log p_sampler of each token. `weight_NM`: 1; 0 for filler.
     """
-    share_NM = weight_NM
-    if level == "sequence":
-        size = int(completion_NM.max()) + 1
-        empty = gap_NM.new_zeros(len(gap_NM), size)
-        lengths = empty.scatter_add(1, completion_NM, weight_NM).clamp(min=1)
-        means = empty.scatter_add(1, completion_NM, gap_NM * weight_NM) / lengths
-        gap_NM = means.gather(1, completion_NM)
-        share_NM = weight_NM / lengths.gather(1, completion_NM)
-    ratio = gap_NM.exp()
-    gain = ratio * advantage_NM
-    if clip is not None:
-        gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantage_NM)
-    return -gain * share_NM
+    return -(gap_NM.exp() * advantage_NM) * weight_NM
 
 
 # ---------------------------------------------------------------- completions and rewards
@@ -521,5 +483,4 @@ def _collate(groups: Sequence[Group]) -> Rollouts:
         tokens_N=(sum(map(len, rows)),),
         sampler_NM=wide(np.concatenate([c.log_p for c in completions])),
         advantage_NM=wide(np.repeat([c.advantage for c in completions], sizes)),
-        completion_NM=wide(np.repeat(range(len(completions)), sizes)),
     )

@@ -6,9 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from decimal import Decimal
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import psutil
@@ -28,7 +27,7 @@ from tests.small_hub import deep, problem
 from tests.unit.data.conftest import composed, shipped
 from tests.unit.data.test_data import jsonl
 from tests.unit.data.test_study_data import load, spec_of
-from tests.world import write_splits
+from tests.world import wait_for, write_splits
 
 
 def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch():
@@ -125,7 +124,7 @@ SIZES = ("group_size=4", "max_new_tokens=1")
     "more, words",
     [
         *((wrong, wrong) for wrong in ("group_size=1", "group_size=5", "max_new_tokens=5")),
-        *((wrong, wrong.replace("=", "='?")) for wrong in ("objective=sft", "clip_ratio=0.0")),
+        ("objective=sft", "objective='?sft"),
         ("dataset=facts", r"'facts' has no verifier.*bandit, words"),
         ("dataset.mask=all", "mask=all"),
         ("dataset.generator_params.contexts=0", r"generator_params.contexts=0"),
@@ -175,15 +174,14 @@ def test_a_check_that_hangs_or_crashes_is_ended_and_the_next_one_is_right():
     os.kill(second, 9)
     assert checks.check([("5", "5"), ("7", HANGS)]) == [1.0, None]
     del checks
-    assert children() == before
+    wait_for(lambda: children() == before)
 
 
 def test_processes_end_with_the_one_that_asks_even_while_one_hangs():
     """Killed, it cannot end them itself: the alarm does."""
     code = (
         "from lorasweep.data.rewards import MathChecks as M\n"
-        "m = M(1, 2.0)\nworker = m._free.queue[0]\nworker._start()\nworker._limit_s = 999\n"
-        "print(m.check([('1', '1')]), flush=True)\nm.check([('7', '9^{9^{9^{9}}}')])"
+        "m = M(1, 3.0)\nprint(m.check([('1', '1')]), flush=True)\nm.check([('7', '9^{9^{9^{9}}}')])"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert parent.stdout.readline() == b"[1.0]\n"
@@ -191,11 +189,8 @@ def test_processes_end_with_the_one_that_asks_even_while_one_hangs():
     time.sleep(0.3)
     parent.kill()
     parent.communicate()
-    deadline, path = time.monotonic() + 90, Path(f"/proc/{worker}/cmdline")
-    with suppress(OSError):  # it is gone
-        while path.read_text():  # one that nobody waits for has an empty one
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    every = partial(psutil.process_iter, ["cmdline"])  # one that nobody waits for has an empty one
+    wait_for(lambda: not any(p.pid == worker and p.info["cmdline"] for p in every()))
 
 
 def test_a_verifier_that_does_not_start_is_said(monkeypatch):
