@@ -22,7 +22,7 @@ import numpy as np
 from lorasweep.data.examples import Example
 from lorasweep.errors import SpecError
 from lorasweep.spec.method import parse_layers
-from lorasweep.spec.model import ROUTER, ModelSpec
+from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.values import Value
 from lorasweep.store import files
 
@@ -98,7 +98,7 @@ def adapted(profile: Profile, layers: str, model: ModelSpec, architecture: str) 
     why = profile.why_no_head(model, architecture) if HEAD in sets else ""
     left = "+".join(s for s in sets if s != HEAD)
     refused = why if not left else ""
-    if model.n_experts and {"mlp", ROUTER} & set(sets):
+    if model.n_experts and "mlp" in sets:
         refused = refused or profile.no_experts
     if refused:
         raise SpecError(
@@ -150,7 +150,6 @@ def problems(
                 found.append(f"{key} is {json.dumps(value)}, which {profile.server} {verb}.")
     sides: dict[str, tuple[int, ...]] = {}  # end of a module's name -> inputs, outputs, rank
     hidden, n = model.hidden_size, model.n_experts
-    routers = model.modules(ROUTER)[0] if n else ()
     for layer_set in method.target_layers():
         for name in model.modules(layer_set)[0]:
             if name == "experts":  # in PEFT's layout
@@ -158,9 +157,8 @@ def problems(
                 sides["experts.base_layer"] = (hidden, 2 * inner, 2 * r)
                 sides["experts"] = (inner, hidden, r)
             else:
-                io = (hidden, n) if layer_set == ROUTER else model.known_shapes[name]
-                sides[name] = (*io, method.rank)
-    plain = [s for s in sides if "experts" not in s and s not in routers]
+                sides[name] = (*model.known_shapes[name], method.rank)
+    plain = [s for s in sides if "experts" not in s]
     listed = config.get("target_modules") or []
     if isinstance(listed, list) and (left := [s for s in plain if s not in listed]):
         found.append(f"target_modules lacks {', '.join(left)}, which PEFT then leaves out.")

@@ -6,10 +6,10 @@ that differs from LoRA in the parametrisation only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.trainables import Experts, Router, Target, Trainables, whole
+from lorasweep.methods.trainables import Experts, Target, Trainables, whole
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
 from lorasweep.spec.values import misfits
@@ -70,9 +70,10 @@ class FullFT(Method):
             raise SpecError("fullft trains one run at a time. Set exec.pack_size=1.")
         chosen: list[torch.Tensor] = list(base.parameters()) if self.scope == "all" else []
         for target in targets.values():
-            module: Any = target.module if isinstance(target, Experts | Router) else target
-            is_stack = isinstance(target, Experts)
-            chosen += [module.gate_up_proj, module.down_proj] if is_stack else [module.weight]
+            if isinstance(target, Experts):
+                chosen += [target.module.gate_up_proj, target.module.down_proj]
+            else:
+                chosen.append(target.weight)
         return _WholeModel(base, {id(p) for p in chosen})
 
 

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
-from lorasweep.methods.trainables import Experts, Router, Target, Trainables, whole
+from lorasweep.methods.trainables import Experts, Target, Trainables, whole
 from lorasweep.spec.streams import stream
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 """Types that torch's grouped_mm computes in."""
 BLOCK = 8192
 """Rows that `spectral_norm` holds in float64 at once."""
-ROUTER = "mlp.gate"
 
 
 class Factors(nn.Module):
@@ -120,18 +118,6 @@ class StackedLinear(Factors):
             scaling = self.scaling_N[runs].view(-1, 1, 1)
             parts.append(LowRank.apply(y_NXO[runs], x_NXI[runs], a, b, scaling))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
-
-
-class StackedRouter(Factors):
-    """A router with an adapter per run. It computes every run's merged weight, which is small."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        deltas = [b @ a for many_a, many_b in zip(self.A, self.B) for a, b in zip(many_a, many_b)]
-        rows, parts = x.reshape(-1, x.shape[-1]).chunk(len(deltas)), []
-        for own, scaling, delta in zip(rows, self.scaling_N, deltas):
-            merged = {"weight": self.base.weight + scaling * delta}
-            parts.append(functional_call(self.base, merged, (own,)))
-        return tuple(torch.cat(found) for found in zip(*parts))
 
 
 class StackedExperts(nn.Module):
@@ -244,8 +230,7 @@ class StackedAdapters(Trainables):
             if not isinstance(target, Experts):
                 ranks, scalings = zip(*((m.rank, m.scaling) for m in methods))
                 made = self._made(name, module.weight, module.weight.shape[::-1], ranks, scalings)
-                stacked = StackedRouter if isinstance(target, Router) else StackedLinear
-                self._factors[name] = stacked(*made, base=module)
+                self._factors[name] = StackedLinear(*made, base=module)
                 base.set_submodule(name, self._factors[name])
                 continue
             n_experts, hidden, width = module.down_proj.shape
@@ -460,23 +445,20 @@ def save_peft(
 
     of_experts = {n: t for n, t in state.items() if n.split(".")[-3:-2] == ["experts"]}
     tensors, ranks = in_peft_layout(of_experts, n_experts)
-    modules, parameters = set(), set(ranks)
+    modules = set()
     for name in state.keys() - of_experts.keys():
         module, _, which = name.rpartition(".")
         tensors[f"{module}.lora_{which}"] = state[name]
-        if module.endswith(ROUTER):  # a router is not an nn.Linear
-            parameters.add(f"{ROUTER}.weight")
-        else:
-            modules.add(module.rpartition(".")[2])
+        modules.add(module.rpartition(".")[2])
     config: dict[str, Any] = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True},
         **{"base_model_name_or_path": base_name, "revision": revision},
         **{"r": rank, "lora_alpha": scaling * rank, "lora_dropout": 0.0, "use_rslora": False},
         **{"bias": "none", "target_modules": sorted(modules)},
     }
-    if parameters:
+    if ranks:
         alphas = {name: expert_scaling * r for name, r in ranks.items()}
-        config |= {"target_parameters": sorted(parameters)}
+        config |= {"target_parameters": sorted(ranks)}
         config |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model"

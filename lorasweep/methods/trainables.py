@@ -21,14 +21,7 @@ class Experts:
     """Experts that a token passes through."""
 
 
-@dataclass(frozen=True)
-class Router:
-    """The router of a layer, which chooses a token's experts: a module with `weight` [E, H]."""
-
-    module: Any
-
-
-Target: TypeAlias = Union["nn.Linear", Experts, Router]
+Target: TypeAlias = Union["nn.Linear", Experts]
 
 
 def whole(tensor: "torch.Tensor") -> "torch.Tensor":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import ModelError, check_installed
 from lorasweep.models import find
-from lorasweep.spec.model import EXPERT_MATRICES, LAYER_SETS, ROUTER, ModelSpec
+from lorasweep.spec.model import EXPERT_MATRICES, LAYER_SETS, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -181,7 +181,7 @@ def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
     if spec.problem:
         raise refused(spec.problem)
     try:
-        find_targets(model, spec, (*LAYER_SETS, ROUTER) if experts else LAYER_SETS)
+        find_targets(model, spec, LAYER_SETS)
     except ModelError as error:  # experts of another layout; names that are not unique
         problem, _, _ = str(error).removeprefix(f"model {spec.name!r}: ").partition(". ")
         raise refused(problem) from error

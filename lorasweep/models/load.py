@@ -19,11 +19,11 @@ from torch import nn
 
 from lorasweep.errors import ModelError, check_installed, from_hub
 from lorasweep.methods.stacked import experts_forward
-from lorasweep.methods.trainables import Experts, Router, Target
+from lorasweep.methods.trainables import Experts, Target
 from lorasweep.models import find
 from lorasweep.models.forward import MASTER_DTYPES, bf16_matrices, set_numerics, use_short_rows
 from lorasweep.models.sharding import Mesh
-from lorasweep.spec.model import ROUTER, ModelSpec
+from lorasweep.spec.model import ModelSpec
 from lorasweep.store.files import read_json
 
 if TYPE_CHECKING:
@@ -248,28 +248,20 @@ def weights_sha256(model: Any) -> str:
 
 
 def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> dict[str, Target]:
-    """Map module names to the nn.Linear, Experts or Router with matrices of the layer sets.
+    """Map module names to the nn.Linear or Experts with matrices of the layer sets.
 
     ModelError: a module is missing, or its kind or shape differs from `spec`.
     """
     n_experts, hidden, width = spec.n_experts, spec.hidden_size, spec.mlp_size
-    gate_up, down = (n_experts, 2 * width, hidden), (n_experts, hidden, width)
-    kinds = {ROUTER: f"routers with weight {[n_experts, hidden]}"}
-    if n_experts:
-        kinds["mlp"] = (
-            f"experts with gate_up_proj {[*gate_up]}, gate before up, and down_proj {[*down]}, "
-            "without biases"
-        )
+    stacks = {"gate_up_proj": (n_experts, 2 * width, hidden)}
+    stacks["down_proj"] = (n_experts, hidden, width)
 
-    def target(module: Any, layer_set: str) -> Target | None:
+    def target(module: Any, experts: bool) -> Target | None:
         """Return the Target of a module; None if its kind or shape differs from `spec`."""
-        if layer_set not in kinds:
+        if not experts:
             return module if isinstance(module, nn.Linear) else None
-        shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
-        if layer_set == ROUTER:
-            return Router(module) if shapes.get("weight") == (n_experts, hidden) else None
         fits = (
-            shapes == {"gate_up_proj": gate_up, "down_proj": down}
+            {n: tuple(p.shape) for n, p in module.named_parameters()} == stacks
             and not getattr(module, "is_transposed", False)
             and getattr(module, "is_concatenated", True)
         )
@@ -277,17 +269,20 @@ def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> 
 
     found: dict[str, Target] = {}
     for layer_set in layers:
-        names, count = spec.modules(layer_set)
+        (names, count), experts, kind = spec.modules(layer_set), False, "nn.Linear"
+        if layer_set == "mlp" and n_experts:
+            shapes = ", gate before up, and ".join(f"{n} {[*s]}" for n, s in stacks.items())
+            experts, kind = True, f"experts with {shapes}, without biases"
         matching = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in names}
-        known = {n: t for n, m in matching.items() if (t := target(m, layer_set)) is not None}
+        known = {n: t for n, m in matching.items() if (t := target(m, experts)) is not None}
         wrong = sorted(matching.keys() - known.keys())
         if wrong or len(matching) != count:
             raise ModelError(
                 f"model {spec.name!r}: layer set {layer_set!r}: expected {count} modules named "
-                f"{sorted(names)} that are {kinds.get(layer_set, 'nn.Linear')}, found "
-                f"{len(matching)} with these names. Not of that kind: {wrong[:3] or 'none'}. "
-                "Correct the model's file in conf/model (a model with experts needs n_experts and "
-                "n_active_experts), or leave this layer set out of method.layers."
+                f"{sorted(names)} that are {kind}, found {len(matching)} with these names. Not of "
+                f"that kind: {wrong[:3] or 'none'}. Correct the model's file in conf/model (a "
+                "model with experts needs n_experts and n_active_experts), or leave this layer "
+                "set out of method.layers."
             )
         found |= known
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorasweep.plan.detect import Hardware
 from lorasweep.spec.method import Method
-from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
+from lorasweep.spec.model import LAYER_SETS, Matrix, ModelSpec
 from lorasweep.spec.run import RunSpec
 
 TEXT_FILL = 0.4
@@ -196,8 +196,7 @@ def load_of(model: ModelSpec, method: Method) -> Load:
     """Return the Load of training `method` on `model`."""
     whole, trained = method.MAX_PACK == 1, method.n_trainable(model)
     layers = method.target_layers() or LAYER_SETS
-    names = ((ROUTER,) if layers_ == ROUTER else getattr(model, layers_) for layers_ in layers)
-    inputs = frozenset(name for some in names for name in some)
+    inputs = frozenset(name for layer_set in layers for name in getattr(model, layer_set))
     adapted = () if whole else model.matrices(layers)
     head = model.hidden_size * model.vocab_size
     layer = (model.n_matmul_params - head) / model.n_layers
@@ -240,8 +239,7 @@ def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
     kept += word * f * ((3 if gated else 1) + bool(needs & LAST & set(model.mlp)))
     if model.n_experts:
         # outputs of each expert, and if needed the inputs of the expert and of the router
-        router = load.norms_trained or ROUTER in needs
-        kept += word * h * (active * (1 + bool(mlp)) + router)
+        kept += word * h * (active * (1 + bool(mlp)) + load.norms_trained)
     return float(kept)
 
 

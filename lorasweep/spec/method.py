@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
+from lorasweep.spec.model import LAYER_SETS, Matrix, ModelSpec
 from lorasweep.spec.values import Value
 
 if TYPE_CHECKING:
@@ -64,14 +64,13 @@ class Method(Value):
 
 @cache
 def parse_layers(layers: str) -> tuple[str, ...]:
-    """Split 'attention+mlp' into layer sets, in canonical order; 'all' means all but the router."""
+    """Split 'attention+mlp' into layer sets, in canonical order; 'all' means all of them."""
     parts = LAYER_SETS if layers == "all" else tuple(p.strip() for p in layers.split("+"))
-    allowed = (*LAYER_SETS, ROUTER)
-    bad = [p for p in parts if p not in allowed]
+    bad = [p for p in parts if p not in LAYER_SETS]
     if bad:
         raise SpecError(
             f"layers={layers!r}: unknown layer set {', '.join(map(repr, bad))}. "
-            f"Allowed: {', '.join(allowed)}, joined by '+', or 'all'. "
+            f"Allowed: {', '.join(LAYER_SETS)}, joined by '+', or 'all'. "
             "Example: method.layers=attention+mlp"
         )
-    return tuple(p for p in allowed if p in parts)
+    return tuple(p for p in LAYER_SETS if p in parts)

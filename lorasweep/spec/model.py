@@ -11,7 +11,7 @@ from lorasweep.spec.values import UNSET, Is, Value, later, misfits
 
 LAYER_SETS = ("attention", "mlp", "unembedding")
 ROUTER = "router"
-"""A layer set of models with experts. 'all' excludes it: a router is frozen unless named."""
+"""The routers of a model with experts, as a set of matrices. Adapters leave them frozen."""
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 SHAPE = re.compile(r"[1-9]\d*x[1-9]\d*")
 Count = Annotated[int, Is("", 0)]
@@ -135,11 +135,6 @@ class ModelSpec(Value):
 
     def _matrices_of(self, layer_set: str) -> list[Matrix]:
         if layer_set == ROUTER:
-            if not self.n_experts:
-                raise SpecError(
-                    f"model {self.name!r} has no experts, so it has no layer set 'router'. "
-                    f"Allowed: {', '.join(LAYER_SETS)}."
-                )
             return [Matrix(self.hidden_size, self.n_experts, self.n_layers)]
         shape, names = self.known_shapes, getattr(self, layer_set)
         if not names or not set(names) <= shape.keys():

@@ -32,10 +32,7 @@ EXPERTS = ("model=tiny64-experts", "dataset=dialect_smoke", "batch_size=4")
 KINDS = {
     "adapters": ("method=lora", "method.rank=4", "lr=3e-3"),
     "full": ("method=fullft", "lr=1e-3", "clip_norm=0.5"),
-    "adapters of experts": (
-        *(*EXPERTS, "method=lora", "method.rank=4"),
-        "method.layers=attention+mlp+unembedding+router",
-    ),
+    "adapters of experts": (*EXPERTS, "method=lora", "method.rank=4"),
     "experts": (*EXPERTS, "method=fullft", "lr=1e-3"),
     "rewards": (  # 21 prompts of 8 completions: a process repeats one, which does not count
         *("model=tiny64-skilled", "dataset=words", "objective=policy_gradient", "batch_size=168"),

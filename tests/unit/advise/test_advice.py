@@ -153,12 +153,8 @@ def test_every_number_has_its_source_and_conditions_are_met_missed_or_unknown():
 
 def test_a_plan_that_the_model_cannot_have_is_an_error_of_the_row():
     moe = {"model": "qwen3-30b-a3b", "task": "sft", "examples": 20_000}
-    rows = [{"name": "a", **moe, "rank": 3}, {"name": "b", **moe, "layers": "router"}]
-    odd, router = answers(check_rows([("row 2", r) for r in rows]), known())
+    (odd,) = answers(check_rows([("row 2", {"name": "a", **moe, "rank": 3})]), known())
     assert "column rank: rank=3" in odd.error and "multiple of 8" in odd.error
-    assert not plain_of(router)["error"]
-    (dense,) = answers_to({"layers": "router", "rank": None})
-    assert "column layers" in dense.error and "no experts" in dense.error
 
 
 HOSTILE = '<img src=x onerror="alert(1)">|`*_'

@@ -80,7 +80,7 @@ CLEAN = [
     *(("vllm", FUSED, 12, layers) for layers in ("all", "attention")),
     *(("vllm", EXPERTS, 4, layers) for layers in ("attention", "attention+unembedding")),
     *(("peft", model, 2, "all") for model in (PLAIN, TIED, FUSED, EXPERTS)),
-    *(("peft", EXPERTS, 6, layers) for layers in ("mlp", "attention+mlp+router")),
+    *(("peft", EXPERTS, 6, layers) for layers in ("mlp", "attention+mlp")),
 ]
 
 

@@ -14,7 +14,7 @@ from lorasweep.models.forward import autocast
 from lorasweep.models.load import config_of, find_targets, use_grouped_experts
 from lorasweep.models.sharding import compute_again
 from lorasweep.plan.load import WORD_BYTES, Layout, load_of, memory_parts
-from lorasweep.spec.model import ROUTER, ModelSpec
+from lorasweep.spec.model import ModelSpec
 from tests.training import saved_for_backward
 
 LLAMA = ModelSpec(
@@ -84,11 +84,3 @@ def test_with_checkpointing_a_layer_saves_its_input_in_fp32(method, precision):
     how = (SHAPES["grouped queries"], METHODS[method], precision, True)
     saved = a_token_and_layer(saved_bytes, *how)
     assert saved == a_token_and_layer(planned_bytes, *how) == 4 * 256
-
-
-def test_adapters_of_a_router_are_planned():
-    """A router is a layer set, but its matrix has no name among the model's: its set names it."""
-    spec = SHAPES["experts"]
-    load = load_of(spec, LoRA(rank=8, layers="attention+router"))
-    assert load.n_adapters == 5 * spec.n_layers
-    assert load.inputs == load_of(spec, METHODS["lora of attention"]).inputs | {ROUTER}
