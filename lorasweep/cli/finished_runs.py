@@ -218,8 +218,7 @@ def write_adapter(
         save_trained(spec.model, models_dir, weights, folder)
         return
     base = spec.model.location if spec.model.source == "hub" else spec.model.name
-    experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
-    save_peft(folder, weights, spec.method.rank, base, commit, spec.method.scaling, *experts)
+    save_peft(folder, weights, spec.method, base, commit, spec.model.n_experts)
 
 
 def verify(request: Request, store: RunStore) -> Answer:

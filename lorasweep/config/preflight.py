@@ -16,11 +16,11 @@ def check_available(request: Request) -> None:
 
     Raises:
         ModelError, DataError: weights or data are missing; the message says how to get them.
-        SpecError: a data set does not fit the model's vocabulary or tokenizer, or several processes
-            cannot train a run.
+        SpecError: a data set does not fit the model's vocabulary or tokenizer.
     """
     from lorasweep.data import load as data
     from lorasweep.data import rewards
+    from lorasweep.data.synthetic.generators import generator
     from lorasweep.models import find
 
     specs, exec_ = [p.spec for p in request.points], request.exec
@@ -33,7 +33,8 @@ def check_available(request: Request) -> None:
         if not exec_.skip_broken_data:  # else bad data fails only its own runs
             data.check_available(spec.dataset, exec_.data_dir)
     for spec in {(s.model.name, s.dataset.name): s for s in specs}.values():
-        vocab, model = data.generator_vocab(spec.dataset), spec.model
+        is_text, model = spec.dataset.source != "synthetic", spec.model
+        vocab = None if is_text else generator(spec.dataset.location).vocab
         if (vocab or 0) > model.vocab_size or (vocab is None and not reads_text[model.name]):
             few = f"only {model.vocab_size} of {vocab} symbols"
             raise SpecError(

@@ -154,8 +154,3 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
                 read(spec, row, where)
     else:
         sources_of(spec, data_dirs)
-
-
-def generator_vocab(spec: DatasetSpec) -> int | None:
-    """Return the number of symbols of a synthetic data set; None for text."""
-    return generators.generator(spec.location).vocab if spec.source == "synthetic" else None

@@ -157,24 +157,19 @@ def rows_in(path: Path) -> Iterator[Row]:
                             raise DataError(f"{where}: not a JSON row ({error}).") from None
                         yield f"{path}:{number}", row
             else:
-                found = _csv_rows(lines) if form == "csv" else _json_rows(lines.read())
-                for number, row in enumerate(found, start=1):
+                content = _csv_rows(lines) if form == "csv" else parsed(lines.read())
+                if isinstance(content, dict):
+                    found = [value for value in content.values() if isinstance(value, list)]
+                    content = found[0] if len(found) == 1 else None
+                if form == "json" and not isinstance(content, list):
+                    raise ValueError("expected a list of rows, or an object with one list")
+                for number, row in enumerate(content, start=1):
                     yield f"{path} row {number}", row
     except DataError:
         raise
     # Arrow's errors are of these, too
     except (ValueError, csv.Error, NotImplementedError, RecursionError) as error:
         raise DataError(f"{path}: not {form} in UTF-8 ({error}). Correct the file.") from None
-
-
-def _json_rows(text: str) -> list[Any]:
-    content = parsed(text)
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 else None
-    if not isinstance(content, list):
-        raise ValueError("expected a list of rows, or an object with one list")
-    return content
 
 
 def _csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:

@@ -65,12 +65,6 @@ class LoRA(Method):
         """Return the factor on B A x of an expert with an adapter of this rank."""
         return self._scaling(self.alpha if self.expert_alpha is None else self.expert_alpha, rank)
 
-    def scaling_of_experts(self, model: ModelSpec) -> float:
-        """Return the factor on B A x for the experts of a model; 0 for a model without experts."""
-        if not model.n_experts:
-            return 0.0
-        return self.expert_scaling(self.expert_rank_of(model.n_experts, model.n_active_experts))
-
     def _scaling(self, alpha: float, rank: int) -> float:
         return alpha / {"rank": rank, "sqrt_rank": math.sqrt(rank), "none": 1.0}[self.scaling_by]
 

@@ -423,29 +423,26 @@ def factor_norms(a_nErI: torch.Tensor, b_nEOr: torch.Tensor) -> tuple[torch.Tens
 def save_peft(
     folder: Path,
     state: Mapping[str, torch.Tensor],
-    rank: int,
+    method: "LoRA",
     base_name: str,
     revision: str | None,
-    scaling: float,
     n_experts: int = 0,
-    expert_scaling: float = 0.0,
 ) -> None:
     """Write one run's adapter as a folder that PeftModel loads.
 
     Never merge an adapter of an unembedding that is tied to the embedding: merging changes both.
+    PEFT divides lora_alpha by the rank, so lora_alpha is the factor on B A x times the rank.
 
     Args:
         state: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]; for experts
             '<experts>.gate_proj.A' and so on, as in Factors.
         base_name, revision: where PEFT finds the base.
-        scaling, expert_scaling: the factor on B A x in training. PEFT divides lora_alpha by the
-            rank, so lora_alpha is scaling * rank.
     """
     from safetensors.torch import save_file
 
     of_experts = {n: t for n, t in state.items() if n.split(".")[-3:-2] == ["experts"]}
     tensors, ranks = in_peft_layout(of_experts, n_experts)
-    modules = set()
+    modules, r = set(), method.rank
     for name in state.keys() - of_experts.keys():
         module, _, which = name.rpartition(".")
         tensors[f"{module}.lora_{which}"] = state[name]
@@ -453,13 +450,13 @@ def save_peft(
     config: dict[str, Any] = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True},
         **{"base_model_name_or_path": base_name, "revision": revision},
-        **{"r": rank, "lora_alpha": scaling * rank, "lora_dropout": 0.0, "use_rslora": False},
+        **{"r": r, "lora_alpha": method.scaling * r, "lora_dropout": 0.0, "use_rslora": False},
         **{"bias": "none", "target_modules": sorted(modules)},
     }
     if ranks:
-        alphas = {name: expert_scaling * r for name, r in ranks.items()}
-        config |= {"target_parameters": sorted(ranks)}
-        config |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+        scaling = method.expert_scaling(min(ranks.values()))
+        config |= {"target_parameters": sorted(ranks), "rank_pattern": ranks}
+        config["alpha_pattern"] = {name: scaling * r for name, r in ranks.items()}
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model"
     written = {f"{prefix}.{n}.weight": t.detach().cpu().contiguous() for n, t in tensors.items()}

@@ -251,11 +251,9 @@ def test_peft_computes_the_logits_that_were_trained(tmp_path, shape, layers, mor
         method = LoRA(rank=rank, alpha=5.0, layers=layers, scaling_by=scaling_by, **more)
         model = moe() if shape is SMALL_MOE else copy.deepcopy(base)
         trainables = pack_of([method], model, shape, perturb=0.3)
-        folder, of_experts = tmp_path / str(rank), method.scaling_of_experts(shape)
-        by = {"rank": 2, "sqrt_rank": 2**0.5, "none": 1}
-        assert not shape.n_experts or of_experts == 6 / by[scaling_by]
-        scalings = (method.scaling, shape.n_experts, of_experts)
-        save_peft(folder, state_of(trainables), rank, "nobody/small", "abc", *scalings)
+        folder, by = tmp_path / str(rank), {"rank": 2, "sqrt_rank": 2**0.5, "none": 1}
+        assert not shape.n_experts or method.expert_scaling(2) == 6 / by[scaling_by]
+        save_peft(folder, state_of(trainables), method, "nobody/small", "abc", shape.n_experts)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).double()
         with torch.no_grad():
             got, want, start = (m(input_ids=tokens).logits for m in (loaded, model, base))

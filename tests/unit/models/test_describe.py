@@ -186,7 +186,7 @@ def test_what_is_described_trains_and_peft_computes_what_an_exported_adapter_com
         assert result["norm_delta"] > 0 and result["test_nll"] < result["nll_start"] + 0.1
     if made.family == "Qwen3Moe":
         return  # tests/unit/methods/test_experts.py
-    save_peft(tmp_path / "adapter", weights, 2, str(made.folder), None, LORA.scaling)
+    save_peft(tmp_path / "adapter", weights, LORA, str(made.folder), None)
     cls = AutoModelForCausalLM
     tokens = torch.randint(VOCAB, (2, 9))
     plain = cls.from_pretrained(made.folder, dtype=torch.float64)
