@@ -11,7 +11,7 @@ from lorasweep.config.compose import compose_request
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.store.run_store import RunStore
-from tests.bpe import llama_like
+from tests.small_hub import llama_like
 from tests.world import write_json
 
 CHAT_TEMPLATE = (

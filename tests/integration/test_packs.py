@@ -1,20 +1,30 @@
-"""Packs by the command line: resumed in another pack, verified, memory as planned."""
+"""Packs by the command line: resumed in another pack, verified, memory as planned. The real pretrained
+model: loads from GGUF, speaks, and is adapted as PEFT adapts it."""
 
+import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks import steps
+from lorasweep.data.examples import Example, collate
+from lorasweep.methods.lora import LoRA
+from lorasweep.models import load as models
+from lorasweep.models.describe import describe_model
 from lorasweep.store.run_store import RunStore, checksum
+from lorasweep.train.objectives.nll import nll_sums
 from tests.integration.conftest import SMOKE
 from tests.integration.test_interruptions import kept, killed_at, places
-from tests.integration.test_smollm2 import WEIGHTS
-from tests.training import EPS, ROUNDING
-from tests.world import ROOT, cli
+from tests.training import EPS, ROUNDING, beside_peft, pack_of
+from tests.world import ROOT, cli, compose_request
 
 pytestmark = pytest.mark.slow
+WEIGHTS = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = os.environ.get("LORASWEEP_TEST_DATA", str(ROOT / "data"))
 MIXED = (
     *(*SMOKE, "~sweep.arms.fullft", "sweep.arms.lora.rank=[1,4]", "sweep.arms.lora.lr=[1e-3,3e-3]"),
@@ -85,3 +95,56 @@ REAL = (pytest.mark.real, pytest.mark.skipif(not (FAST and THERE), reason=WHY))
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
     found = steps.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA])
     assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.2)
+
+
+# ---------------------------------------------------------------- the real pretrained model
+
+
+@pytest.fixture(scope="module")
+def world():
+    spec = compose_request(["scale=small", "+sweep=lr_ratio"]).points[-1].spec
+    return spec, models.load(spec.model, [str(ROOT / "models")], "fp32")
+
+
+MISSING = not WEIGHTS.is_file() and not os.environ.get("CI")
+
+
+def real(test):
+    skipped = pytest.mark.skipif(MISSING, reason="no weights: run `make weights`")
+    return pytest.mark.real(skipped(test))
+
+
+@real
+def test_the_file_alone_describes_it_and_it_knows_the_capital_of_france(world):
+    spec, base = world
+    found, models_dir = describe_model(str(WEIGHTS))
+    assert models_dir == str(WEIGHTS.parent)
+    same = {"name": spec.model.name, "context_length": 0}
+    assert dataclasses.replace(found, **same) == spec.model
+    ids = base.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    out = base.model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert "Paris" in base.tokenizer.decode(out[0])
+
+
+@real
+def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, norms_in_float64):
+    spec, base = world
+    method, model = LoRA(rank=4), copy.deepcopy(base.model).double()
+    # PEFT would tie an adapter on a tied head to the embedding; the reference has a separate head
+    reference = copy.deepcopy(model)
+    reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone())
+    reference.config.tie_word_embeddings = False
+    trainables = pack_of([method], model, spec.model, perturb=0.01)
+    reference, pairs = beside_peft(trainables, reference, method)
+    assert sum(p.numel() for p, _ in pairs) == method.n_trainable(spec.model)
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(ours[0])
+    ids = base.tokenizer("Question: What is 3 + 4?\nAnswer: It is 7.").input_ids
+    batch = collate([Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 8)])
+    for m in (model, reference.get_base_model()):
+        nll_sums(m, batch, "fp64").sum().backward()
+    for ours, theirs in pairs:
+        assert float(theirs.grad.abs().max()) > 0
+        assert torch.allclose(ours.grad[0], theirs.grad, rtol=1e-9, atol=1e-9)
+    assert model.model.embed_tokens.weight.grad is None

@@ -13,8 +13,8 @@ from lorasweep.data import load
 from lorasweep.errors import DataError, SpecError
 from lorasweep.store.run_store import RunStore
 from tests import small_hub
-from tests.bpe import llama_like
 from tests.customers import CHAT_TEMPLATE, make_base, write_rows
+from tests.small_hub import llama_like
 from tests.world import write_json
 
 RUN = ("method.rank=1", "steps=2", "batch_size=2")

@@ -18,8 +18,8 @@ from lorasweep.data import load as data
 from lorasweep.data import messages, sources, text
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
-from tests.bpe import llama_like, qwen_like, with_chat
 from tests.customers import CHAT_TEMPLATE
+from tests.small_hub import llama_like, qwen_like, with_chat
 from tests.unit.data.conftest import shipped
 from tests.world import write_json, write_splits
 

@@ -22,11 +22,9 @@ from lorasweep.data.examples import answer_of, prompt_of
 from lorasweep.data.rewards import MathChecks, boxed, integer, marked
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
-from tests.bpe import llama_like
-from tests.small_hub import deep, problem
+from tests.small_hub import deep, llama_like, problem
 from tests.unit.data.conftest import composed, shipped
-from tests.unit.data.test_data import jsonl
-from tests.unit.data.test_study_data import load, spec_of
+from tests.unit.data.test_data import jsonl, load, spec_of
 from tests.world import wait_for, write_splits
 
 

@@ -22,7 +22,7 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
-from tests.bpe import llama_like
+from tests.small_hub import llama_like
 from tests.world import tiny_spec
 
 NAME = '<b>&"x"'

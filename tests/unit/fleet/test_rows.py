@@ -13,8 +13,8 @@ from lorasweep.errors import DataError
 from lorasweep.fleet.rows import Rules, named_rows, rows_of
 from lorasweep.spec.dataset import DatasetSpec
 from tests import small_hub
-from tests.bpe import llama_like, qwen_like
 from tests.customers import CHAT_TEMPLATE, write_json, write_rows
+from tests.small_hub import llama_like, qwen_like
 
 
 def read(path, rules=None, tokenizer=None, validation=None):

@@ -12,8 +12,8 @@ from lorasweep.fleet.rows import Rules
 from lorasweep.fleet.runs import RULES, build_runs, folder_of, planned, read_rules, write_rules
 from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import Point
-from tests.bpe import llama_like
 from tests.customers import make_base, write_json, write_rows
+from tests.small_hub import llama_like
 from tests.unit.advise.world import known
 from tests.world import ROOT, compose_request, tiny_spec
 

@@ -17,8 +17,8 @@ from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.train.objectives.sft import SupervisedFineTuning
-from tests.bpe import qwen_like
 from tests.customers import make_base, model_of, write_rows
+from tests.small_hub import qwen_like
 from tests.unit.launch import trainers
 from tests.world import as_another_user, compose_request, tiny_spec, write_splits
 

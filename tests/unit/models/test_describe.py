@@ -33,9 +33,8 @@ from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 from lorasweep.store.checkpoint import PARAM
 from lorasweep.sweep.names import trained_by_set
 from tests import small_hub
-from tests.bpe import qwen_like
 from tests.customers import make_base, model_of
-from tests.small_hub import COMMIT
+from tests.small_hub import COMMIT, qwen_like
 from tests.training import EPS, Trained, customer, family_model
 from tests.world import compose_request, tiny_spec, write_splits
 
@@ -185,7 +184,7 @@ def test_what_is_described_trains_and_peft_computes_what_an_exported_adapter_com
         assert sum(t.numel() for t in weights.values()) == one.method.n_trainable(made.spec)
         assert result["norm_delta"] > 0 and result["test_nll"] < result["nll_start"] + 0.1
     if made.family == "Qwen3Moe":
-        return  # tests/unit/methods/test_experts.py
+        return  # tests/unit/methods/test_lora.py
     save_peft(tmp_path / "adapter", weights, LORA, str(made.folder), None)
     cls = AutoModelForCausalLM
     tokens = torch.randint(VOCAB, (2, 9))

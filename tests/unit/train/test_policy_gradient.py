@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from lorasweep.data.rewards import answer_of, prompt_of
+from lorasweep.data.synthetic.generators import ALPHABET
 from lorasweep.errors import DataError, ModelError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
@@ -24,6 +25,7 @@ from lorasweep.plan.load import cache_bytes
 from lorasweep.spec.metric import metric_of
 from lorasweep.train import sampling
 from lorasweep.train.objectives import policy_gradient
+from lorasweep.train.objectives.nll import token_log_p
 from lorasweep.train.objectives.policy_gradient import PolicyGradient
 from lorasweep.train.sampling import sample
 from tests.training import EPS, Trained, as_alone, pack_of, rewarded_world, run
@@ -379,3 +381,69 @@ def test_the_cache_is_passed_under_the_name_that_the_model_takes(name, monkeypat
         sample(base.model, [[loaded.test[0].tokens[:5]]], np.full((1, 1, 3), 0.5), (), "fp64")
     drawn = 0 if name == "another" else 3
     assert [isinstance(c, DynamicCache) for c in given] == [True] * drawn
+
+
+GROUP, PROMPTS, MOST = 8, 16, 8
+
+
+@pytest.mark.slow
+def test_one_update_has_the_gradient_of_trls_grpo_up_to_its_constant(tmp_path):
+    from transformers import TrainerCallback
+
+    from benchmarks import trl_baseline as trl
+
+    spec, base, loaded = rewarded_world("words", method=FullFT())
+    model = base.model
+    # of one length: TRL counts positions from the padding, whose rotations round differently
+    equal = [r for r in loaded.train(0, 0, 200) if len(prompt_of(r)) == 11][:PROMPTS]
+
+    def text_of(row):
+        return "".join(ALPHABET[t] for t in prompt_of(row))
+
+    rows = {text_of(r): r for r in equal}
+    seen, grads = [], []
+    of = loaded.rewards.of
+
+    def noted(pairs):
+        found = of(pairs)
+        seen.extend((text_of(row), t, r) for (row, t), r in zip(pairs, found))
+        return found
+
+    loaded = dataclasses.replace(loaded, rewards=dataclasses.replace(loaded.rewards, of=noted))
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            grads.append([p.grad.clone() for p in model.parameters()])
+
+    sizes = {"batch_size": GROUP * PROMPTS, "group_size": GROUP, "max_new_tokens": MOST}
+    one = dataclasses.replace(spec, **sizes, steps=1, lr=1e-9)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    trl.grpo_trainer(one, model, loaded, list(rows), rows, str(tmp_path), [Keep()]).train()
+    model.load_state_dict(weights)  # the smallest of steps would move them
+    model.eval()
+    (theirs,) = grads
+    given = np.array([r for _, _, r in seen]).reshape(PROMPTS, GROUP)
+    assert 0 < given.mean() < 1
+
+    groups, advantage = [], policy_gradient.advantages(given, "none").ravel()
+    for k in range(0, len(seen), GROUP):
+        drawn = [
+            policy_gradient.Completion(np.array(ids), np.zeros(len(ids)), advantage[k + i])
+            for i, (_, ids, _) in enumerate(seen[k : k + GROUP])
+        ]
+        groups.append(policy_gradient.Group(prompt_of(rows[seen[k][0]]), drawn))
+    assert any(len(a.tokens) < MOST for g in groups for a in g.completions)
+    signal = [g for g in groups if any(a.advantage for a in g.completions)]
+    assert len(signal) < PROMPTS
+    (batch,) = policy_gradient.collate_rollouts([signal], 10**6, len(seen))
+    for p in model.parameters():
+        p.requires_grad_(True).grad = None
+    log_p = token_log_p(model, batch, "fp64")
+    advantage_NM, weight_NM = map(torch.from_numpy, (batch.advantage_NM, batch.weight_NM))
+    gap = log_p - log_p.detach()  # the sampler is the learner
+    loss = policy_gradient.surrogate(gap, advantage_NM.to(gap), weight_NM)
+    (loss.sum() / batch.episodes).backward()
+    ours = torch.cat([p.grad.flatten() for p in model.parameters()])
+    # dr_grpo divides by the most tokens that the answers could have had together
+    theirs = torch.cat([g.flatten() for g in theirs]) * MOST
+    assert float((ours - theirs).norm()) < 1e-6 * float(ours.norm())
