@@ -143,8 +143,8 @@ def test_a_template_that_rewrites_what_came_before_trains_the_last_answer_only(t
 
 
 # ---------------------------------------------------------------- rows of hosted services
-# They are drawn as plain messages, and written to a file in the forms that services take (parts, JSON
-# text, null contents, the role developer). The reference renders the plain messages.
+# Plain messages are written to a file in the forms that services take (parts, JSON text, contents left
+# out, the role developer). The reference renders the plain messages.
 
 CHATML = (
     "{% if tools or messages[0].role == 'system' %}<|im_start|>system{{ '\n' }}"
@@ -168,45 +168,11 @@ REASONS = CHATML.replace(
 )
 """As in Qwen3's, the reasoning of earlier answers is left out."""
 SPEC = DatasetSpec(name="a", source="jsonl", location=".", format="messages")
-WORDS = ["yes", "no", "late", "12", "345", "it", "is,", "how", "many?", "in", "all", "So"]
-
-
-def said(rng):
-    return " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
-
-
-def call(rng):
-    values = {"city": said(rng), "days": rng.randint(1, 9), "more": [True, None, {"é": said(rng)}]}
-    arguments = dict(rng.sample(sorted(values.items()), rng.randint(0, 3)))
-    function = {"name": rng.choice(["get_weather", "late"]), "arguments": arguments}
-    return {"id": f"call_{rng.random()}", "type": "function", "function": function}
-
 
 TOOLS = [
     {"type": "function", "function": {"name": n, "description": "So?", "parameters": {"a": [1]}}}
     for n in ("get_weather", "late")
 ]
-
-
-def plain_row(rng):
-    """Draw plain messages, and tools or None."""
-    messages = [{"role": "system", "content": said(rng)}] if rng.random() < 0.5 else []
-    for _ in range(rng.randint(1, 3)):
-        messages.append({"role": "user", "content": said(rng)})
-        for _ in range(rng.randint(0, 2)):
-            calls = [call(rng) for _ in range(rng.randint(1, 3))]
-            content = rng.choice([None, said(rng)])
-            messages.append({"role": "assistant", "content": content, "tool_calls": calls})
-            for c in calls:
-                answer = {"role": "tool", "content": said(rng), "tool_call_id": c["id"]}
-                messages.append({**answer, "name": c["function"]["name"]})
-        messages.append({"role": "assistant", "content": said(rng)})
-    answers = [m for m in messages if m["role"] == "assistant"]
-    for m in answers if rng.random() < 0.8 else ():
-        m["weight"] = rng.choice([0, 1, None])
-    if all(m.get("weight") == 0 for m in answers):
-        answers[-1]["weight"] = 1
-    return messages, TOOLS if rng.random() < 0.8 else None
 
 
 def as_given(rng, messages, tools):
@@ -272,8 +238,14 @@ def read(tmp_path):
 @pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
 @pytest.mark.parametrize("tokenizer", [qwen_like, llama_like])
 def test_the_loss_of_rows_is_that_of_the_formats_description(read, tokenizer, mask):
-    tokenizer, rng = with_chat(CHATML, tokenizer), random.Random(0)
-    plain = [plain_row(rng) for _ in range(200)]
+    tokenizer, rng, plain = with_chat(CHATML, tokenizer), random.Random(0), []
+    for k in range(60):
+        row = row_of("messages", k, tools=k % 3 > 0)
+        answers = [m for m in row["messages"] if m["role"] == "assistant"]
+        for m in answers:
+            m["weight"] = rng.choice([0, 1, None])
+        rng.choice(answers)["weight"] = rng.choice([1, None])
+        plain.append((row["messages"], row.get("tools")))
     found = read([as_given(rng, *row) for row in plain], tokenizer, mask=mask)
     assert found == [reference(tokenizer, *row, mask) for row in plain]
 
@@ -424,8 +396,14 @@ def row_of(form, k, tools=False):
         return {form: [{"from": names[r], "value": t} for r, t in said]}
     messages = [{"role": r, "content": t} for r, t in said]
     if tools:
-        result = {"role": "tool", "content": f"{k}"}
-        messages[-1:] = [*calling(json.dumps({"k": k}))["messages"][1:], result, ANSWER]
+        calls, results = [], []
+        for name in ("late", "get_weather")[: 1 + k % 2]:
+            function = {"name": name, "arguments": {"k": k, "é": [True, None]}}
+            calls.append({"id": name, "type": "function", "function": function})
+            result = {"role": "tool", "content": f"{k}", "tool_call_id": name, "name": name}
+            results.append(result)
+        calling = {"role": "assistant", "content": (None, "Yes")[k % 2], "tool_calls": calls}
+        messages[-1:] = [calling, *results, dict(ANSWER)]
     return {form: messages, **({"tools": TOOLS} if tools else {})}
 
 
