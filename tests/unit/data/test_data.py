@@ -246,12 +246,21 @@ def seen(loaded):
     return [(e.tokens.tolist(), e.loss.tolist(), e.n_bytes) for e in loaded.train(3, 0, 700)]
 
 
-def test_a_second_worker_tokenizes_nothing_and_sees_the_same_rows(world):
+def test_a_second_worker_tokenizes_nothing_and_other_rows_have_files_of_their_own(world):
+    """So have another length and another form."""
     (alone, n), (first, n_first), (again, n_again) = world(cache=False), world(), world()
     assert (n, n_first, n_again) == (2 * 608, 2 * 608, 0)
-    assert seen(alone) == seen(first) == seen(again)
-    assert alone.sha256 == first.sha256 == again.sha256
+    assert seen(alone) == seen(first) == seen(again) and alone.sha256 == first.sha256
     assert not again.train(0, 0, 1)[0].tokens.flags.writeable  # it is mapped
+    cut, n_cut = world(max_length=23)
+    few, n_few = world(n_train=10)
+    ended, n_ended = world(eos=7)  # as of a base and its chat model, whose tokens are the same ones
+    world.write("No")
+    other, n_other = world()
+    assert n_cut == n_ended == n_other == 2 * 608 and n_few == 2 * 10
+    assert len({d.sha256 for d in (again, cut, few, ended, other)}) == 5
+    renamed, n_renamed = world(name="yours")
+    assert n_renamed == 0 and renamed.sha256 == other.sha256
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "changed", "head"])
@@ -270,19 +279,6 @@ def test_a_damaged_file_is_made_again(world, damage):
     assert text.mapped(path) is None
     again, n = world()
     assert n == 2 * 600 and path.read_bytes() == good and seen(again) == seen(whole)
-
-
-def test_other_rows_another_length_and_another_form_have_files_of_their_own(world):
-    first, _ = world()
-    cut, n_cut = world(max_length=23)
-    few, n_few = world(n_train=10)
-    ended, n_ended = world(eos=7)  # as of a base and its chat model, whose tokens are the same ones
-    world.write("No")
-    other, n_other = world()
-    assert n_cut == n_ended == n_other == 2 * 608 and n_few == 2 * 10
-    assert len({d.sha256 for d in (first, cut, few, ended, other)}) == 5
-    renamed, n_renamed = world(name="yours")
-    assert n_renamed == 0 and renamed.sha256 == other.sha256
 
 
 def test_processes_that_need_the_same_file_at_once_make_it_once(tmp_path):
