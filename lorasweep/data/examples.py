@@ -259,8 +259,9 @@ def collate(examples: Sequence[Example]) -> Batch:
         p, changed = zip(*((t.probabilities, t.changed) for t in truths))
         truth = Truth(np.concatenate(p), np.concatenate(changed))
     of_loss = (rows, at - 1, tokens[rows, at], np.ones(len(at), dtype=np.float32))
-    n_tokens = sum(len(e.tokens) for e in examples)
-    return Batch(tokens[None], *(filled([x[None]]) for x in of_loss), (n_tokens,), truth)
+    rows_NM, positions_NM, targets_NM, weight_NM = (filled([x[None]]) for x in of_loss)
+    n = sum(len(e.tokens) for e in examples)
+    return Batch(tokens[None], rows_NM, positions_NM, targets_NM, weight_NM, (n,), truth)
 
 
 def merge(parts: Sequence[AnyBatch]) -> AnyBatch:
