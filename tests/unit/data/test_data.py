@@ -392,16 +392,6 @@ def test_what_is_not_there_is_named_with_what_is(hub, described, change, words):
         data.check_available(spec, []) if described else load(spec)
 
 
-def test_a_column_that_changes_what_is_learned_is_refused_beside_two_columns(hub):
-    """In the form role_eos, which needs no messages."""
-    for column, value in (("system", "Be brief."), ("label", False)):
-        rows = [{"question": "So?", "answer": "Yes", column: v} for v in (value, None)]
-        spec = spec_of("gsm8k_hub", hub(column, {"main": {"train": rows, "test": rows}}), n_test=1)
-        assert (spec.format, spec.render) == ("prompt_completion", "role_eos")
-        with pytest.raises(DataError, match=rf"\[train\] row 0: column '{column}' is {value!r}"):
-            load(spec)
-
-
 def test_a_data_set_that_cannot_be_had_is_refused_with_what_to_do(monkeypatch):
     import datasets
 

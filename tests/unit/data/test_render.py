@@ -317,6 +317,7 @@ REFUSED = [
     ("column 'tools' is", {**SHARED, "tools": "[{}]"}),
     ("no field 'completion'", {"prompt": "a"}),
     ("field 'completion' is 3", {**PAIR, "completion": 3}),
+    *((f"column {k!r} is", {**PAIR, k: v}) for k, v in (("system", "Be."), ("label", False))),
     ("the row is", []),
 ]
 
