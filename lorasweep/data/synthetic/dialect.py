@@ -31,16 +31,16 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 VOCAB = 32
+FEATURES, SHARPNESS = 8, 2.0
+"""Rank of the rule, and standard deviation of its logits."""
+EXCEPTIONS, MASS = 0.3, 0.8
+"""Fraction of contexts with a memorised next symbol, and probability of that symbol."""
 PARAMETERS = {
     "rule_shift": Parameter(0.5, 0, 1),  # fraction of symbols with changed feature rows
-    "shift_rank": Parameter(0, whole=True),  # rank of the change; 0: the rows are drawn again
+    "shift_rank": Parameter(0, 0, FEATURES, whole=True),  # 0: the rows are drawn again
     # with shift_rank: KL from the dialect to the language, nats per symbol
     "shift_nats": Parameter(0.3, 1e-4),
     "new_exceptions": Parameter(0.3, 0, 1),  # fraction of the exceptions that are replaced
-    "exceptions": Parameter(0.3, 0, 1),  # fraction of contexts with a memorised next symbol
-    "mass": Parameter(0.8, 0, 1),  # probability of a memorised symbol
-    "sharpness": Parameter(2.0, -math.inf),  # standard deviation of the rule's logits
-    "features": Parameter(8, 1),  # rank of the rule
     # seed of the language; another value is another language with its dialect
     "language": Parameter(0, -math.inf),
 }
@@ -89,19 +89,8 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
     return with_fingerprint(data, table.astype("<f2"))
 
 
-def checked(params: dict[str, float], where: str) -> dict[str, float]:
-    """Return all parameters; raise DataError if one is unknown or out of range."""
-    k = parameters(params, PARAMETERS, where)
-    if k["shift_rank"] > k["features"]:
-        raise DataError(
-            f"{where}: generator_params.shift_rank={k['shift_rank']:g}. Allowed: a whole number "
-            f"from 0 to features={k['features']:g}."
-        )
-    return k
-
-
 def transition(params: dict[str, float], draw: int | None = None) -> np.ndarray:
-    """Return P(next | a, b, c) as float64 [V, V, V, V]; raise DataError as `checked` does."""
+    """Return P(next | a, b, c) as float64 [V, V, V, V]; raise DataError as `parameters` does."""
     return _table(parts_of(params, draw))
 
 
@@ -120,9 +109,9 @@ class Parts:
 
 
 def parts_of(params: dict[str, float], draw: int | None = None) -> Parts:
-    """Draw the parts of a dialect's table; raise DataError as `checked` does."""
-    k = checked(params, "dialect")
-    rank, v, number = int(k["features"]), VOCAB, int(k["language"])
+    """Draw the parts of a dialect's table; raise DataError as `parameters` does."""
+    k = parameters(params, PARAMETERS, "dialect")
+    rank, v, number = FEATURES, VOCAB, int(k["language"])
     old = stream("dialect", number, "language")
     new = stream("dialect", number, "dialect", *(() if draw is None else ("draw", draw)))
     feats = [old.normal(size=(v, rank)), old.normal(size=(v, rank))]
@@ -137,7 +126,7 @@ def parts_of(params: dict[str, float], draw: int | None = None) -> Parts:
         else:
             table[shifted] = new.normal(size=(len(shifted), rank))
     zipf = -np.log(np.arange(1, v + 1))[old.permutation(v)]
-    is_exception = old.random((v, v, v)) < k["exceptions"]
+    is_exception = old.random((v, v, v)) < EXCEPTIONS
     memorised = old.integers(v, size=(v, v, v))
     replaced = new.random((v, v, v)) < k["new_exceptions"]
     memorised = np.where(replaced, new.integers(v, size=(v, v, v)), memorised)
@@ -164,15 +153,15 @@ def parts_of(params: dict[str, float], draw: int | None = None) -> Parts:
 
 
 def _table(parts: Parts) -> np.ndarray:
-    v, k = VOCAB, parts.k
-    logits = np.einsum("bk,ck,kv->bcv", *parts.feats_VF, parts.out_FV) / np.sqrt(k["features"])
-    logits = k["sharpness"] * logits + parts.zipf_V
+    v = VOCAB
+    logits = np.einsum("bk,ck,kv->bcv", *parts.feats_VF, parts.out_FV) / np.sqrt(FEATURES)
+    logits = SHARPNESS * logits + parts.zipf_V
     rule = np.exp(logits - logits.max(-1, keepdims=True))
     rule /= rule.sum(-1, keepdims=True)
     p = np.broadcast_to(rule, (v, v, v, v)).copy()
-    p[parts.is_exception_VVV] *= 1 - k["mass"]
+    p[parts.is_exception_VVV] *= 1 - MASS
     a, b, c = np.nonzero(parts.is_exception_VVV)
-    p[a, b, c, parts.memorised_VVV[a, b, c]] += k["mass"]
+    p[a, b, c, parts.memorised_VVV[a, b, c]] += MASS
     return p
 
 
@@ -198,7 +187,7 @@ def bits(parts: Parts, n_tokens: int) -> dict[str, float]:
     exceptions adds log2 of the number of such sets.
     """
     k = parts.k
-    m, low, rank = round(k["rule_shift"] * VOCAB), int(k["shift_rank"]), int(k["features"])
+    m, low, rank = round(k["rule_shift"] * VOCAB), int(k["shift_rank"]), FEATURES
     # a matrix [m, rank] of rank low has low (m + rank - low) free parameters; there are two
     low = min(low, m) if low else min(rank, m)
     rule = low * (m + rank - low) * math.log2(max(2, n_tokens))

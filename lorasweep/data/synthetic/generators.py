@@ -271,10 +271,7 @@ class Generator:
 
 GENERATORS = {
     "bandit": Generator(VOCAB, BANDIT, 1 + KEY + 1, load_bandit, True),
-    "dialect": Generator(
-        *(dialect.VOCAB, dialect.PARAMETERS, 4, dialect.load),
-        check=lambda spec: dialect.checked(spec.generator_params, f"dataset {spec.name!r}"),
-    ),
+    "dialect": Generator(dialect.VOCAB, dialect.PARAMETERS, 4, dialect.load),
     "facts": Generator(VOCAB, FACTS, FACT, load_facts, check=check_facts),
     "skills": Generator(VOCAB, SKILLS, LONGEST, load_skills),
     "words": Generator(VOCAB, {}, len("sverse ") + 2 * LENGTHS[-1] + 2, load_words, True),
