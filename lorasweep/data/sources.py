@@ -425,10 +425,10 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> Dat
 def count(given: str) -> Counted:
     """Count a file's rows and their bytes in the loss; DataError for a row of another form."""
     spec, path = dataset_of(given), path_of(given)
-    read = [read(spec, row, where) for where, row in rows_in(path)]
-    said = (pair for row in read for pair in zip(row.messages, row.learned))
+    given_rows = [read(spec, row, where) for where, row in rows_in(path)]
+    said = (pair for row in given_rows for pair in zip(row.messages, row.learned))
     answers = sum(len(text.encode()) for (_, text), learned in said if learned)
-    return Counted(len(read), answers, file_sha256(path))
+    return Counted(len(given_rows), answers, file_sha256(path))
 
 
 def as_served(form: str, render: str) -> dict[str, Any]:
