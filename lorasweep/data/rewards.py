@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -224,6 +225,7 @@ class _Worker:
         command, pipe = [sys.executable, "-P", program, str(self._limit_s)], subprocess.PIPE
         how: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, **how, text=True)
+        weakref.finalize(self, self._process.kill)  # at the latest at exit
         assert self._process.stdout is not None
         if self._process.stdout.readline() != "ready\n":
             self._process = None

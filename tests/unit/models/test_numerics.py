@@ -27,7 +27,7 @@ from lorasweep.models.sharding import Mesh, guard, shard
 from lorasweep.plan.load import Layout, load_of, memory_parts
 from lorasweep.train.objectives.nll import nll_sums
 from tests.training import family_model, pack_of, run
-from tests.unit.plan.test_saved_tensors import LLAMA, transformers_model
+from tests.unit.plan.test_saved_tensors import LLAMA
 from tests.world import tiny_spec
 
 
@@ -207,7 +207,7 @@ def measure(rank, port, folder):
     joined, found = Mesh.join(), {}
     for name, method in METHODS.items():
         bytes_of = found[name] = {k: [] for k in ("outer", "outer grads", "layer", "layer grads")}
-        model = transformers_model(OUTER)
+        model = models.empty_model(OUTER).eval()
         hold_in_bf16(model)
         targets = find_targets(model, OUTER, method.target_layers())
         mesh = shard(model, method.attach(model, targets, [method], [0]), joined, "bf16")
