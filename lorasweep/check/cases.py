@@ -260,6 +260,7 @@ def hardware_file(hardware: Hardware, node: Mapping[str, Any], date: str) -> str
     """Return the text of a file for conf/hardware."""
     plain = asdict(Hardware())
     values = {k: v for k, v in asdict(hardware).items() if v != plain[k]}
+    values["matmul_flops_s"] = dict(hardware.matmul_flops_s)
     return (
         f"# {node['name']}, measured on {date} by action=check_gpu ({_software(node)}).\n"
         "# The best product has matmul_flops_s times attainable_share. Not measured: links,\n"

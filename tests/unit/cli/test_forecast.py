@@ -62,7 +62,7 @@ def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_
         "on 64 x NVIDIA H100",
         "$1 per GPU-hour",
         "my_card",
-        "(standard deviation at scale small)",
+        "(standard deviation at scale tiny)",
     ):
         assert words in out
     row = next(line for line in out.splitlines() if line.startswith("batch_size "))
