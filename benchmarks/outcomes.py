@@ -18,7 +18,7 @@ from lorasweep.advise.evidence import Known
 from lorasweep.advise.read import customer_of
 from lorasweep.advise.rules import STEP, Advice, rate_of
 from lorasweep.config import catalogue
-from lorasweep.config.folders import conf_dir
+from lorasweep.config.catalogue import conf_dir
 
 TARGET = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")

@@ -19,7 +19,7 @@ import yaml
 
 from analysis.report.text import Rows
 from benchmarks.harness import RESULTS, render
-from lorasweep.config.folders import conf_dir
+from lorasweep.config.catalogue import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.detect import Hardware, from_plain

@@ -26,7 +26,7 @@ from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
 from lorasweep.launch.trainer import finetune
 from lorasweep.models.load import load as load_model
-from lorasweep.spec.evaluations import eval_steps
+from lorasweep.spec.metric import eval_steps
 from lorasweep.spec.run import RunSpec
 
 SEEDS = (200, 201, 202, 203, 204)

@@ -39,7 +39,7 @@ from lorasweep.data.load import load as load_data
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.registry import spec_from
 from lorasweep.models.load import load as load_model
-from lorasweep.spec.evaluations import eval_steps
+from lorasweep.spec.metric import eval_steps
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.store.table import table_row
@@ -151,7 +151,7 @@ def tune(
             trials[k].append(Trial(lr, seed, added, loss if steps == first.steps else None))
         return True
 
-    search([a.start for a in arms], how, losses.get, train, look or (lambda _: Look(False, {})))
+    search([a.start for a in arms], how, losses.get, train, look or (lambda _: (False, {})))
     return trials
 
 
@@ -252,7 +252,7 @@ def whole_search(
         nonlocal judged
         full = [p for p in points if not is_short(p, starts)]
         judged = pd.DataFrame([row_of(p.spec, losses[p.id], before) for p in full])
-        return Look(*answer.look(judged, asked))
+        return answer.look(judged, asked)
 
     trials = tune(arms, how, look, losses)
     return trials, results_of(analyse(judged, asked), asked, judged)

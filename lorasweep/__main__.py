@@ -17,10 +17,9 @@ def main() -> None:
     """
     given = sys.argv[1:]
     if not given:
-        from lorasweep.cli import actions
-        from lorasweep.config.folders import conf_dir
+        from lorasweep.cli.actions import MORE, START
 
-        print(actions.front_page(conf_dir()), end="")
+        print(f"{START}\n{MORE}\nAll sweeps, actions and settings: python -m lorasweep --help")
         return
     if given[0] == "--follow" and len(given) == 2:  # command of a follow-up job
         from lorasweep.follow_up import follow_up
@@ -66,27 +65,24 @@ def _compose_and_act(given: list[str]) -> None:
     from omegaconf import OmegaConf
 
     from lorasweep.cli import actions
+    from lorasweep.config.catalogue import conf_dir
     from lorasweep.config.compose import composer
-    from lorasweep.config.folders import conf_dir
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
     parser.add_argument("--cfg", "-c")
-    for names in (("--resolve",), ("--help", "-h")):
-        parser.add_argument(*names, action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
     named, rest = parser.parse_known_args(given)
     if (flags := [t for t in rest if t.startswith("-")]) or named.cfg not in (None, "job"):
         shown = " ".join(flags) or f"--cfg {named.cfg}"
         _fail(f"{shown} is not supported (several values: +sweep=NAME). See --help, and --cfg job.")
-    if named.resolve and not named.cfg:
-        _fail("--resolve is only for --cfg job.")
     with composer(*named.config_dir) as compose:
         if named.help:
             groups = sorted({"method", *(p.name for p in conf_dir().iterdir() if p.is_dir())})
             print(actions.help_page({group: compose.options(group) for group in groups}))
             return
         if named.cfg:
-            print(OmegaConf.to_yaml(compose.composed(rest), resolve=named.resolve), end="")
+            print(OmegaConf.to_yaml(compose.composed(rest)), end="")
             return
         request = compose(rest)
     actions.check(request)

@@ -1,5 +1,6 @@
 """What a follow-up job does after a sweep's jobs: submit what is left, or write the answer."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -21,7 +22,7 @@ def follow_up(path: str) -> int:
     with stoppable(task["requeues"]):
         for pause in (30, 60, 120, 240, None):  # seconds
             try:
-                act(from_plain(task["follow"]), task["trainer"], follow=task)
+                act(dataclasses.replace(from_plain(task["follow"]), task=task), task["trainer"])
                 return 0
             except LorasweepError as error:
                 print(f"lorasweep: {error}", file=sys.stderr, flush=True)

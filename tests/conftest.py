@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _MEMORY, _ROOM = "/dev/shm", 6 * 2**30
 if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)
-SUITE_MINUTES = 8
-_STARTED = time.monotonic()
 
 from lorasweep.__main__ import main  # noqa: E402
 from lorasweep.cli.actions import check  # noqa: E402
@@ -35,14 +32,6 @@ def pytest_report_header():
     import torch
 
     return f"kernels: {torch.backends.cpu.get_cpu_capability()}"
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """Say so, above the closing line, when `make test` has become too slow to be run often."""
-    minutes = (time.monotonic() - _STARTED) / 60
-    if "not full" in config.option.markexpr and minutes > SUITE_MINUTES:
-        terminalreporter.section("slow suite", yellow=True)
-        terminalreporter.line(f"{minutes:.0f} minutes; make test is meant to take {SUITE_MINUTES}.")
 
 
 @pytest.fixture(params=["unmoved", "moved"])

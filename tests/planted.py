@@ -17,8 +17,7 @@ from lorasweep.cli import answer
 from lorasweep.config.compose import compose_request
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.spec.evaluations import eval_steps
-from lorasweep.spec.metric import METRICS
+from lorasweep.spec.metric import METRICS, eval_steps
 from lorasweep.store.table import table_row
 from tests.world import planted_end
 

@@ -1,4 +1,4 @@
-"""Rules of the code: which way rooms depend, which packages they import, docstrings and names.
+"""Rules of the code: which way rooms depend, which packages they import, docstrings.
 
 A room is a folder of `lorasweep` or `analysis`; `benchmarks` may import both, and only tests import
 it. Every import counts, wherever it stands. So does a module's name that is a string: the argument of
@@ -15,8 +15,6 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import pytest
 
 Graph = dict[str, set[str]]
 
@@ -125,11 +123,6 @@ ONLY_IN = {
 }
 STANDARD_LIBRARY_ONLY = r"lorasweep/(errors\.py|spec/(?!streams\.py)|sweep/)"
 NOUNS_OF_NOTHING = {"utils", "util", "helpers", "common", "misc", "manager"}
-# `whose`, `beside` and `knobs` are keys of kept answers, where they stay.
-PRIVATE_WORDS = re.compile(
-    "told|untold|mend|mended|upkeep|several|company|thereof|knobs|places|kin|lean|ask|"
-    "usual|holes|ours"
-)
 
 
 def room(module):
@@ -204,35 +197,6 @@ def test_modules_are_described_and_named_by_what_they_hold_and_rooms_re_export_n
         rest = [n for n in tree.body[1:] if module != "lorasweep" or not isinstance(n, ast.Assign)]
         found += [module] if rest and PATHS[module].endswith("__init__.py") else []
     report(found)
-
-
-def test_names_are_standard_words():
-    words = {
-        (word.lower(), PATHS[module])
-        for module, tree in TREES.items()
-        for node in ast.walk(tree)
-        for key in ("id", "attr", "name", "arg", "asname")
-        for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", str(getattr(node, key, None) or ""))
-    }
-    report([f"{path}: {word}" for word, path in words if PRIVATE_WORDS.fullmatch(word)])
-
-
-def test_the_graph_sees_every_kind_of_import():
-    texts = {
-        "a.top": "from a.low import x",
-        "a.low": "def f():\n    import importlib\n    importlib.import_module(f'a.plug.{f}')",
-        "a.plug.one": "REGISTRY = {'two': 'a.plug.two:make'}",
-        "a.plug.two": "import subprocess\nsubprocess.run(['python', '-m', 'a.top'])",
-        "a.types": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a.top import y",
-        "a.free": "'a.top is only prose here'",
-    }
-    graph = graph_of({name: ast.parse(text) for name, text in texts.items()})
-    assert graph["a.low"] == {"a.plug.one", "a.plug.two"} and graph["a.plug.two"] == {"a.top"}
-    assert graph["a.types"] == graph["a.free"] == set()
-    assert graph["a.plug.one"] == {"a.plug.two"}
-    for group in (str, lambda module: module.rpartition(".")[0]):
-        with pytest.raises(graphlib.CycleError):
-            check_no_circle(graph, group)
 
 
 def test_the_packages_are_no_longer_than_agreed():

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import (
     LEVEL,
     Estimate,
@@ -25,6 +26,7 @@ from analysis.inference.estimate import (
     exp_of,
     from_draws,
     from_sample,
+    with_interval,
 )
 from analysis.inference.meta import censored_slope, pseudo_values
 from analysis.measures.at_best import AtBest, is_finite, over_seeds, values_at_best
@@ -490,3 +492,20 @@ def gaps_at_equal_examples(table: pd.DataFrame) -> tuple[int, dict[int, list[Gap
     optima = fit_all(lr_curves(pd.concat(parts.values(), ignore_index=True))) if parts else []
     of_batch = {b: [o for o in optima if o.curve.key["batch_size"] == b] for b in parts}
     return examples, {b: gaps_of(part, of_batch[b]) for b, part in parts.items()}
+
+
+def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Points]]) -> list[Gate]:
+    """Return a gate for each curve that has stopped learning by the end of its runs.
+
+    Over seeds, how much the loss falls in the last doubling of the updates may be 0: the interval's
+    lower end, or the value without an interval. Seeds whose curve begins later are left out.
+    """
+    found = []
+    for o, mine in zip(optima, points):
+        ends = (losses_before(one, 2, 1) for one in mine.values())
+        gain = from_sample([half - last for half, last in ends if half == half])
+        least = gain.value if gain.low is None else gain.low
+        if least is not None and least <= 0:
+            last = f"{o.curve.name} gains {with_interval(gain)} nats in the last doubling"
+            found.append(Gate(GateCode.TASK, f"{last}, not clearly any"))
+    return found

@@ -34,10 +34,9 @@ from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import Estimate, exp_of, from_sample, number, rate, signed
 from analysis.inference.meta import within_groups
 from analysis.measures import at_best, rewards
-from analysis.measures.qualify import stalled
 from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of, rivals
 from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
-from analysis.measures.speed import curves_at_best, log_rho, read_to, rho
+from analysis.measures.speed import curves_at_best, log_rho, read_to, rho, stalled
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves

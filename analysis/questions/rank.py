@@ -19,7 +19,6 @@ from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import Estimate, number, rate, signed
 from analysis.measures import speed
 from analysis.measures.at_best import AtBest, pooled_over
-from analysis.measures.qualify import stalled
 from analysis.measures.ratio import MIN_RANK, lr_drift, ratio_of
 from analysis.measures.regret import novelty_of
 from analysis.questions import base
@@ -65,7 +64,7 @@ class Ranks(base.TwoArms):
         """List the gates on these ranks' speeds."""
         ends = [0, self.top]
         both = [self.by_rank[r] for r in ends], [self.points[r].best for r in ends]
-        return base.gates_on_speed([self.by_rank[r] for r in ranks]) + stalled(*both)
+        return base.gates_on_speed([self.by_rank[r] for r in ranks]) + speed.stalled(*both)
 
     @cached_property
     def in_regime(self) -> bool:

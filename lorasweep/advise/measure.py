@@ -20,7 +20,7 @@ from lorasweep.errors import SpecError, TrainingError
 from lorasweep.spec.dataset import FILES
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.names import aligned
+from lorasweep.sweep.grid import aligned
 from lorasweep.sweep.request import Request
 
 HELD_OUT, CURVE = 32, 8

@@ -1,4 +1,1 @@
-"""The actions of the command line, and their output.
-
-This package does not import torch; `launch` trains runs.
-"""
+"""The actions of the command line, and their output; no torch: `launch` trains runs."""

@@ -6,11 +6,9 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lorasweep.cli import answer as answers
 from lorasweep.cli.printed import Answer
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm.queue import RunningJobs
@@ -26,19 +24,14 @@ OF_FLEET = ("plan", "status", "cancel", "fetch")
 """Actions that with customers=FILE are about the runs of a fleet."""
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions that are called once for a sweep of sweeps; all others are called once per part."""
-SEARCHES = "a search of learning rates (+sweep=tune)"
-ALSO_READ = {
-    "out": [SEARCHES],
-    "budget": [SEARCHES],
-}
-"""Settings that are read, beside some actions, by these."""
+SEARCHED = ("out", "budget")
 
 
 class Action(NamedTuple):
     """One action of the command line: action=NAME."""
 
     does: str
-    """The function of this package: (request), and any of store, trainer and follow -> Answer."""
+    """The function of this package: (request), store and, if it trains, trainer -> Answer."""
     help: str
     example: str = ""
     """Settings that --help shows after the name."""
@@ -55,7 +48,7 @@ class Action(NamedTuple):
 
 ACTIONS = {
     "run": Action(
-        "train:run",
+        "runs:run",
         "train what is missing and print the answer (the default). With +sweep=tune: budget=2h, "
         "90min, 40runs or 500gpuh; out=DIR writes the best adapter or weights",
     ),
@@ -64,36 +57,23 @@ ACTIONS = {
         "show what would run and what it costs, here or on other machines (conf/hardware).",
         "hardware=h100",
     ),
-    "status": Action(
-        "plans:show_status", "show what is done, running, diverged and failed", "watch=true"
-    ),
-    "cancel": Action("train:cancel_jobs", "cancel the sweep's jobs on the cluster"),
-    "export": Action(
-        "finished_runs:export", "write finished runs as .parquet or .csv", "table=FILE"
-    ),
-    "import": Action(
-        "finished_runs:import_", "read the runs of a table into the run folder", "table=FILE"
-    ),
+    "status": Action("plans:status", "show what is done, running, diverged and failed"),
+    "cancel": Action("runs:cancel_jobs", "cancel the sweep's jobs on the cluster"),
+    "export": Action("runs:export", "write finished runs as .parquet or .csv", "table=FILE"),
+    "import": Action("runs:import_", "read the runs of a table into the run folder", "table=FILE"),
     "adapter": Action(
-        "finished_runs:adapter",
+        "runs:adapter",
         "retrain a finished run and save its adapter for PEFT (full fine-tuning: its weights), "
         "unless the final loss differs; max_difference=0.02 accepts a difference of up to 0.02",
         "run=ID out=DIR",
         "max_difference",
     ),
     "verify": Action(
-        "finished_runs:verify",
+        "runs:verify",
         "retrain finished runs alone, to check that packing changes no result",
         "sample=3",
     ),
-    "extend": Action(
-        "finished_runs:extend",
-        "add the runs that help most to undecided claims; start none",
-    ),
-    "qualify": Action(
-        "train:qualify",
-        "train full fine-tuning and the largest LoRA, to check that the tasks are suitable",
-    ),
+    "extend": Action("runs:extend", "add the runs that help most to undecided claims; start none"),
     "layers": Action(
         "plans:layers", "show what is trained of each layer set, with counts; needs no weights"
     ),
@@ -168,24 +148,22 @@ def check(request: Request) -> None:
         taken |= {*FLEET_SETTINGS.split()}
     if request.sweep is not None and request.sweep.search is not None:
         taken |= {"budget", *(["out"] if name in OF_SEARCH else [])}
-    defaults = {**vars(Settings()), "rates": 3}
-    for key in dict.fromkeys([*ALSO_READ, *(key for a in ACTIONS.values() for key in a.reads)]):
+    defaults = vars(Settings())
+    for key in dict.fromkeys([*SEARCHED, *(key for a in ACTIONS.values() for key in a.reads)]):
         if key not in taken and getattr(request, key) != defaults[key]:
             readers = [f"action={n}" for n, a in ACTIONS.items() if key in a.reads]
-            readers += ALSO_READ.get(key, [])
+            readers += ["a search (+sweep=tune)"] * (key in SEARCHED)
             raise SpecError(f"{key} is only for {' and '.join(readers)}, so leave it out here.")
 
 
-def act(
-    request: Request, trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None
-) -> int:
+def act(request: Request, trainer: Trainer | str | None = None) -> int:
     """Do the requested action and print its answer; return the exit status.
 
     A sweep of sweeps is answered part by part, as one JSON object with format=json.
 
-    `trainer`: replaces the real trainer in tests and benchmarks. `follow`: task of a follow-up job.
+    `trainer`: replaces the real trainer in tests and benchmarks.
     """
-    from lorasweep.cli import customers, train  # --help needs neither
+    from lorasweep.cli import customers, runs  # --help needs neither
 
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs(request.exec.runs_dir))
     with suppress(FileNotFoundError, PermissionError):  # the action reports them
@@ -200,35 +178,37 @@ def act(
         Answer(faults).show(as_json)
         return status
     do = resolve_name(f"lorasweep.cli.{ACTIONS[name].does}")
-    context = {"trainer": trainer, "follow": follow, "store": store}
-    context = {k: v for k, v in context.items() if k in inspect.signature(do).parameters}
+    trains = {"trainer": trainer} if "trainer" in inspect.signature(do).parameters else {}
     on_gpus = bool(request.hardware) and hardware_of(request).has_speeds
+    if on_gpus and (
+        name in ("fleet", "plan") or not (name in (*WHOLE_STUDY, "import") or ACTIONS[name].about)
+    ):
+        given, request = request, runs.within_limit(request)
+        had, has = (any(p.points for p in r.parts or [r]) for r in (given, request))
+        if had and not has:
+            raise SpecError(f"no run is left within exec.max_gpus={request.exec.max_gpus}.")
     whole = name in WHOLE_STUDY or (on_gpus and name == "plan")
     studied = request.parts if not whole else []
     parts = studied or [request]
-    if on_gpus and (name == "fleet" or not (whole or ACTIONS[name].about or name == "import")):
-        given, parts = parts, [train.within_limit(part) for part in parts]
-        if any(p.points for p in given) and not any(p.points for p in parts):
-            raise SpecError(f"no run is left within exec.max_gpus={request.exec.max_gpus}.")
     for part in parts if studied and name == "run" else ():  # before the first part starts
-        train.check(part)
+        runs.check(part)
     values = {}
     for part in parts:
         if studied and not as_json:
             print(f"== {part.sweep_name}", flush=True)
-        answer = do(part, **context)
+        answer = do(part, store, **trains)
         status = max(status, answer.status)
         if studied and as_json:
             values[part.title] = answer.plain()
         else:
             answer.show(as_json)
-        if status >= train.STOPPED:
+        if status >= runs.STOPPED:
             break
     if studied and as_json:
         print(json.dumps(values))
-    elif studied and name == "run" and status < train.STOPPED and request.cluster.kind == "local":
-        titles = [part.title for part in parts]
-        print("\n".join(answers.study(Path(request.exec.reports_dir), titles, request.title)))
+    elif studied and name == "run" and status < runs.STOPPED and request.cluster.kind == "local":
+        command = f"python -m analysis study --reports-dir {request.exec.reports_dir} --out FOLDER"
+        print(f"all answers in a table and pages: {command}")
     return status
 
 
@@ -270,14 +250,6 @@ Your own model and rows
   dataset=FILE (.jsonl, .json, .csv, .parquet), FOLDER or owner/name:configuration@revision
   files in DIR/sweep, DIR/model, DIR/dataset: --config-dir DIR +sweep=mine model=mine
 """
-
-
-def front_page(conf: Path) -> str:
-    """Return the page shown without arguments; `conf`: the configuration folder."""
-    names = sorted(p.stem for p in (conf / "sweep").glob("*.yaml"))
-    lists = [f"Sweeps: {', '.join(names)}.", f"Actions: {', '.join(ACTIONS)}."]
-    filled = [textwrap.fill(text, 90, subsequent_indent="  ") for text in lists]
-    return "\n".join([START, *filled, MORE, "All settings: python -m lorasweep --help\n"])
 
 
 def help_page(groups: Mapping[str, Sequence[str]]) -> str:

@@ -47,8 +47,7 @@ KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
 def all_points(request: Request, store: RunStore) -> list[Point]:
     """Return the runs of the grid, of the second stage of finished curves, and of added rounds.
 
-    For a fleet: the trials so far, and the runs that are measured on test rows. For action=qualify:
-    the runs that show whether a task is suitable.
+    For a fleet: the trials so far, and the runs that are measured on test rows.
     """
     if request.parts:
         return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
@@ -64,23 +63,7 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
         unfinished = {curve_key(p) for p in points if not results[p.id]}
         over = [p for p in points if curve_key(p) not in unfinished]
         points += second_stage(over, request.sweep.replicate, lambda rid: final_loss(results[rid]))
-    points += added_points(looks.read(looks.path_of(store.root, request.title)), points)
-    if request.action != "qualify":
-        return points
-    # of each task the runs of full fine-tuning of all weights, and of the LoRA with most parameters
-    groups: dict[tuple[Any, ...], list[Point]] = {}
-    for p in points:
-        s = p.spec
-        whole = getattr(s.method, "scope", "all") == "all"
-        if s.schedule == "constant" and s.precision != "fp64" and whole:
-            key = (s.model.name, s.dataset.name, s.batch_size, s.steps)
-            groups.setdefault(key, []).append(p)
-    chosen = []
-    for group in groups.values():
-        loras = [p.spec for p in group if p.spec.method.name == "lora"]
-        best = max(loras, key=lambda s: s.method.n_trainable(s.model)).method if loras else None
-        chosen += [p for p in group if p.spec.method.name == "fullft" or p.spec.method == best]
-    return chosen
+    return points + added_points(looks.read(looks.path_of(store.root, request.title)), points)
 
 
 def final_loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:
@@ -119,7 +102,7 @@ def _searched(request: Request, store: RunStore) -> list[Point]:
         ids = tuple(p.id for p in judged(request, points))
         key = (request.title, *ids)
         if key not in _LOOKS:
-            _LOOKS[key] = Look(*look(load_runs(store.root, ids), question(request)))
+            _LOOKS[key] = look(load_runs(store.root, ids), question(request))
         return _LOOKS[key]
 
     arms = request.sweep.arms
@@ -232,7 +215,7 @@ def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json
 
 
 @_table_errors()
-def look(table: "pd.DataFrame", question: dict[str, Any]) -> tuple[bool, dict[str, list[float]]]:
+def look(table: "pd.DataFrame", question: dict[str, Any]) -> Look:
     """Judge the runs of a search so far; StoreError: they cannot be judged together.
 
     Returns whether they decide it, and the learning rates that a curve still needs, by the id of
@@ -254,7 +237,7 @@ def look(table: "pd.DataFrame", question: dict[str, Any]) -> tuple[bool, dict[st
 def open_questions(results: dict[str, Any]) -> list[str]:
     """Return what the runs of a search have not decided; `results`: those of its analysis."""
     found = []
-    arms = [arm for arm in results["arms"] if trains(arm)]
+    arms = [arm for arm in results["arms"] if arm["best_tried"] is not None]  # others do not train
     for arm in arms:
         name, regret = arm_name(arm["rank"]), arm["regret_percent"]
         if regret is None:
@@ -265,11 +248,6 @@ def open_questions(results: dict[str, Any]) -> list[str]:
         for v in (v for v in results["verdicts"] if v["outcome"] == "UNDECIDED"):
             found.append(f"LoRA against full fine-tuning (needed: {v['needed'] or v['why']})")
     return found
-
-
-def trains(arm: dict[str, Any]) -> bool:
-    """Return whether a learning rate of an arm of a search lowers the loss."""
-    return arm["best_lr"]["value"] is not None or arm["best_tried"] is not None
 
 
 def arm_name(rank: int | None) -> str:
@@ -304,35 +282,6 @@ def next_round(
         for seed in s.seeds
     ]
     return runs, lines(wanted)
-
-
-def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]], list[str]]:
-    """Judge whether tasks are suitable, from runs of full fine-tuning and of the largest LoRA.
-
-    Returns whether each model and data set is suitable, the checks as JSON values, and as lines.
-    """
-    from analysis.measures import qualify as tasks
-    from analysis.report.text import aligned
-
-    checks = tasks.qualify(table)
-    # programs of users read the key `warns`: no check is only a warning
-    plain = [{**dataclasses.asdict(c), "warns": False} for c in checks]
-    return tasks.verdict(checks), plain, aligned(tasks.rows(checks))
-
-
-def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
-    """Write the page of all answers, `reports/title/study.md`; return its table in lines."""
-    from analysis.report.study import answers
-    from analysis.report.text import aligned, missing
-
-    found = answers.read_answers([reports], titles)
-    path, lines = reports / title / "study.md", ["", *aligned(answers.claims_table(found)), ""]
-    if why := missing("study.md", "matplotlib", "jinja2"):
-        return [*lines, f"left out: {why}"]
-    from analysis.report.study import page
-
-    page.write(found, path)
-    return [*lines, f"page: {path}"]
 
 
 def code_length(

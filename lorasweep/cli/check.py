@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import time
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,6 @@ from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request
 
-SMALL = ("tiny64", DatasetSpec("dialect", "synthetic", "dialect", format="tokens", mask="all"))
-"""Base model and data of the checks of correctness; both come with the package."""
-
 
 def check_gpu(request: Request, store: RunStore) -> Answer:
     """Measure what is missing on this machine; status 1 if a check failed."""
@@ -45,9 +41,10 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
             f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}. Install a torch for CUDA, or "
             "ask for a GPU (in a Slurm job: --gpus=1)."
         )
-    models, (name, dataset) = catalogue.models(folders), SMALL
-    dataset = replace(dataset, max_length=32, n_test=32, n_test_curve=0)
-    small = RunSpec(models[name](), dataset, lr=1e-3, batch_size=4)
+    models = catalogue.models(folders)
+    how: dict[str, Any] = {"format": "tokens", "mask": "all", "max_length": 32}
+    data = DatasetSpec("dialect", "synthetic", "dialect", n_test=32, n_test_curve=0, **how)
+    small = RunSpec(models["tiny64"](), data, lr=1e-3, batch_size=4)  # both are shipped
     precision = "fp32" if machine.fast_bf16 is False else "bf16"
     cases = all_cases.cases_of(models, small, bool(machine.gpus), precision)
     named = [m for read in catalogue.machines(folders).values() if (m := read()).gpu_name]

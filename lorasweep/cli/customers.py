@@ -19,12 +19,10 @@ from lorasweep.advise.read import EXPECTED, Customer, RowError, check_rows, read
 from lorasweep.advise.rules import APART
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points
-from lorasweep.cli.finished_runs import write_adapter
-from lorasweep.cli.plans import understood
+from lorasweep.cli.plans import check_available, understood
 from lorasweep.cli.printed import Answer, Display, notifier, table
-from lorasweep.cli.train import STOPPED, train
+from lorasweep.cli.runs import STOPPED, train, write_adapter
 from lorasweep.config import catalogue
-from lorasweep.config.preflight import check_available
 from lorasweep.data.examples import Data, Example
 from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
 from lorasweep.fleet import adapters, runs, serving
@@ -38,8 +36,7 @@ from lorasweep.launch.trainer import TorchTrainer, Trainer
 from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint, files, folders
 from lorasweep.store.run_store import FINAL, RunStore
-from lorasweep.sweep.grid import Point, around
-from lorasweep.sweep.names import aligned
+from lorasweep.sweep.grid import Point, aligned, around
 from lorasweep.sweep.request import Request
 
 WIDTH = 34
@@ -146,12 +143,7 @@ def measure(request: Request, store: RunStore) -> Answer:
 # ---------------------------------------------------------------- action=fleet
 
 
-def fleet(
-    request: Request,
-    store: RunStore,
-    trainer: Trainer | str | None = None,
-    follow: dict[str, Any] | None = None,
-) -> Answer:
+def fleet(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> Answer:
     """Train and export an adapter for each customer of a request that `plan_fleet` made.
 
     The status is 1 if a customer could not be planned or got no adapter, unless its runs are in
@@ -161,7 +153,7 @@ def fleet(
 
     points, status, sent = request.points, 0, None
     if points:
-        points, status, sent = train(request, store, trainer, follow)
+        points, status, sent = train(request, store, trainer)
     if status == STOPPED:
         return Answer(status=STOPPED)
     outcomes = [outcome_of(m, store) for m in runs.planned(request.members, points)]

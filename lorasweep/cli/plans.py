@@ -4,8 +4,6 @@ The actions plan, layers, fetch and status: none starts a run.
 """
 
 import dataclasses
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,9 +14,9 @@ from typing import Any
 from lorasweep.advise.pages import render
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points
-from lorasweep.cli.printed import Answer, duration, table
-from lorasweep.config import preflight
-from lorasweep.data import load, messages, sources, text
+from lorasweep.cli.printed import Answer, duration, notifier, table
+from lorasweep.data import load, messages, rewards, sources, text
+from lorasweep.data.synthetic.generators import generator
 from lorasweep.errors import LorasweepError, SpecError
 from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
@@ -41,19 +39,16 @@ from lorasweep.plan.planner import (
 )
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
+from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import is_unpinned
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, STATES, RunStore
-from lorasweep.sweep.grid import Point
-from lorasweep.sweep.names import run_names, trained_by_set
+from lorasweep.sweep.grid import Point, run_names, trained_by_set
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 from lorasweep.sweep.search import MIN_SEEDS
 
-BASIS = {
-    "measured": "from finished runs",
-    "assumed": "from an assumed speed",
-}
+BASIS = {"measured": "from finished runs", "assumed": "from an assumed speed"}
 """Basis of the expected time."""
 COSTS = (
     *("name", "runs", "packs", "jobs", "gpus_a_run", "micro_batch", "memory_gib", "tokens"),
@@ -64,12 +59,9 @@ SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used if a larger scale states none."""
 EXAMPLE = 300
 """Characters of an example."""
-OPEN_STATES = {"missing", "queued", "running", "interrupted"}
-"""States of unfinished runs; queued: missing or interrupted, and in a live job."""
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
 SHOWN = 20
 """Maximum lines for running runs, for jobs and for problems; format=json has all of them."""
-WATCH_S = 5.0
 WINDOW_S = 1800.0
 """The speed counts runs that finished within this time before the latest one."""
 
@@ -91,7 +83,7 @@ def show(request: Request, store: RunStore) -> Answer:
     lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
     lines += search_lines(request)
     if request.members:
-        found["fleet"], more = fleet_costs(request, store, plan, f"on {plan.workers} worker(s)")
+        found["fleet"], more = fleet_costs(request, store, plan)
         lines += more
     return Answer(found, [*lines, *(o.line() for o in outlooks)])
 
@@ -113,12 +105,56 @@ def layers(request: Request, store: RunStore) -> Answer:
     return Answer({"sweep": request.sweep_name, "kinds": kinds}, lines[:-1])
 
 
+def check_available(request: Request) -> None:
+    """Check that the weights and data of all runs are on this machine, and fit together.
+
+    The first run that needs a file of the hub downloads it. On a cluster a missing file is an
+    error, because jobs would hold GPUs during the download.
+
+    Raises:
+        ModelError, DataError: weights or data are missing; the message says how to get them.
+        SpecError: a data set does not fit the model's vocabulary or tokenizer.
+    """
+    from lorasweep.models import find
+
+    specs, exec_ = [p.spec for p in request.points], request.exec
+    fetched, reads_text = request.cluster.kind == "slurm", {}
+    for model in {s.model.name: s.model for s in specs}.values():
+        reads_text[model.name] = find.check_available(model, exec_.models_dir, fetched)
+    for spec in {(s.dataset.name, s.objective): s for s in specs}.values():
+        if METRICS[spec.objective].higher_is_better:
+            rewards.check_available(spec.dataset)
+        if not exec_.skip_broken_data:  # else bad data fails only its own runs
+            load.check_available(spec.dataset, exec_.data_dir)
+    for spec in {(s.model.name, s.dataset.name): s for s in specs}.values():
+        is_text, model = spec.dataset.source != "synthetic", spec.model
+        vocab = None if is_text else generator(spec.dataset.location).vocab
+        if (vocab or 0) > model.vocab_size or (vocab is None and not reads_text[model.name]):
+            few = f"only {model.vocab_size} of {vocab} symbols"
+            raise SpecError(
+                f"model {model.name!r} has {few if vocab else 'no tokenizer'} for dataset "
+                f"{spec.dataset.name!r}. Choose a model made for it (conf/model), or put the "
+                "tokenizer's files beside the weights."
+            )
+
+
 def fetch(request: Request, store: RunStore) -> Answer:
-    """Download the weights and data of a request's runs."""
-    lines: list[str] = []
-    specs = (p.spec for part in request.parts or [request] for p in part.points)
-    preflight.fetch(specs, lines.append)
-    return Answer(text=lines)
+    """Download the weights and rows of a request's runs from the hub.
+
+    Raises ModelError, DataError: a download fails.
+    """
+    from lorasweep.models import find
+
+    notify, lines = notifier(request), list[str]()
+    specs = [p.spec for part in request.parts or [request] for p in part.points]
+    for model in {s.model.name: s.model for s in specs if s.model.source == "hub"}.values():
+        notify(f"model {model.name}: {model.location} ...")
+        folder, size = find.fetch(model)
+        lines.append(f"model {model.name}: {size / 1e9:.1f} GB in {folder}")
+    for data in {s.dataset.name: s.dataset for s in specs if s.dataset.source == "hub"}.values():
+        notify(f"dataset {data.name}: {data.location} ...")
+        lines.append(f"dataset {data.name}: {sources.fetch(data):,} rows")
+    return Answer(text=lines or "nothing of these runs comes from the hub")
 
 
 # ---------------------------------------------------------------- here, or on given hardware
@@ -175,10 +211,7 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
     jobs = table(queue.get("jobs", ()), *keys)
     lines = [f"  to submit: {queue['to_submit']} runs, in jobs with, per node:"] if jobs else []
     lines += [f"    {line}" for line in jobs]
-    said = {
-        "queued": "{} runs are already queued",
-        "unknown": "queued runs are unknown: {}",
-    }
+    said = {"queued": "{} runs are already queued", "unknown": "queued runs are unknown: {}"}
     return [*lines, *(f"  {text.format(queue[k])}" for k, text in said.items() if queue.get(k))]
 
 
@@ -195,46 +228,21 @@ def search_lines(request: Request) -> list[str]:
     ]
 
 
-def fleet_costs(
-    request: Request, store: RunStore, plan: Plan, per: str
-) -> tuple[dict[str, Any], list[str]]:
-    """Compare the cost of a fleet's unfinished runs in packs and one by one, for each base.
-
-    Returns JSON values and lines. Times are those of all workers; on GPUs with a data sheet, of one
-    GPU (`per`). `alone_s` is None without a data sheet.
-    """
-    hardware, bases, rows = plan.hardware, dict[str, list[Point]](), list[dict[str, Any]]()
-    single = Planner(hardware, dataclasses.replace(request.exec, pack_size=1))
+def fleet_costs(request: Request, store: RunStore, plan: Plan) -> tuple[dict[str, Any], list[str]]:
+    """Return customers, unfinished runs, packs and hours by base: JSON values, and lines."""
+    bases, rows = dict[str, list[Point]](), list[dict[str, Any]]()
     for p in plan.todo:
         bases.setdefault(p.spec.model.canonical, []).append(p)
     for points in bases.values():
-        ids, alone = {p.id for p in points}, None
-        packs = sum(pack.points[0].id in ids for pack in plan.packs)
-        together = plan.hours * 3600 * sum(run_flops(p.spec) for p in points) / plan.flops
-        if hardware.has_speeds:
-            together *= hardware.gpus
-            alone = 3600 * sum(single.kind(p.spec).hours for p in points)
-        counted = {"customers": len({p.arm for p in points}), "runs": len(points)}
-        costs = {"packs": packs, "together_s": together, "alone_s": alone}
-        rows.append({"base": points[0].spec.model.name, **counted, **costs})
-    total: dict[str, Any] = {"base": "total"}
-    for key in ("customers", "runs", "packs", "together_s", "alone_s"):
-        column = [row[key] for row in rows]
-        total[key] = None if None in column else sum(column)
-    for row in (*rows, total):
-        known = row["alone_s"] is not None and row["together_s"]
-        row["ratio"] = row["alone_s"] / row["together_s"] if known else None
+        ids, flops = {p.id for p in points}, sum(run_flops(p.spec) for p in points)
+        row: dict[str, Any] = {"base": points[0].spec.model.name}
+        row |= {"customers": len({p.arm for p in points}), "runs": len(points)}
+        row["packs"] = sum(pack.points[0].id in ids for pack in plan.packs)
+        rows.append({**row, "hours": plan.hours * flops / plan.flops})
     by_outcome = counts([outcome_of(m, store) for m in planned(request.members, request.points)])
-    values = {"customers": by_outcome, "bases": rows, "total": total}
-    lines = ["", counts_line(by_outcome)]
-    if not rows:
-        return values, [*lines, "nothing is left to train"]
-    shown = [*rows, total] if len(rows) > 1 else rows
-    keys = ("base", "customers", "runs", "packs", "together_s", "alone_s", "ratio")
-    said = "computed from step times; alone, each run also starts a process and loads the base"
-    if not hardware.has_speeds:
-        said = "one by one: only known for GPUs with a data sheet (hardware=NAME)"
-    return values, [*lines, f"unfinished runs, {per}:", "", *table(shown, *keys), "", said]
+    lines = table(rows, "base", "customers", "runs", "packs", "hours")
+    value = {"customers": by_outcome, "bases": rows}
+    return value, ["", counts_line(by_outcome), *(lines or ["nothing is left to train"])]
 
 
 # ---------------------------------------------------------------- on GPUs with a data sheet
@@ -268,15 +276,13 @@ def _on_gpus(
         "total": costs("total", total, hardware, request.cluster.work_max),
     }
     costly, queue = list[str](), dict[str, Any]()
-    points = planner.without_too_large(request.points)
-    if points and (request.members or (request.cluster.kind == "slurm" and not request.parts)):
+    if request.points and (request.members or request.cluster.kind == "slurm"):
         with suppress(SpecError):  # the table says which runs fit nowhere, and why
-            plan = make_plan(points, store, request.exec, hardware)
+            plan = make_plan(request.points, store, request.exec, hardware)
             if request.members:
-                found["fleet"], costly = fleet_costs(request, store, plan, "in time of one GPU")
+                found["fleet"], costly = fleet_costs(request, store, plan)
             if request.cluster.kind == "slurm":
-                asked = dataclasses.replace(request, points=points)
-                queue = difference(asked, store, plan)
+                queue = difference(request, store, plan)
     shown = [*sweeps, found["total"]] if len(sweeps) > 1 else sweeps  # one has no total
     text = render(
         "forecast.txt",
@@ -298,29 +304,17 @@ def _on_gpus(
 # ---------------------------------------------------------------- action=status
 
 
-def show_status(request: Request, store: RunStore) -> Answer:
-    """Return the status; with watch=true show it repeatedly, until nothing is left to do."""
-    while True:
-        values = status(request, store, all_points(request, store))
-        answer = Answer(values, status_text(request, values))
-        if not request.watch or OPEN_STATES.isdisjoint(values["runs"]):
-            return answer
-        if request.format != "json" and sys.stdout.isatty():
-            print("\033[2J\033[H", end="")  # shown in place
-        answer.show(request.format == "json")
-        time.sleep(WATCH_S)
-
-
-def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, Any]:
-    """Return the status of a sweep as JSON values."""
+def status(request: Request, store: RunStore) -> Answer:
+    """Show what is done, running, waiting, diverged and failed, the best runs, and what is left."""
     queue = slurm.look(store.root)
-    plan = make_plan(points, store, request.exec, detect.this_machine())
+    plan = make_plan(all_points(request, store), store, request.exec, detect.this_machine())
     covered, names = queue.covered(), run_names(plan.points)
     states = {
         i: "queued" if s in ("missing", "interrupted") and i in covered else s
         for i, s in plan.states.items()
     }
-    entries = store.finished(states)
+    entries, runs = store.finished(states), Counter(states.values())
+    columns = [s for s in COLUMNS if runs[s]]
     arms: dict[str, dict[str, Any]] = {}
     ranked = []  # (metric, lower is better; arm; run)
     for p in plan.points:
@@ -330,46 +324,35 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         e = entries.get(p.id)
         if e is not None and e.state == "done" and e.value is not None:
             ranked.append((-e.value if e.higher_is_better else e.value, p.arm, p.id))
-    best = None
-    for _, arm_name, i in sorted(ranked, reverse=True):  # the best one comes last
+    shown = {name: {**dict.fromkeys(columns, 0), **arm, "best": ""} for name, arm in arms.items()}
+    for _, name, i in sorted(ranked, reverse=True):  # the best one comes last
         e = entries[i]
-        best = {"run": i, "name": names[i], "metric": e.metric, e.metric: e.value}
-        arms[arm_name]["best"] = best
+        arms[name]["best"] = {"run": i, "name": names[i], "metric": e.metric, e.metric: e.value}
+        shown[name]["best"] = f"{e.value:.4f} ({names[i]})"
     running = [p for p in plan.points if states[p.id] == "running"]
     steps = {p.id: (store.records(p.id) or [{"step": 0}])[-1]["step"] for p in running}
     flops_left = plan.flops - sum(run_flops(p.spec) * steps[p.id] / p.spec.steps for p in running)
-    flops_done = sum(run_flops(p.spec) for p in plan.points if p.id in entries)
     ends = sorted((e.mtime_ns / 1e9 for e in entries.values()), reverse=True)
-    recent, rate = [t for t in ends if ends[0] - t < WINDOW_S], None  # runs per hour
-    if len(recent) >= 3 and recent[0] > recent[-1]:
-        rate = 3600 * (len(recent) - 1) / (recent[0] - recent[-1])
+    recent = [t for t in ends if ends[0] - t < WINDOW_S]
     left_s = plan.hours * 3600 * (flops_left / plan.flops if plan.flops else 0.0)
-    if rate and plan.todo and queue.jobs:  # the recent speed of the jobs
-        left_s = flops_left / (flops_done / len(entries)) / rate * 3600
-    on_gpus = request.cluster.gpus > 0
-    spent = ((e.wall_s or 0.0) * (1 if on_gpus else e.threads or 1) for e in entries.values())
-    used = sum(spent) / 3600
-    left = used * flops_left / flops_done if flops_done else None
-    jobs = [(s, task, j) for s, task, j in queue.jobs if states.keys() & set(task)]
+    if len(recent) >= 3 and recent[0] > recent[-1] and plan.todo and queue.jobs:
+        # at the recent speed of the jobs
+        run_s = (recent[0] - recent[-1]) / (len(recent) - 1)
+        of_a_run = sum(run_flops(p.spec) for p in plan.points if p.id in entries) / len(entries)
+        left_s = flops_left / of_a_run * run_s
     bad = {i: s for i, s in states.items() if s in ("failed", "diverged", "interrupted")}
     lost = [i for i, s in bad.items() if s == "interrupted" and not store.failure(i)]
     owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
     logs = {i: store.folder(i) / f"attempts/{store.last_attempt(i)}/log.txt" for i in bad}
     causes = {**dict.fromkeys(owners, "killed, cause unknown"), **slurm.causes(store.root, owners)}
-    return {
+    customers = [outcome_of(m, store) for m in planned(request.members, request.points)]
+    found: dict[str, Any] = {
         "sweep": request.sweep_name,
         "scale": request.scale,
-        "customers": counts(
-            [outcome_of(m, store) for m in planned(request.members, request.points)]
-        )
-        if request.members
-        else None,
-        "runs": {"total": len(plan.points), "todo": len(plan.todo), **Counter(states.values())},
+        "customers": counts(customers) if customers else None,
+        "runs": {"total": len(plan.points), "todo": len(plan.todo), **runs},
         "arms": [*arms.values()],
-        "best": best,
         "left_s": left_s,
-        "rate_per_h": rate,
-        "hours": {"of": "GPU" if on_gpus else "core", "used": used, "left": left},
         "running": [
             {"run": p.id, "name": names[p.id], "step": steps[p.id], "steps": p.spec.steps}
             for p in running
@@ -385,52 +368,40 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         "jobs": [
             {
                 **{"job": j.label, "state": j.state, "reason": j.reason, "node": j.node},
-                **{
-                    "restarts": j.restarts,
-                    "runs": len(task),
-                    "over": sum(r in entries for r in task),
-                },
+                **{"restarts": j.restarts, "runs": len(task)},
+                "over": sum(r in entries for r in task),
                 "log": str(slurm.log_of(s.folder, j.label)),
             }
-            for s, task, j in jobs
+            for s, task, j in queue.jobs
+            if states.keys() & set(task)
         ],
         "follows": [j.label for s, j in queue.follows if s.sweep == request.title],
         "slurm": queue.unavailable,
     }
-
-
-def status_text(request: Request, status: dict[str, Any]) -> list[str]:
-    """Return a status in lines for the terminal."""
-    runs, hours, jobs = status["runs"], status["hours"], status["jobs"]
-    columns = [s for s in COLUMNS if runs.get(s)]
-    counts = ", ".join(f"{runs[s]} {s}" for s in columns)
-    speed = "" if status["rate_per_h"] is None else f"; {status['rate_per_h']:.0f} runs/h recently"
     lines = [
-        f"{request.sweep_name or 'single run'} at scale {request.scale}: {counts}; about "
-        f"{duration(status['left_s'])} left{speed}; {hours['used']:.3g} {hours['of']}-hours used"
+        f"{request.sweep_name or 'single run'} at scale {request.scale}: "
+        f"{', '.join(f'{runs[s]} {s}' for s in columns)}; about {duration(left_s)} left",
+        *([counts_line(found["customers"])] if customers else []),
     ]
-    lines += [counts_line(status["customers"])] if status["customers"] else []
-    arms = [{**dict.fromkeys(columns, 0), **a, "best": ""} for a in status["arms"]]
-    for shown, best in ((a, b) for a, b in zip(arms, (a["best"] for a in status["arms"])) if b):
-        shown["best"] = f"{best[best['metric']]:.4f} ({best['name']})"
+    jobs = found["jobs"]
     waiting = Counter(j["reason"] for j in jobs if j["state"] == "PENDING")
     started = [j for j in jobs if j["state"] != "PENDING"]
-    tables = (
-        table(arms, "arm", "runs", *columns, "best"),
-        table(status["running"], "name", "run", "step", "steps"),
+    for rows in (
+        table([*shown.values()], "arm", "runs", *columns, "best"),
+        table(found["running"], "name", "run", "step", "steps"),
         [f"{n} jobs waiting: {reason}" for reason, n in waiting.items()],
         table(started, "job", "state", "node", "over", "runs", "restarts", "log"),
-        table(status["problems"], "state", "name", "run", "cause", "log"),
-    )
-    for rows in tables:
+        table(found["problems"], "state", "name", "run", "cause", "log"),
+    ):
         lines += [f"  {line}" for line in rows[: SHOWN + 1]]
         if len(rows) > SHOWN + 1:
             lines.append(f"    ... and {len(rows) - SHOWN - 1} more (format=json lists all)")
-    if status["follows"]:
-        lines.append(f"  follow-up job, which answers: {', '.join(status['follows'])}")
-    if status["slurm"]:
-        lines.append(f"  queued runs are not shown: {status['slurm']}")
-    return [*lines, "  try failed runs again: exec.retry=true"] if runs.get("failed") else lines
+    if found["follows"]:
+        lines.append(f"  follow-up job, which answers: {', '.join(found['follows'])}")
+    if queue.unavailable:
+        lines.append(f"  queued runs are not shown: {queue.unavailable}")
+    again = ["  try failed runs again: exec.retry=true"] if runs["failed"] else []
+    return Answer(found, [*lines, *again])
 
 
 # ---------------------------------------------------------------- what was understood
@@ -445,26 +416,22 @@ def understood(request: Request) -> list[str]:
     """
     from lorasweep.models import find
 
+    exec_, mine, found = request.exec, {*request.described}, list[str]()
     specs = [p.spec for p in request.points]
-    bases = {s.model.name: s.model for s in specs}
+    for m in {s.model.name: s.model for s in specs if s.model.name in mine}.values():
+        path = find.cached_config(m) if m.source == "hub" else find.pinned_path(m, exec_.models_dir)
+        found.append(
+            f"model {m.name}: {config_at(m, path).model_type}, {m.n_params / 1e6:,.2f}M "
+            f"parameters, {m.n_layers} layers, {m.weights_dtype}, context {m.context_length}"
+        )
     on_nodes = request.action == "plan" or request.cluster.kind == "slurm"
-    exec_, found = request.exec, list[str]()
-    for name in request.described:
-        if name in bases:
-            m, on_hub = bases[name], bases[name].source == "hub"
-            path = find.cached_config(m) if on_hub else find.pinned_path(m, exec_.models_dir)
-            found.append(
-                f"model {m.name}: {config_at(m, path).model_type}, {m.n_params / 1e6:,.2f}M "
-                f"parameters, {m.n_layers} layers, {m.weights_dtype}, context {m.context_length}"
-            )
-        for dataset, model in dict.fromkeys((s.dataset, s.model) for s in specs):
-            if dataset.name == name:
-                from lorasweep.models.load import tokenizer_of  # only here: it imports torch
+    for data, base in dict.fromkeys((s.dataset, s.model) for s in specs if s.dataset.name in mine):
+        from lorasweep.models.load import tokenizer_of  # only here: it imports torch
 
-                tokenizer = None
-                with suppress(LorasweepError, OSError, ValueError):
-                    tokenizer = tokenizer_of(model, exec_.models_dir, fetched=on_nodes)
-                found += _data_lines(dataset, model.name, tokenizer, exec_)
+        tokenizer = None
+        with suppress(LorasweepError, OSError, ValueError):
+            tokenizer = tokenizer_of(base, exec_.models_dir, fetched=on_nodes)
+        found += _data_lines(data, base.name, tokenizer, exec_)
     return list(dict.fromkeys(found))
 
 

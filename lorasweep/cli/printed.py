@@ -10,8 +10,7 @@ from typing import Any
 from lorasweep.advise.pages import printable
 from lorasweep.plan.load import run_flops
 from lorasweep.store.files import Notify
-from lorasweep.sweep.grid import Point
-from lorasweep.sweep.names import aligned, run_names
+from lorasweep.sweep.grid import Point, aligned, run_names
 from lorasweep.sweep.request import Request
 
 HEADERS = {
@@ -32,8 +31,8 @@ SAID_S = 30.0
 class Answer:
     """What an action returns: for programs a value, for people text, and the exit status.
 
-    An action that watches something yields several. What happens before the answer is known, such
-    as progress and warnings, goes to stderr (`notifier`).
+    What happens before the answer is known, such as progress and warnings, goes to stderr
+    (`notifier`).
     """
 
     value: Any = None

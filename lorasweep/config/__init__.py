@@ -1,4 +1,1 @@
-"""Turn YAML files and the command line into one checked Request.
-
-No other package imports Hydra.
-"""
+"""Turn YAML files and the command line into one checked Request; no other package imports Hydra."""

@@ -1,4 +1,4 @@
-"""Models, machines and serving profiles by name; they are checked when they are first needed."""
+"""The files of conf: models, machines and serving profiles, checked when they are first needed."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -7,10 +7,21 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lorasweep.errors import SpecError
 from lorasweep.fleet.serving import Profile
 from lorasweep.plan.detect import Hardware, from_plain
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.values import build
+
+
+def conf_dir() -> Path:
+    """Find the shipped configuration: beside the package in a checkout, inside it in a wheel."""
+    here = Path(__file__).resolve().parents[1]
+    # the checkout first: an editable install leaves an old copy in site-packages
+    for path in (here.parent / "conf", here / "conf"):
+        if (path / "config.yaml").is_file():
+            return path
+    raise SpecError(f"no configuration (conf/config.yaml) next to {here}. Reinstall lorasweep.")
 
 
 def models(folders: Sequence[Path]) -> dict[str, Callable[[], ModelSpec]]:

@@ -19,7 +19,8 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,16 +34,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config.folders import conf_dir, exec_of
+from lorasweep.config.catalogue import conf_dir
 from lorasweep.data.sources import as_served
-from lorasweep.errors import (
-    ClusterError,
-    DataError,
-    ModelError,
-    NotAtScale,
-    SpecError,
-    unknown,
-)
+from lorasweep.errors import ClusterError, DataError, ModelError, NotAtScale, SpecError, unknown
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.models.describe import describe_model
 from lorasweep.plan import detect
@@ -63,12 +57,14 @@ FORM = ("format", "prompt_field", "completion_field", "mask", "render")
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
 FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes"}
 """Mappings that take new keys, with a + before them."""
+FOLDERS = ("runs", "reports", "models", "data")
+"""Settings of folders are exec.runs_dir, ...; environment variables are LORASWEEP_RUNS, ..."""
 PARTS = ("method", "exec", "dataset", "cluster")
 """Groups in which a setting without its group is looked for."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
     *("sweep=", "scale=", "exec.", "cluster=", "cluster.", "hardware=", "hardware."),
-    *(f"{key}=" for key in (*SETTINGS, "rates")),
+    *(f"{key}=" for key in SETTINGS),
 )
 """Beginnings of options, without + and ~, that do not change the requested runs."""
 CHANGE_CLAIMS = ("sweep.claims", "sweep.rounds")
@@ -77,19 +73,16 @@ CHOOSE_PARTS = ("model=", "dataset=", "method=")
 
 def defaults_of(cls: type) -> dict[str, Any]:
     """Return the defaults of a dataclass of settings as plain values, by the key of YAML files."""
-    found, given = {}, cls()
-    for f in fields(cls):
-        value = getattr(given, f.name)
-        is_part = dataclasses.is_dataclass(value)
-        plain = defaults_of(type(value)) if is_part else json.loads(json.dumps(value))
-        found[f.key] = plain
-    return found
+    given = cls()
+    values = {f.key: getattr(given, f.name) for f in fields(cls)}
+    parts = {k: defaults_of(type(v)) for k, v in values.items() if dataclasses.is_dataclass(v)}
+    plain = {k: json.loads(json.dumps(v)) for k, v in values.items() if k not in parts}
+    return values | parts | plain
 
 
 SCHEMA = {
     **defaults_of(Settings),
     **defaults_of(RunSpec),
-    "rates": 3,  # or "advised", with a fleet
     "serve": {},  # a file in conf/serve; a request has its name
     "arms": "",  # names of the sweep's arms to train, one or a list; empty: all
     # `extends`: another scale, whose block of a sweep is merged before the block of this one
@@ -114,6 +107,27 @@ class Own(NamedTuple):
     """Where it is found (exec.models_dir, exec.data_dir); empty on the hub."""
     n_train: int
     """Number of training rows; 0 for a model."""
+
+
+def exec_of(values: dict[str, Any], given: Collection[str] = ()) -> Exec:
+    """Return a checked Exec with absolute folders; SpecError: a setting is not valid.
+
+    `given`: keys that the command line sets, which have precedence over environment variables.
+    """
+    values = dict(values)
+    for problem in problems_of(Exec, values, "exec."):
+        raise SpecError(problem)
+    for problem in (exec_ := Exec(**values)).problems():
+        raise SpecError(problem)
+    folders: dict[str, Any] = {}
+    for name in FOLDERS:
+        value, default = getattr(exec_, f"{name}_dir"), getattr(Exec(), f"{name}_dir")
+        set_to, many = os.environ.get(f"LORASWEEP_{name.upper()}"), isinstance(value, list)
+        if value == default and set_to and f"exec.{name}_dir" not in given:
+            value = set_to.split(os.pathsep) if many else set_to
+        paths = [str(Path(p).expanduser().absolute()) for p in (value if many else [value])]
+        folders[f"{name}_dir"] = paths if many else paths[0]
+    return dataclasses.replace(exec_, **folders)
 
 
 def shipped_model(name: str) -> ModelSpec:
@@ -299,12 +313,13 @@ class Composer:
             cluster["options"] = {name: str(value) for name, value in options.items()}
         for problem in problems_of(Cluster, cluster, "cluster."):
             raise ClusterError(problem)
-        if config["rates"] != "advised" and not isinstance(config["rates"], int):
-            raise SpecError(f"rates={config['rates']!r}. Expected a number; with a fleet: advised.")
+        if values["rates"] == "advised":
+            values["rates"] = 1
+        elif not isinstance(values["rates"], int):
+            raise SpecError(f"rates={values['rates']!r}. Expected a number; with a fleet: advised.")
         machine = config["hardware"]
         request = Request(
             **values,
-            rates=1 if config["rates"] == "advised" else config["rates"],
             scale=config["scale"]["name"],
             exec=exec_of(config["exec"], given),
             cluster=Cluster(**cluster),

@@ -24,8 +24,8 @@ from lorasweep.fleet.serving import PEFT, Profile, adapted
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.planner import Planner
 from lorasweep.spec.dataset import FIRST_RENDER
-from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import parse_layers
+from lorasweep.spec.metric import why_not_early
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import validate
 from lorasweep.store import folders

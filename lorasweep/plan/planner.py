@@ -219,8 +219,6 @@ class Kind:
     spec: RunSpec
     pack_size: int
     place: Placement
-    left_out: bool
-    """Whether the runs need more GPUs than exec.max_gpus."""
 
     @property
     def hours(self) -> float:
@@ -262,7 +260,7 @@ class Planner:
             method.n_trainable(spec.model),
         )
         if key not in self._kinds:
-            hardware, most = self.hardware, self.exec.max_gpus
+            hardware = self.hardware
             if hardware.has_speeds and spec.precision not in hardware.matmul_flops_s:
                 raise SpecError(
                     f"hardware {hardware.name!r} has no speed in {spec.precision}. Add "
@@ -282,8 +280,7 @@ class Planner:
                 size = next(fits, 1)
             if size > 1:
                 where = self.place(spec, size, where)
-            left_out = most is not None and not where.why and where.layout.gpus > most
-            self._kinds[key] = Kind(spec, size, where, left_out)
+            self._kinds[key] = Kind(spec, size, where)
         return self._kinds[key]
 
     def forecast(self, points: Sequence[Point], second: Replicates) -> dict[str, Kind]:
@@ -291,8 +288,9 @@ class Planner:
         return {p.id: self.kind(p.spec) for p in [*points, *expected_second_stage(points, second)]}
 
     def without_too_large(self, points: Sequence[Point]) -> list[Point]:
-        """Return the runs that need no more GPUs than exec.max_gpus."""
-        return [p for p in points if not self.kind(p.spec).left_out]
+        """Return the runs that need no more GPUs than exec.max_gpus, or fit nowhere."""
+        most, places = self.exec.max_gpus or math.inf, [self.kind(p.spec).place for p in points]
+        return [p for p, w in zip(points, places) if w.why or w.layout.gpus <= most]
 
     def settings(self, points: Sequence[Point]) -> list[tuple[Exec, list[Point]]]:
         """Group runs by the settings that the plan chooses if the user set none.
@@ -518,21 +516,18 @@ def costs(
 ) -> dict[str, Any]:
     """Return the costs of runs (id -> kind) as JSON values; `work_max_min`: the longest job."""
     counts = Counter(runs.values())
-    trained = [(kind, n) for kind, n in counts.items() if not (kind.place.why or kind.left_out)]
+    trained = [(kind, n) for kind, n in counts.items() if not kind.place.why]
     placed = [kind.place for kind, _ in trained]
     packs = [(kind, math.ceil(n / kind.pack_size)) for kind, n in trained]
     # at most work_max_min of packs, or one longer pack
     jobs = (math.ceil(n / max(1, int(60 * work_max_min / k.place.seconds))) for k, n in packs)
-    left_out, misfits = list[dict[str, Any]](), list[dict[str, Any]]()
+    misfits = list[dict[str, Any]]()
     price = hardware.price_per_gpu_h
     for k, n in counts.items():
         where, method = k.place, k.spec.method
         rank = f" rank {method.rank}" if hasattr(method, "rank") else ""
-        of_kind = {"kind": f"{method.name}{rank} of {k.spec.model.name}", "runs": n}
-        if k.left_out:
-            gpus = where.layout.gpus
-            left_out.append({**of_kind, "gpus_a_run": gpus, "gpu_hours": n * k.hours})
         if where.why:
+            of_kind = {"kind": f"{method.name}{rank} of {k.spec.model.name}", "runs": n}
             misfits.append({**of_kind, "why": where.why, "remedy": where.remedy})
 
     def total(value: Callable[[Kind], float]) -> float:
@@ -559,6 +554,5 @@ def costs(
         # on all GPUs of the hardware, or on the GPUs of the largest run if these are more
         "days": hours / 24 / max(hardware.gpus, largest),
         "cost_usd": None if price is None else hours * price,
-        "left_out": left_out,
         "misfits": misfits,
     }

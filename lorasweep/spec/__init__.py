@@ -1,4 +1,1 @@
-"""The settings of a run, as plain frozen values; a hash names the run.
-
-Refuses to know where or how a run is executed.
-"""
+"""The settings of a run, as frozen values, whose hash names it; not where or how it is executed."""

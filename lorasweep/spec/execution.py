@@ -33,8 +33,7 @@ class Exec:
     micro_batch_size: CountOrNone = None
     """Sequences per forward pass and run of the pack; None: the plan chooses."""
     max_gpus: CountOrNone = None
-    """Maximum number of GPUs of a run. Runs that need more are left out, and the plan prices them
-    separately. None: no limit."""
+    """Maximum number of GPUs of a run. Runs that need more are left out. None: no limit."""
     forward_parts: Count = 1
     """Parts into which sampling and evaluation are split, to take less memory; the backward pass is
     not split. The worker doubles this number when either of the two runs out of memory."""

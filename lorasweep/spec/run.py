@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from lorasweep.errors import SpecError, unknown
 from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import Method
+from lorasweep.spec.metric import why_not_early
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.values import ABOVE_0, BELOW_1, Is, Value, encode, fields, later, misfits
 

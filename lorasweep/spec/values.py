@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -89,7 +89,11 @@ def later(value: Any) -> Any:
 
 
 @cache
-def _fields(cls: type) -> tuple[Field, ...]:
+def fields(cls: type) -> tuple[Field, ...]:
+    """List the fields of a dataclass, in order.
+
+    Metadata of a field: `key` and `stored` if they differ from its name; `added`: see `later`.
+    """
     hints, found = typing.get_type_hints(cls, include_extras=True), []
     for f in dataclasses.fields(cls):
         kind, means, allowed = hints[f.name], Is(), ()
@@ -105,11 +109,6 @@ def _fields(cls: type) -> tuple[Field, ...]:
         required = f.default is f.default_factory is dataclasses.MISSING
         found.append(Field(f.name, key, stored, kind, optional, required, allowed, means, past))
     return tuple(found)
-
-
-fields: Callable[[type], tuple[Field, ...]] = _fields
-"""List the fields of a dataclass, in order. Metadata of a field: `key` and `stored` if they differ
-from the Python name; `added`: see `later`. (The type is stated because `cache` hides it.)"""
 
 
 def _converted(value: Any, kind: Any) -> Any:

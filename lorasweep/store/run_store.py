@@ -48,8 +48,6 @@ class Entry(NamedTuple):
     higher_is_better: bool
     value: float | None
     """Value of the metric."""
-    wall_s: float | None
-    threads: int | None
 
 
 class RunStore:
@@ -150,9 +148,9 @@ class RunStore:
                 continue
             file = (stat.st_size, stat.st_mtime_ns)
             if (entry is None or entry[:2] != file) and (body := self.result(rid)):
-                metric, spent = metric_of(body), (body.get("wall_s"), body.get("threads"))
+                metric = metric_of(body)
                 judged = (metric.name, metric.higher_is_better, metric.value(body))
-                entry = Entry(stat.st_size, stat.st_mtime_ns, body["state"], *judged, *spent)
+                entry = Entry(stat.st_size, stat.st_mtime_ns, body["state"], *judged)
                 self._known[rid] = entry
             if entry and entry[:2] == file:  # else damaged: not finished
                 found[rid] = entry

@@ -1,4 +1,1 @@
-"""A sweep: a question, its claims with margins, and the runs that answer it.
-
-This package must not depend on files, costs and torch.
-"""
+"""A sweep: a question, claims with margins, the runs that answer it; no files, costs or torch."""

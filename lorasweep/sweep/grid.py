@@ -1,4 +1,4 @@
-"""Expand the arms and axes of a sweep into runs, and make the runs that follow from results.
+"""Expand the arms and axes of a sweep into runs, name them, and make runs that follow from results.
 
 These are fresh seeds around each optimum, and runs that the analysis adds after an interim
 analysis, which `store.looks` records.
@@ -7,14 +7,17 @@ analysis, which `store.looks` records.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.errors import RankTooLarge, SpecError
 from lorasweep.methods.registry import method_class
 from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.method import Method
+from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 from lorasweep.spec.run import RunSpec, snap_lr, validate, with_axes
+from lorasweep.spec.values import fields
 from lorasweep.sweep.question import Replicates, Sweep, axes_of
 
 MAX_RUNS = 100_000
@@ -22,6 +25,9 @@ MAX_PROBLEMS = 5
 """Problems of runs that one message lists."""
 GENERATOR_PARAMS = "generator_params"
 """The axis whose values are mappings, each with parameters of a synthetic data set."""
+FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")
+"""Fields that come first in a name, in this order."""
+REST = "embedding, norms"
 Axes = dict[str, Any]
 
 
@@ -227,3 +233,66 @@ def added_points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> li
             validate(spec)
             extra.setdefault(spec.id, Point(like.arm, spec))
     return [p for p in extra.values() if p.id not in by_id]
+
+
+# ---------------------------------------------------------------- names, tables, counts
+
+
+def run_names(points: Sequence[Point]) -> dict[str, str]:
+    """Return the name of each run id: arm, the fields in which the runs differ, learning rate."""
+    rows, found = [], dict[str, set[Any]]()
+    for p in points:
+        method = {f.key: getattr(p.spec.method, f.name) for f in fields(type(p.spec.method))}
+        named = {"model": p.spec.model.name, "dataset": p.spec.dataset.name}
+        rows.append({**method, **dict(p.spec.values()), **named})
+        for key, value in rows[-1].items():
+            if key not in ("lr", "method", "name"):
+                found.setdefault(key, set()).add(value)
+    varied = [k for k in dict.fromkeys((*FIRST, *found)) if len(found.get(k, ())) > 1]
+    names = {}
+    for p, row in zip(points, rows):
+        shown = [
+            f"r{row[k]}" if k == "rank" else f"{k}={row[k]}"
+            for k in varied
+            if k in row and k != "seed"
+        ]
+        seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
+        names[p.id] = " ".join([p.arm, *shown, f"lr={p.spec.lr:g}", *seed])
+    return names
+
+
+def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return a line for each row; `numbers`: indices of columns that are aligned on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            c.rjust(w) if k in numbers else c.ljust(w)
+            for k, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def trained_by_set(method: Method, model: ModelSpec) -> list[dict[str, Any]]:
+    """Count trained parameters by layer set, and of the rest; their sum is `method.n_trainable`.
+
+    Counts are made from shapes alone; `matrices` counts those of all experts.
+    """
+    found, sets = list[dict[str, Any]](), method.target_layers()
+    for layer_set in (*LAYER_SETS, *([ROUTER] if model.n_experts else [])):
+        matrices = model.matrices((layer_set,))
+        weights, ranks = sum(m.size for m in matrices), set[int | None]()
+        trained = 0 if sets else weights  # a method without layer sets trains all weights
+        if layer_set in sets:
+            only: dict[str, Any] = {"layers": layer_set}
+            trained = dataclasses.replace(method, **only).n_trainable(model)
+            ranks = {method.rank_of(m) for m in matrices}
+        experts = [f" of {m.n_experts} experts, {m.n_active} active" for m in matrices]
+        shapes = [f"{m.d_in}x{m.d_out}{e * (m.n_experts > 1)}" for m, e in zip(matrices, experts)]
+        names = {"layer_set": layer_set, "matrices": sum(m.count for m in matrices)}
+        names |= {"shapes": [*dict.fromkeys(shapes)], "ranks": sorted(filter(None, ranks))}
+        found.append({**names, "trained": trained, "weights": weights})
+    trained = method.n_trainable(model) - sum(f["trained"] for f in found)
+    weights = model.n_params - sum(f["weights"] for f in found)
+    rest = {"layer_set": REST, "matrices": 0, "shapes": [], "ranks": []}
+    return [*found, {**rest, "trained": trained, "weights": weights}]

@@ -31,8 +31,6 @@ class Settings:
     """action=verify: number of runs to train again."""
     max_difference: Annotated[float | None, Is("nats", 0)] = None
     """action=adapter: accepted difference of the final metric; None: the noise between seeds."""
-    watch: bool = False
-    """action=status: update until nothing is left to do."""
     customers: str = ""
     """A table of customers, for action=advise, action=fleet and actions on the runs of a fleet."""
     customer: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +48,8 @@ class Settings:
     """action=verify_served: address of a server, or a list; empty: only folders are checked."""
     serve: str = "peft"
     """action=fleet: the server of the adapters, by a file in conf/serve."""
+    rates: Any = 3
+    """Number of learning rates, around lr (action=measure) or the advised one (action=fleet)."""
 
 
 @dataclass(kw_only=True)
@@ -72,14 +72,14 @@ class Request(Settings):
     """The options that changed the runs, as typed."""
     members: list[dict[str, Any]] = field(default_factory=list)
     """The customers of a fleet, in the form of `fleet.runs.Member.plain`."""
-    rates: int = 3
-    """Number of learning rates, around lr (action=measure) or the advised one (action=fleet)."""
     folders: list[str] = field(default_factory=list)
     """Folders of configuration; the folder of the user comes first."""
     given: list[str] = field(default_factory=list)
     """Keys set on the command line."""
     described: list[str] = field(default_factory=list)
     """Names of the models and data sets that no configuration file describes."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """The task of the follow-up job that gives this command; empty: a user does."""
 
     @property
     def title(self) -> str:
@@ -91,7 +91,7 @@ class Request(Settings):
 
     def plain(self) -> dict[str, Any]:
         """Return the request as JSON values."""
-        values = {k: v for k, v in vars(self).items() if k != "parts"}  # a job handles one sweep
+        values = {k: v for k, v in vars(self).items() if k not in ("parts", "task")}  # of one sweep
         parts = ("exec", "cluster", "sweep")
         values |= {name: values[name] and dataclasses.asdict(values[name]) for name in parts}
         return values | {"points": [{"arm": p.arm, "spec": p.spec.plain()} for p in self.points]}

@@ -7,7 +7,6 @@ intervals. All functions depend on results alone, so every process that asks get
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.run import snap_lr
@@ -21,14 +20,9 @@ Losses = dict[float, float]
 """Learning rate -> loss (lower is better); infinity if the run diverged."""
 
 
-class Look(NamedTuple):
-    """What the analysis says of finished runs."""
-
-    decided: bool
-    """Whether they answer the question."""
-    lrs: Mapping[str, Sequence[float]]
-    """Id of a run -> learning rates that its arm still needs, as its optimum is at an edge, or has
-    too few learning rates around it."""
+Look = tuple[bool, Mapping[str, Sequence[float]]]
+"""What the analysis says of finished runs: whether they answer the question, and by the id of a run
+the learning rates that its arm still needs: its optimum is at an edge, or has too few around it."""
 
 
 def search(
@@ -84,9 +78,9 @@ def search(
             trained = [(start, own, losses(own)) for start, own in arms]
             live = [one for one in trained if (_beyond(one[2], how.wide) or LOWEST) >= LOWEST]
             if live and (len(seeds) == 1 or len(seeds) >= MIN_SEEDS):
-                found = look(points)
+                decided, lrs_of = look(points)
                 for start, own, tried in live:  # what the analysis asks for, with all seeds so far
-                    wanted = {lr for p in own for lr in found.lrs.get(p.id, ())}
+                    wanted = {lr for p in own for lr in lrs_of.get(p.id, ())}
                     far = [
                         lr
                         for lr in sorted(wanted)
@@ -96,7 +90,7 @@ def search(
                     for lr in far[: max(0, how.most_lrs - len(tried))]:
                         so_far = sorted({p.spec.seed for p in own})
                         new += [at(start, lr, start.spec.steps, seed) for seed in so_far]
-                if not new and found.decided and len(seeds) >= MIN_SEEDS:
+                if not new and decided and len(seeds) >= MIN_SEEDS:
                     return points
             if not new:  # a fresh seed around the best learning rate of each arm
                 seed = max(seeds, default=0) + 1

@@ -16,8 +16,7 @@ from typing import Any
 from lorasweep.errors import SpecError, check_installed
 from lorasweep.store.files import check_writable
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.grid import Point
-from lorasweep.sweep.names import run_names
+from lorasweep.sweep.grid import Point, run_names
 
 
 def check() -> Path:

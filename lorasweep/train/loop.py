@@ -24,8 +24,7 @@ from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend, frozen_in_bf16
 from lorasweep.models.load import Base, find_targets
 from lorasweep.models.sharding import Mesh, guard, shard
-from lorasweep.spec.evaluations import EARLY_STOPPING_RULE, Best, eval_steps, no_better
-from lorasweep.spec.metric import Metric
+from lorasweep.spec.metric import EARLY_STOPPING_RULE, Best, Metric, eval_steps, no_better
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.train.events import EVALUATION, Event, Record, phase

@@ -26,7 +26,6 @@ RESULTS = [*sorted(KEPT.glob("*.md")), *sorted(KEPT.glob("questions/*.md"))]
 LINKED = [*PAGES, *(ROOT / name for name in OTHERS), *RESULTS]
 MAY_REFUSE = {
     "action=extend": "nothing would decide more at smoke",
-    "action=qualify": "a task of eight updates is not fit",
     "action=cancel": "no cluster is there",
     "action=fetch": "the hub may be out of reach",
     "action=measure": "the file and the weights are not there",
@@ -63,7 +62,7 @@ def commands():
     return list(found.values())
 
 
-LONG = tuple(f"action={a}" for a in ("fleet", "qualify", "extend", "verify", "check_gpu"))
+LONG = tuple(f"action={a}" for a in ("fleet", "extend", "verify", "check_gpu"))
 LONG += ("+sweep=study", "mirror=")
 
 
@@ -142,11 +141,7 @@ def test_front_pages_are_short_and_all_pages_of_results_are_of_the_kept_results(
     assert {name: (KEPT / name).read_text() for name in today} == today
     there = {f"questions/{p.name}" for p in (KEPT / "questions").iterdir()}
     assert there == {name for name in today if name.startswith("questions/")}
-    assert not any("rule_shift=" in text for text in today.values())  # parameters are words
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150 and study_page.readme(text, KEPT) == text
-    front = today["README.md"]
-    assert len(front.splitlines()) <= 85
-    assert front.count("](") - front.count("![") > 5 and front.count("![") == 3
-    assert len(re.findall(r"^\d\. \*\*", front, re.MULTILINE)) == 5
+    assert len(today["README.md"].splitlines()) <= 85
     assert all(f"]({p.stem}.md)" in today["questions/README.md"] for p in map(Path, there - INDEX))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lorasweep.cli.actions import act
 from lorasweep.cli.customers import plan_fleet
-from lorasweep.cli.finished_runs import write_adapter
+from lorasweep.cli.runs import write_adapter
 from lorasweep.data import text
 from lorasweep.errors import LorasweepError, SpecError
 from lorasweep.fleet.runs import folder_of
@@ -183,26 +183,24 @@ def test_data_that_break_between_plan_and_training_fail_their_customer_alone(wor
     assert not (world.folder / "bob").exists() and "but the revision" in world.page
 
 
-def test_plan_and_status_are_of_the_customers_together_and_alone(world, capsys):
+def test_plan_and_status_are_of_the_customers(world, capsys):
     request = world.compose("action=plan", "rates=advised", "format=json")
     assert act(dataclasses.replace(request, action="status")) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {"ann", "bob", "few", "eve"} < {a["arm"] for a in shown["arms"]}
-    assert act(dataclasses.replace(request, format="text")) == 0
-    untimed = capsys.readouterr().out
-    assert "unfinished runs, on " in untimed
     assert act(request) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["runs"]["total"] == 5 and found["cost"]["packs"] == 2  # a pack a base
     assert shown["customers"] == found["fleet"]["customers"]
     assert shown["customers"] == {"customers": 5, "adapters": 0, "open": 5, "errors": 0}
     four, one = found["fleet"]["bases"]
-    assert (four["customers"], four["packs"]) == (4, 1) and four["ratio"] is None
-    assert (one["customers"], one["packs"]) == (1, 1)
-    assert found["fleet"]["total"]["together_s"] == four["together_s"] + one["together_s"]
+    assert [[b[k] for k in ("customers", "runs", "packs")] for b in (four, one)] == [
+        [4, 4, 1],
+        [1, 1, 1],
+    ]
+    assert four["hours"] + one["hours"] == pytest.approx(found["cost"]["hours"])
     assert world.run("hardware=h100", "precision=bf16", "rates=advised", action="plan") == 0
-    on_gpus = capsys.readouterr().out
-    assert "in time of one GPU" in on_gpus and "computed from step times" in on_gpus
+    assert "customers  runs  packs" in capsys.readouterr().out
 
 
 def test_customers_without_an_adapter_keep_their_folder_and_errors_are_printed_once(

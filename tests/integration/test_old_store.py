@@ -16,7 +16,7 @@ from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
 from tests.integration.conftest import SMOKE
-from tests.training import copied, moved, worst
+from tests.training import copied, worst
 from tests.world import cli
 
 OLD = Path(__file__).resolve().parent.parent / "fixtures" / "store_0_2"
@@ -58,10 +58,8 @@ def test_asking_again_trains_nothing(old, tmp_path):
     assert before and all(path.read_bytes() == text for path, text in before.items())
 
 
-# The interrupted run has checkpoints at updates 232 and 233 and records of all updates to 233, and
-# the same run without an interruption is kept, too. In fp32 it agrees with them on any processor
-# for some tens of updates; after 600 at 3e-3 rounding alone has moved its loss by 0.0125 (standard
-# deviation over eight bases whose weights were moved by one unit in the last place).
+# In fp32 the resumed run agrees with the same run without an interruption for some tens of updates;
+# after 600 at 3e-3 rounding alone has moved its loss by 0.0125 (standard deviation over eight bases).
 FIRST, SECOND = 232, 233
 END = 0.06
 
@@ -88,27 +86,11 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(old, tmp_path):
     assert result["test_nll"] == pytest.approx(alone["test_nll"], abs=END)
 
 
-def test_an_old_checkpoint_holds_all_that_the_next_updates_need(old):
-    """From the first checkpoint to the second: weights and moments, also on moved weights. A run
-    without the moments is far away from them."""
-    spec = spec_from(old.spec(INTERRUPTED))
+def test_an_old_checkpoint_holds_all_that_the_next_update_needs(old):
+    spec, folder = spec_from(old.spec(INTERRUPTED)), old.folder(INTERRUPTED) / "checkpoint"
     base, rows = models.load(spec.model, [], spec.precision), data.load(spec.dataset, [])
-    folder = old.folder(INTERRUPTED) / "checkpoint"
     first, second = checkpoint.load(folder, FIRST), checkpoint.load(folder, SECOND)
-    alone = json.loads((OLD / f"uninterrupted_{INTERRUPTED}.json").read_text())["result"]
-
-    def distances(weights, state):
-        """From the second checkpoint, and from the loss at update 256."""
-        for event in finetune([spec], weights, rows, resume={spec.id: state}):
-            if event.step == SECOND:
-                tensors = worst(copied(event.snapshot())[spec.id], second)
-            if event.step == 256:
-                loss = event.records[spec.id]["test_nll"]
-                return tensors, abs(loss - curve(alone)[256])
-
-    for weights in (base, moved(base)):
-        tensors, loss = distances(weights, first)
-        assert tensors < 1e-4 and loss < 1e-4
-    blank = {n: t if n.startswith(checkpoint.PARAM) else 0 * t for n, t in first["tensors"].items()}
-    tensors, loss = distances(base, {**first, "tensors": blank})
-    assert tensors > 0.1 and loss > 0.01
+    event = next(
+        e for e in finetune([spec], base, rows, resume={spec.id: first}) if e.step == SECOND
+    )
+    assert worst(copied(event.snapshot())[spec.id], second) < 1e-4

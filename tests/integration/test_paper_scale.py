@@ -14,8 +14,7 @@ import pytest
 from lorasweep.launch import local
 from lorasweep.models.load import config_of, find_targets, without_weights
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.grid import Point
-from lorasweep.sweep.names import REST, trained_by_set
+from lorasweep.sweep.grid import REST, Point, trained_by_set
 from tests import small_hub
 from tests.world import ROOT, compose_request
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from analysis.__main__ import main as analysis
 from lorasweep.store.run_store import RunStore
 from tests.world import cli
 
@@ -22,7 +23,10 @@ def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(tmp_path):
     assert len(trained) < sum(asked)  # what sweeps share was trained once
     twin = next(v for v in answers["invariance"]["verdicts"] if v["claim"] == "twins")
     assert twin["outcome"] == "SUPPORTED" and twin["estimate"]["value"] <= 1e-9
-    (page,) = (tmp_path / "reports").glob("study-smoke-*/study.md")
+    assert (
+        analysis(["study", "--reports-dir", f"{tmp_path}/reports", "--out", f"{tmp_path}/all"]) == 0
+    )
+    page = tmp_path / "all/study.md"
     assert page.read_text().startswith("# When does LoRA match")
     assert "(`rank: order`, study)" in (page.parent / "questions" / "rank.md").read_text()
     for name, folder in folders.items():

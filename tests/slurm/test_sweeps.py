@@ -50,8 +50,7 @@ def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(queue, tmp_p
     assert curves(there) == curves(here)
     (report,) = (there / "reports").glob("lr_ratio-smoke-*/report.md")
     assert report.read_text() == (here / report.relative_to(there)).read_text()
-    watched = ask(there, *TWO_STAGES, "action=status", "watch=true", trainer=None)
-    assert "10 done" in watched  # and ends, because nothing is left
+    assert "10 done" in ask(there, *TWO_STAGES, "action=status", trainer=None)
     again = ask(there, *TWO_STAGES, *FAST, trainer=None)
     assert answer.stdout.splitlines()[0] in again and "submitted" not in again
     text = next((there / "runs").glob("*/attempts/1/env.json")).read_text()

@@ -1,4 +1,4 @@
-"""One planted sweep with its whole report, made once: what study pages and qualification read; and
+"""One planted sweep with its whole report, made once: what study pages and tests of tasks read; and
 a hub that is out of reach."""
 
 import shutil

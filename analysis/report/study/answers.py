@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,12 +125,12 @@ class Answer:
         return ", ".join([*said, *([f"held-out rows {rows}"] if rows else [])])
 
 
-def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) -> list[Answer]:
-    """Read answers by name (None: all), in ORDER; of two with one name, the first folder's."""
+def read_answers(folders: Sequence[Path]) -> list[Answer]:
+    """Read all answers, in ORDER; of two with one name, the first folder's."""
     found: dict[str, Answer] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
-            if (names is None or path.parent.name in names) and path.parent.name not in found:
+            if path.parent.name not in found:
                 try:
                     results, question = json.loads(path.read_text()), read_question(path.parent)
                     answer = Answer(path.parent, results, question)

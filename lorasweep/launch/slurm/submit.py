@@ -296,7 +296,7 @@ def submit(
                     runs.append([p.id for p in of_task])
                     lines.append({"runs": [p.spec.plain() for p in of_task], **settings})
         if cluster.follow:
-            again = {**request.plain(), "action": "run", "format": "text", "watch": False}
+            again = {**request.plain(), "action": "run", "format": "text"}
             before = {"idle": idle, "updates": updates_of(now.points, store)}
             lines.append({"follow": again, **common, **before})
         work.folder = folder = _write(store.root, request.title, runs, lines)

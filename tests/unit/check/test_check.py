@@ -14,8 +14,8 @@ from lorasweep.check import measures
 from lorasweep.check.cases import CORRECTNESS, PACKS, SPEED, Case
 from lorasweep.cli import check
 from lorasweep.config import catalogue
+from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.compose import compose_request
-from lorasweep.config.folders import conf_dir
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA

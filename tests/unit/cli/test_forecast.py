@@ -1,7 +1,6 @@
 """The plan for a cluster's GPUs, whatever machine it is made on; which claims can be decided."""
 
 import json
-import sys
 
 import pytest
 
@@ -45,8 +44,6 @@ def test_the_study_is_planned_without_weights_and_without_a_look_at_this_machine
         assert total[name] == pytest.approx(ratio[name] + batches[name])
     assert total["cost_usd"] == pytest.approx(total["gpu_hours"] * 2.95)
     assert total["memory_gib"] < 79.6 and total["gpus_a_run"] == [1, 16]
-    beyond = ("llama-3.1-70b", "llama-3.3-70b-instruct", "qwen3-235b-a22b-instruct-2507")
-    assert {left["kind"] for left in total["left_out"]} == {f"fullft of {name}" for name in beyond}
     order = next(c for c in ratio["claims"] if c["claim"] == "order")
     assert order["spread_from"] == "small" and order["needed"]
 
@@ -92,15 +89,6 @@ def test_the_hours_of_sampling_are_named(command, planned):
 
 
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")
-
-
-def test_a_single_run_does_not_load_the_analysis(compose, monkeypatch):
-    """pandas and scipy take a second or two."""
-    for module in ("analysis.questions.registry", "analysis.inference.decide"):
-        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
-    request = compose("scale=smoke")
-    answer.check_claims(request.sweep)
-    assert answer.outlooks(request.points, request.sweep, request.scale) == []
 
 
 @pytest.mark.parametrize(

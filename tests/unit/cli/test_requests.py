@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from lorasweep.advise.advice import KEYS
-from lorasweep.cli import train
+from lorasweep.cli import runs
 from lorasweep.cli.actions import ACTIONS
 from lorasweep.errors import ClusterError
 from lorasweep.store.run_store import RunStore
@@ -33,10 +33,8 @@ def refused(done, *words):
         ("-m lr=1", "-m is not supported"),
         ("--resolve", "--cfg job"),
         ("+sweep=lr_ratio exec.runs_dir='~nobody9/r'", "no such user"),
-        ("hydra.run.dir=x", "'hydra' not found"),
         ("model=tiny64,tiny128 lr=1e-3", "sweep.axes.model"),
         ("+sweep=lr_ratio scale.name=small", "scale=NAME"),
-        ("method=fullft method.rank=3", "rank"),
         ("steps", "steps"),
         ("hardware=h100", "Add action=plan"),
         ("table=x.csv", "action=export and action=import"),
@@ -59,21 +57,17 @@ def refused(done, *words):
         *((f"{FLEET} rates={rates}", "3 to 9") for rates in (2, 10)),
         (f"{FLEET} instead_of_full=yes", "Allowed: lora"),
         (f"{FLEET} method.rank=4", "method.rank has no effect"),
-        ("+sweep=lr_ratio lr=3e-3", "sweep.arms.fullft.lr=3e-3 or sweep.arms.lora.lr=3e-3"),
         ("+sweep=lr_ratio sweep.axes.batch_size=[4]", "To add it: +sweep.axes.batch_size=[4]"),
         ("+sweep=lr_ratio sweep.arms.lra.rank=[4]", "Did you mean 'sweep.arms.lora'"),
         ("+sweep=lr_ratio sweep.arms.lora.rank=[64]", "and 2 other runs: method.rank=64"),
         ("+sweep=lr_ratio +sweep.arms.lora.rnak=[1]", "Did you mean 'rank'"),
         ("+sweep=large_batches scale=paper", "no scale 'paper'. Its file has: smoke, tiny"),
         ("action=go", "Available: adapter"),
-        ("format=xml", "json"),
-        ("dataset.n_test_curve=9999", "n_test"),
         ("+sweep=lr_ratio scale=small exec.models_dir=[/no]", "make weights"),
         ("dataset=gsm8k exec.data_dir=[/no]", "exec.data_dir"),
         ("dataset=skills model=tiny64", "48 symbols"),
         *((f"~{key}", "must have a value") for key in ("lr", "lr.x", "exec", "cluster.options")),
         *((f"{key}=null", f"{key}=None: expected") for key in ("exec", "cluster.options")),
-        ("--cfg job --resolve lr=${no}", "'no' not found"),
         ("cluster=slurm cluster.container_mounts=[/x]", "expected a cluster.container=IMAGE"),
         *(
             (f"cluster=slurm +cluster.options.{k}=x", "expected none of array, dependency")
@@ -97,10 +91,10 @@ def test_wrong_requests_end_with_status_2_and_start_nothing(command, tmp_path, a
 def test_jobs_are_submitted_with_a_warning_of_names_that_change(tmp_path, monkeypatch, capsys):
     given = ("model=llama-3.1-8b", "model.revision=main", "cluster=slurm", "scale=smoke")
     request = compose_request([*given, f"exec.runs_dir={tmp_path}/runs"])
-    monkeypatch.setattr(train, "check", lambda request: None)
-    monkeypatch.setattr(train, "submit", Mock(side_effect=ClusterError("full")))
+    monkeypatch.setattr(runs, "check", lambda request: None)
+    monkeypatch.setattr(runs, "submit", Mock(side_effect=ClusterError("full")))
     with pytest.raises(ClusterError):
-        train.run(request, RunStore(tmp_path / "runs"))
+        runs.run(request, RunStore(tmp_path / "runs"))
     assert "names no commit of the hub" in capsys.readouterr().err
 
 
@@ -110,7 +104,7 @@ def test_every_action_has_a_function_and_stands_in_the_help(command, tmp_path):
     groups = ("sweep: batch_size, capacity", "method: fullft, lora", "${geom:1e-4,1e-2,4}")
     for words in (*groups, *(f"\n  {name} {a.example}".rstrip() for name, a in ACTIONS.items())):
         assert words in text
-    assert "capacity, compute" in short and all(name in short for name in ACTIONS)
+    assert "--help" in short and text.startswith(short[:600])
     assert list(tmp_path.iterdir()) == []  # nothing is dropped into the current folder
 
 
@@ -167,15 +161,6 @@ def test_a_hub_name_without_a_commit_is_named_and_shipped_ones_have_one(command)
     shipped = [text for p in files if "source: hub" in (text := p.read_text())]
     assert len(shipped) > 17
     assert all(re.search(r"^revision: [0-9a-f]{40}$", text, re.M) for text in shipped)
-
-
-def test_with_format_json_every_action_prints_one_object(command, tmp_path):
-    done = command("+sweep=lr_ratio", "scale=smoke", "action=cancel", "format=json")
-    assert json.loads(done.stdout) == {"jobs": 0, "runs": 0}
-    table = ROOT / "analysis/results/lr_ratio-small/table.parquet"
-    (line,) = json.loads(command("action=import", f"table={table}", "format=json").stdout)["output"]
-    assert "runs imported" in line
-    refused(command("action=export", f"table={table}/x.csv"), "cannot be written", "Name another")
 
 
 @pytest.mark.parametrize("action", ["run", "check_gpu", "measure", "status", "plan", "adapter"])

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lorasweep.config.preflight import check_available
+from lorasweep.cli.plans import check_available
 from lorasweep.data import load as data
 from lorasweep.data import rewards
 from lorasweep.data.examples import answer_of, prompt_of

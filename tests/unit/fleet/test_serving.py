@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorasweep.cli.actions import check
-from lorasweep.cli.finished_runs import write_adapter
+from lorasweep.cli.runs import write_adapter
 from lorasweep.config import catalogue
 from lorasweep.data.examples import Example
 from lorasweep.errors import SpecError

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.func import functional_call
 
-from lorasweep.cli import finished_runs
+from lorasweep.cli import runs
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import shipped_model
 from lorasweep.data import load as data
@@ -289,7 +289,7 @@ def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys):
 
         settings |= {"action": "adapter", "run": spec.id, "out": f"{tmp_path}/{out}"}
         request = dataclasses.replace(asked, **settings)
-        return finished_runs.adapter(request, store, elsewhere).as_text()
+        return runs.adapter(request, store, elsewhere).as_text()
 
     assert "difference +0.0e+00" in save("adapter", 0.0)
     assert "difference +1.0e-03" in save("adapter", 1e-3) and (tmp_path / "adapter").is_dir()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasweep.advise.read import RowError, customer_of, shape_of
-from lorasweep.config.preflight import check_available
+from lorasweep.cli.plans import check_available
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
@@ -31,7 +31,7 @@ from lorasweep.models import load as models
 from lorasweep.models.describe import describe_model, with_shape
 from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 from lorasweep.store.checkpoint import PARAM
-from lorasweep.sweep.names import trained_by_set
+from lorasweep.sweep.grid import trained_by_set
 from tests import small_hub
 from tests.customers import make_base, model_of
 from tests.small_hub import COMMIT, qwen_like

@@ -41,7 +41,8 @@ def plans_of(scale, root):
             plan = make_plan(request.points, store, request.exec, LAPTOP)
             packs = [[p.id for p in pack.points] + [pack.micro_batch_size] for pack in plan.packs]
             second = request.sweep.replicate if request.sweep else Replicates()
-            runs = Planner(h100, request.exec).forecast(request.points, second)
+            planner = Planner(h100, request.exec)
+            runs = planner.forecast(planner.without_too_large(request.points), second)
             found[f"{sweep}-{scale}"] = {
                 "packs": hashlib.sha256(json.dumps(packs).encode()).hexdigest()[:16],
                 "laptop": {

@@ -151,6 +151,12 @@ def test_a_sweep_takes_what_its_runs_take_alone():
     assert found["runs"] == 0
 
 
+def test_runs_beyond_the_limit_are_left_out():
+    small, large = points("lora"), points("fullft", FullFT(), "llama-3.1-70b")
+    for most, kept in ((1, small), (16, small), (32, [*small, *large])):
+        assert Planner(card(), Exec(max_gpus=most)).without_too_large([*small, *large]) == kept
+
+
 def test_settings_are_the_plans_unless_the_user_set_them():
     runs = [*points("lora"), *points("fullft", FullFT())]
     (one, adapters), (four, full) = Planner(card(), Exec(runs_dir="mine")).settings(runs)

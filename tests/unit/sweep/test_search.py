@@ -14,7 +14,6 @@ from lorasweep.sweep.question import Search
 from lorasweep.sweep.search import (
     LOWEST,
     MIN_SEEDS,
-    Look,
     check_search,
     full_runs,
     is_short,
@@ -41,7 +40,7 @@ def valley(best, cliff=math.inf, curvature=0.03):
     return loss
 
 
-def run(starts, world, how=HOW, may_begin=lambda known, new: True, look=lambda _: Look(False, {})):
+def run(starts, world, how=HOW, may_begin=lambda known, new: True, look=lambda _: (False, {})):
     """Train what a search asks for until it asks for no more; every step starts from results alone."""
     losses, batches = {}, []
     while True:
@@ -87,8 +86,8 @@ def test_what_the_analysis_asks_for_is_trained_with_all_seeds_and_a_decision_end
     def look(points):
         seeds = {p.spec.seed for p in points}
         if len(seeds) == 1 and not any(p.spec.lr == 7e-4 for p in points):
-            return Look(False, {points[-1].id: [7e-4, 1.02e-3, 1e3, 1e-9]})
-        return Look(len(seeds) >= 4, {points[-1].id: [1.2e-3]} if len(seeds) == 3 else {})
+            return (False, {points[-1].id: [7e-4, 1.02e-3, 1e3, 1e-9]})
+        return (len(seeds) >= 4, {points[-1].id: [1.2e-3]} if len(seeds) == 3 else {})
 
     points, batches = run([start()], lambda p: valley(1e-3)(p.spec.lr), look=look)
     full = [p for p in points if p.spec.steps == 64]
@@ -153,7 +152,7 @@ def test_a_search_with_narrow_steps_ends():
     def loss(p):
         return math.log(p.spec.lr / (4e-3 if p.spec.steps == 64 else 1e-3)) ** 2
 
-    points, _ = run([lora(2)], loss, Search(wide=1.4, fine=2), look=lambda _: Look(True, {}))
+    points, _ = run([lora(2)], loss, Search(wide=1.4, fine=2), look=lambda _: (True, {}))
     assert len({p.id for p in points}) == len(points) < 200
 
 

@@ -14,7 +14,7 @@ from lorasweep.models import load as models
 from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import checkpoint_bytes
 from lorasweep.plan.planner import pack_key, place
-from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
+from lorasweep.spec.metric import Best, eval_steps, no_better, why_not_early
 from lorasweep.train.loop import Progress
 from tests.training import (
     ROUNDING,

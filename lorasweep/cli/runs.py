@@ -1,4 +1,4 @@
-"""The actions on finished runs: export, import, adapter, verify, extend; the answer of a search.
+"""The actions on runs: train and answer, cancel, export, import, adapter, verify, extend; searches.
 
 Verify and adapter train runs again, alone. They compare the difference of the results with the
 standard deviation between seeds.
@@ -15,41 +15,250 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points, final_loss, is_search, judged
-from lorasweep.cli.printed import Answer, duration, notifier, table
+from lorasweep.cli.plans import (
+    check_available,
+    plan_lines,
+    search_lines,
+    understood,
+    unpinned_lines,
+)
+from lorasweep.cli.printed import Answer, Display, duration, notifier, table
 from lorasweep.data import text
-from lorasweep.errors import LorasweepError, SpecError, StoreError, TrainingError
+from lorasweep.errors import (
+    GaveUp,
+    LorasweepError,
+    SpecError,
+    StoreError,
+    TrainingError,
+    check_installed,
+)
 from lorasweep.fleet.rows import shown
 from lorasweep.fleet.serving import ADAPTER
+from lorasweep.launch import local
 from lorasweep.launch.pack import END
-from lorasweep.launch.slurm.submit import hardware_of
+from lorasweep.launch.process import Stopped
+from lorasweep.launch.slurm.submit import Work, cancel, hardware_of, submit, updates_of
 from lorasweep.launch.trainer import Trainer, trainer_named
+from lorasweep.launch.worker import check_world_size
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
-from lorasweep.plan.planner import place
+from lorasweep.plan.planner import Planner, make_plan, place
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import METRICS, metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
-from lorasweep.store import checkpoint, folders, looks
+from lorasweep.store import checkpoint, files, folders, looks
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
-from lorasweep.sweep.grid import Point, curve_key, lrs_around_optimum
-from lorasweep.sweep.names import run_names
+from lorasweep.sweep.grid import Point, curve_key, lrs_around_optimum, run_names
 from lorasweep.sweep.request import Request, question
 from lorasweep.sweep.search import LOWEST, is_short
-from lorasweep.tracking import provenance
+from lorasweep.tracking import provenance, wandb
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+STOPPED = 130
+"""Exit status after Ctrl-C."""
+MAX_IDLE = 3
+"""Follow-up jobs in a row without a saved update, after which no more jobs are submitted."""
+CHANGED_CLAIMS = "the claims were changed after a first answer from these runs"
+"""Why the verdicts of such a sweep are exploratory."""
 ANSWER = "lorasweep.json"
 """File with the results and the answer in the folder of the best run of a search."""
 NO_FLOOR_NATS = 0.01
 """Accepted difference of the final NLL if no condition has two seeds. In the tiny sweep, seeds
 differ by about as much (docs/log)."""
+
+
+def run(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> Answer:
+    """Train the missing runs, judge and report; on a cluster, submit jobs and report later."""
+    if request.sweep is not None and not request.task:  # not only after hours of training
+        folder = Path(request.exec.reports_dir) / request.title
+        files.check_writable(folder, "exec.reports_dir")
+    points, status, sent = train(request, store, trainer)
+    if sent or status == STOPPED:
+        return sent or Answer(status=status)
+    names, states = run_names(points), store.states(p.id for p in points)
+    warn = notifier(request, always=True)
+    for i in (i for i, state in states.items() if state in ("failed", "interrupted")):
+        cause, log = "its process was killed (out of memory?)", store.folder(i) / "attempts"
+        warn(
+            f"run {i} ({names[i]}) failed: {store.failure(i) or cause}. Logs: {log}. Try again: "
+            "exec.retry=true; after kills also fewer exec.workers, a smaller exec.micro_batch_size "
+            "or a larger exec.max_attempts"
+        )
+    if request.mirror == "wandb":
+        wandb.mirror(points, store, request.sweep_name or "single")
+    finished = [p.id for p in judged(request, points) if store.result(p.id)]
+    if not finished:
+        why = "no run has finished"
+        if request.budget:
+            why = f"budget={request.budget} ended before a full run; a larger one continues"
+        warn(f"{why}, so there is no answer yet")
+        return Answer(status=status)
+    if request.sweep_name is None:
+        (rid,) = finished
+        result = store.result(rid) or {}
+        metric, measure = metric_of(result), ""
+        value = metric.value(result)
+        if value is not None:
+            start = metric.value(result["curve"][0])
+            measure = f", {metric.label} {value:.4f} (from {start:.4f})"
+        text = f"run {rid} ({names[rid]}): {result['state']}{measure}. Folder: {store.folder(rid)}"
+        return Answer({k: v for k, v in result.items() if k != "curve"}, text, status)
+    asked, folder = question(request), Path(request.exec.reports_dir) / request.title
+    searched, path = is_search(request), looks.path_of(store.root, request.title)
+    if looks.first_claims(path) not in (None, answer.claims_hash(asked)):
+        for claim in asked["claims"].values():
+            earlier = claim.get("exploratory") or {}
+            claim["exploratory"] = {request.scale: CHANGED_CLAIMS, **earlier}
+    as_json = request.format == "json"
+    text = answer.judge(load_runs(store.root, finished), asked, folder, as_json or searched)
+    looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
+    if searched:
+        return Answer(*finish(request, store, points, json.loads(text)), status)
+    return Answer(json.loads(text) if as_json else None, text, status)
+
+
+# ---------------------------------------------------------------- before training
+
+
+def within_limit(request: Request) -> Request:
+    """Leave out the runs that need more than exec.max_gpus GPUs, and say how many."""
+    parts, most = [within_limit(part) for part in request.parts], request.exec.max_gpus
+    if most is None or not request.points:
+        return dataclasses.replace(request, parts=parts)
+    kept = Planner(hardware_of(request), request.exec).without_too_large(request.points)
+    if gone := len(request.points) - len(kept):
+        where = f"{request.title}: " * (request.sweep_name is not None)
+        notifier(request)(f"{where}{gone} runs need more than exec.max_gpus={most} GPUs: left out")
+    return dataclasses.replace(request, points=kept)
+
+
+def check(request: Request) -> None:
+    """Raise an error if the user must correct something before training."""
+    if request.mirror == "wandb":
+        wandb.check()
+    if request.cluster.kind == "slurm":
+        check_installed("submitit", f"cluster={request.cluster.name}")
+    if request.exec.world_size > 1:
+        specs = [p.spec for p in request.points]
+        check_world_size(specs, request.exec, request.cluster, detect.this_machine())
+    if request.hardware and (hardware := hardware_of(request)).has_speeds:
+        Planner(hardware, request.exec).settings(request.points)
+    check_available(request)
+    answer.check_claims(request.sweep)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(
+    request: Request, store: RunStore, trainer: Trainer | str | None = None
+) -> tuple[list[Point], int, Answer | None]:
+    """Train the missing runs of a request here, or submit them as jobs of a cluster.
+
+    Returns the runs, those of the second stage that are known included; the exit status: 0, 1 if
+    runs failed or were killed, STOPPED; and while runs are in jobs of a cluster, the answer.
+
+    Raises GaveUp in a follow-up job if the last rounds of jobs saved no update.
+    """
+    store.prepare()
+    notify, searched = notifier(request), is_search(request)
+    lines = understood(request)  # also refuses rows
+    if searched:
+        check_search(request)
+        lines += search_lines(request)
+    for line in lines:
+        notify(line)
+    points = all_points(request, store)
+    check(request)
+    for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
+        if outlook.warns and any(not store.result(p.id) for p in points):
+            notify(outlook.line())
+    if request.cluster.kind == "slurm":
+        idle = 0
+        for line in unpinned_lines(points):
+            notify(line)
+        if task := request.task:
+            idle = task["idle"] + 1 if updates_of(points, store) <= task["updates"] else 0
+            if idle >= MAX_IDLE:
+                raise GaveUp(
+                    f"no run got further in {idle} rounds of jobs, so no more are submitted. "
+                    "See the causes with action=status."
+                )
+        named = trainer if isinstance(trainer, str) else None
+        work = submit(request, store, lambda: all_points(request, store), notify, named, idle)
+        points, sent = all_points(request, store), _submitted(request, work)
+        if searched:
+            prune(request, store, points)
+        if work.queued or work.running:
+            return points, 0, sent
+        for line in sent.as_text().splitlines():
+            notify(line)
+    else:
+        plan = make_plan(points, store, request.exec, detect.this_machine())
+        lines = plan_lines(request, plan)
+        try:
+            with local.Workers(store, request.exec.world_size) as workers:
+                while plan.todo:  # results of the first stage choose the second
+                    notify("\n".join(lines))
+                    show = Display(plan.todo, request).event
+                    local.run_points(points, store, request.exec, show, trainer, plan, workers)
+                    if searched:
+                        prune(request, store, points)
+                    known, points = len(points), all_points(request, store)
+                    if len(points) == known:
+                        break
+                    plan = make_plan(points, store, request.exec, plan.hardware)
+                    brief = request.members or searched  # the first plan has listed the arms
+                    lines = plan_lines(request, plan)[: 1 if brief else None]
+        except (Stopped, KeyboardInterrupt):
+            notifier(request, always=True)(
+                "stopped; finished runs are kept, unfinished runs resume from their checkpoints "
+                "when you run the command again"
+            )
+            return points, STOPPED, None
+    states = store.states(p.id for p in points).values()
+    return points, int(not {"failed", "interrupted"}.isdisjoint(states)), None
+
+
+def _submitted(request: Request, work: Work) -> Answer:
+    """Return what was submitted, and what stays in the queue."""
+    jobs = ", ".join(f"{n} job(s) as {number}" for number, n in work.sent.items())
+    lines = (
+        (jobs, f"submitted {work.n_submitted} runs: {jobs}; records and logs in {work.folder}"),
+        (work.refused, f"Slurm did not accept all jobs; the rest waits: {work.refused}"),
+        (
+            work.exhausted,
+            f"{work.exhausted} runs were killed {request.exec.max_attempts} times and are not "
+            "submitted again: see the causes with action=status, then raise exec.max_attempts",
+        ),
+        (
+            work.queued or work.running,
+            f"{work.queued} runs queued, {work.running} running. Watch them with action=status; "
+            "the same command answers when they have finished.",
+        ),
+    )
+    names = ("queued", "refused", "running", "exhausted")
+    values: dict[str, Any] = {key: getattr(work, key) for key in names}
+    values |= {"submitted": work.n_submitted}
+    values["jobs"] = [*work.sent, *filter(None, [work.follow])]
+    return Answer(values, [line for said, line in lines if said])
+
+
+def cancel_jobs(request: Request, store: RunStore) -> Answer:
+    """Cancel the sweep's jobs on the cluster (Ctrl-C stops local runs)."""
+    n_jobs, n_runs = cancel(request, store, notifier(request))
+    text = f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s), which may be resumed"
+    return Answer({"jobs": n_jobs, "runs": n_runs}, text if n_jobs else "nothing to cancel")
+
+
+# ---------------------------------------------------------------- export, import
 
 
 def export(request: Request, store: RunStore) -> Answer:
@@ -79,16 +288,11 @@ def import_(request: Request, store: RunStore) -> Answer:
 
 
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
-    """Return the standard deviation between seeds of the final metric, pooled over conditions.
-
-    None if no condition has two seeds.
-    """
+    """Return the pooled standard deviation between seeds; None if no condition has two seeds."""
     conditions: dict[tuple[Any, ...], list[float]] = {}
     for p in points:
-        result = store.result(p.id) or {}
-        if result.get("state") == "done":
-            value = result[metric_of(result).name]
-            conditions.setdefault((*curve_key(p), p.spec.lr), []).append(value)
+        if (loss := final_loss(store.result(p.id) or {})) is not None:
+            conditions.setdefault((*curve_key(p), p.spec.lr), []).append(loss)
     repeated = [values for values in conditions.values() if len(values) > 1]
     degrees = sum(len(values) - 1 for values in repeated)
     squares = sum(statistics.variance(v) * (len(v) - 1) for v in repeated)
@@ -449,7 +653,7 @@ def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -
                 "good": a["good"],
                 metric.label: shown[a["rank"]],
                 "seconds": a["seconds"],
-                "notes": notes if answer.trains(a) else "no learning rate trains",
+                "notes": notes if a["best_tried"] else "no learning rate trains",
             }
         )
     use = "the base as it is"
