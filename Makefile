@@ -69,7 +69,7 @@ $(SERVE)/.installed:
 	$(SERVE)/bin/pip uninstall --quiet --yes torchaudio torchvision torchcodec  # built for another torch
 	touch $@
 
-serve-test: weights $(SERVE_READY) ## serve fleets with a real vLLM on this CPU, and find planted faults (installs 3.4 GiB)
+serve-test: $(SERVE_READY) ## serve fleets with a real vLLM on this CPU, and find planted faults (installs 3.4 GiB)
 	$(BIN)/python -m pytest tests/serve
 
 lint: $(VENV)/.installed ## check style, format and types

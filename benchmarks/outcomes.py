@@ -14,9 +14,8 @@ import yaml
 
 from benchmarks.harness import RESULTS, render
 from lorasweep.advise.advice import advise
-from lorasweep.advise.evidence import Known
 from lorasweep.advise.read import customer_of
-from lorasweep.advise.rules import STEP, Advice, rate_of
+from lorasweep.advise.rules import STEP, Advice, Known, rate_of
 from lorasweep.config import catalogue
 from lorasweep.config.catalogue import conf_dir
 

@@ -1,10 +1,13 @@
-"""A small HTTP server in this process, whose answers a test plants."""
+"""A small HTTP server in this process, whose answers a test plants, and adapters with a fault."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from safetensors.torch import load_file, save_file
 
 
 @contextmanager
@@ -41,22 +44,23 @@ def answering(reply) -> Iterator[str]:
         server.server_close()
 
 
-def openai(owner, models, log_p):
-    """Answer as a server of the OpenAI API: `log_p(model, tokens)` of all tokens but the first.
-
-    owner "vllm": one allowed token after a prefix; else the log-probabilities of the prompt (echo).
-    """
+def vllm(models, log_p):
+    """Answer as vLLM: `models` is name -> base, `log_p(model, tokens)` of all tokens but the first."""
 
     def reply(path, body, headers):
         if path == "/v1/models":
-            listed = [{"id": n, "parent": base, "owned_by": owner} for n, base in models.items()]
+            listed = [{"id": n, "parent": base, "owned_by": "vllm"} for n, base in models.items()]
             return 200, json.dumps({"data": listed})
-        tokens = body["prompt"]
-        if owner == "vllm":
-            values = log_p(body["model"], [*tokens, *body["allowed_token_ids"]])[-1:]
-        else:
-            assert body["echo"]
-            values = [None, *log_p(body["model"], tokens), -1.0]
+        values = log_p(body["model"], [*body["prompt"], *body["allowed_token_ids"]])[-1:]
         return 200, json.dumps({"choices": [{"logprobs": {"token_logprobs": values}}]})
 
     return reply
+
+
+def changed(folder, to, by):
+    """Copy an adapter's folder with B times a factor, as if alpha was another; return the copy."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "adapter_model.safetensors")
+    wrong = {n: (t * by if "lora_B" in n else t).contiguous() for n, t in tensors.items()}
+    save_file(wrong, to / "adapter_model.safetensors")
+    return to

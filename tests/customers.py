@@ -1,19 +1,24 @@
 """A small base that reads text, customers' rows to fine-tune it on, and a fleet of them."""
 
 import json
+from functools import cache
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorasweep.advise.read import Customer, shape_of
+from lorasweep.advise.advice import advise
+from lorasweep.advise.read import Customer, customer_of, shape_of
+from lorasweep.advise.rules import Kept, Known, read_kept
 from lorasweep.cli.actions import act
+from lorasweep.config import catalogue
 from lorasweep.config.compose import compose_request
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.store.run_store import RunStore
 from tests.small_hub import llama_like
-from tests.world import write_json
+from tests.world import ROOT, write_json
 
+CONF = [ROOT / "conf"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -44,6 +49,18 @@ def write_rows(path, count, answer, question="How many? {k}", start=0):
     numbers = range(start, start + count)
     rows = [{"prompt": question.format(k=k), "completion": answer.format(k=k)} for k in numbers]
     return write_json(path, rows)
+
+
+@cache
+def known(results=ROOT / "analysis/results"):
+    """What the adviser knows: the shipped catalogue, and kept results or none."""
+    found = read_kept(results, catalogue.widths(CONF)) if results else Kept()
+    return Known(catalogue.models(CONF), catalogue.machines(CONF), found)
+
+
+def advice(world=None, **columns):
+    row = {"name": "acme", "model": "llama-3.1-8b", "task": "sft", **columns}
+    return advise(customer_of(row), world or known())
 
 
 SECRET = "zanzibar 7351"

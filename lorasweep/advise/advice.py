@@ -7,40 +7,24 @@ from functools import lru_cache, partial
 from typing import Any
 
 from lorasweep.advise import rules
-from lorasweep.advise.evidence import Known, Row, Sure, line_of, shown
 from lorasweep.advise.read import Customer, RowError, shape_of
-from lorasweep.advise.rules import FULL, LAYERS, ROOM, Advice, Arm, trained
+from lorasweep.advise.rules import FULL, LAYERS, ROOM, Advice, Arm, Known, shown, trained
 from lorasweep.errors import SpecError, unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.detect import Hardware
-from lorasweep.plan.load import Load, load_of, served_s, step_parts, step_seconds
+from lorasweep.plan.load import load_of, served_s, step_parts, step_seconds
 from lorasweep.plan.planner import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Placement, place
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 
-KEYS = (
-    *("name", "method", "layers", "rank", "lr", "lr_low", "lr_high", "lr_source"),
-    *("batch_size_max", "steps_min", "load", "gpu", "gpus", "peak_gib_lora", "peak_gib_full"),
-    *("flops_ratio", "hours", "cost_usd", "adapter_mib", "serving_gib", "regime", "warnings"),
-    *("evidence", "error"),
-)
-"""Keys of every answer as JSON, also of the answer for a wrong row."""
-SURE_OF = (
-    *("method", "rank", "layers", "lr", "batch_size_max", "load", "hours_lora", "peak_gib_lora"),
-)
-"""Fields reported with confidence and source."""
-OF_ARM = ("gpus", "fits", "peak_gib", "hours", "cost_usd", "serving_gib")
-"""Fields of both methods, such as gpus_lora and gpus_full."""
 PAPER_RANK, HUGE_BATCH = 64, 512
 FULL_RATE = 3.0
 """Planned learning rates below the advised one by this factor or more suit full fine-tuning."""
 EXCESS = 4
 """A planned rank above the advised one by this factor or more is excessive."""
-HARDWARE = "h100"
-"""GPU of customers who state none."""
 WORD = 2
 """Bytes of a weight in served and shipped models, which are in bf16."""
 NOT_FASTER = 0.95
@@ -48,11 +32,11 @@ NOT_FASTER = 0.95
 
 
 def plain_of(a: Advice | RowError) -> dict[str, Any]:
-    """Return an answer as JSON values; the answer for a wrong row has only KEYS."""
+    """Return an answer as JSON values."""
     if isinstance(a, RowError):
-        return {**dict.fromkeys(KEYS), "name": a.name, "warnings": [], "error": a.error}
+        return {"name": a.name, "error": a.error}
     arms = {"lora": a.lora, "full": a.full}
-    reasons = [r for name, r in a.reasons.items() if name in SURE_OF]
+    of_arm = ("gpus", "fits", "peak_gib", "hours", "cost_usd", "serving_gib")
     return {
         "name": a.name,
         "model": a.model.name,
@@ -67,14 +51,11 @@ def plain_of(a: Advice | RowError) -> dict[str, Any]:
         "steps_min": rules.UPDATES[a.customer.task],
         "gpu": a.hardware.name,
         **{k: getattr(a.chosen, k) for k in ("gpus", "hours", "cost_usd", "serving_gib")},
-        "flops_ratio": a.flops_ratio,
         "adapter_mib": a.lora.file_mib,
         "model_gib": a.full.file_mib / 1024,
-        **{f"{key}_{name}": getattr(arm, key) for name, arm in arms.items() for key in OF_ARM},
-        "regime": [{**c, "sure": c["sure"].name.lower()} for c in a.conditions],
+        **{f"{key}_{name}": getattr(arm, key) for name, arm in arms.items() for key in of_arm},
+        "regime": a.conditions,
         "warnings": a.warnings,
-        "evidence": list(dict.fromkeys(f"{r.name}: {r.source}" for r in reasons)),
-        "sure": {r.name: r.sure.name.lower() for r in reasons},
         "error": None,
     }
 
@@ -102,8 +83,6 @@ def advise(c: Customer, known: Known) -> Advice:
         a.rate = rules.rate_of(a, "full")
     rules.limit_batch(a)
     a.lora, a.full = _arm(a, a.rank), _arm(a, 0)
-    a.flops_ratio = _method(a.rank).step_flops(a.model, 1) / _method(0).step_flops(a.model, 1)
-    a.note("flops_ratio", a.flops_ratio)
     gpu_s = [arm.step_s * arm.gpus if arm.step_s and arm.gpus else 0 for arm in (a.lora, a.full)]
     if gpu_s[1] and gpu_s[0] > NOT_FASTER * gpu_s[1]:
         a.warn("not_faster", times=gpu_s[0] / gpu_s[1])
@@ -119,7 +98,7 @@ def advise(c: Customer, known: Known) -> Advice:
 
 def _hardware_of(c: Customer, known: Known) -> Hardware:
     """Return a customer's hardware; RowError: it is unknown, or no speed of a GPU is known."""
-    name = (c.hardware or HARDWARE).lower()
+    name = (c.hardware or "h100").lower()
     if c.hardware is None and known.hardware is not None:
         found = known.hardware
     elif name in known.machines:
@@ -140,7 +119,7 @@ def _arm(a: Advice, rank: int) -> Arm:
     model = replace(a.model, weights_dtype="bf16")  # frozen weights on GPUs
     n = trained(a.model, rank) if rank else base
     served = base * bool(rank) + c.adapters_served * n
-    arm = Arm(n, WORD * n / 2**20, WORD * served / 2**30)
+    arm = Arm(WORD * n / 2**20, WORD * served / 2**30)
     price, unpriced = hardware.price_per_gpu_h, replace(hardware, price_per_gpu_h=None)
     place_on = partial(_place, model, a.batch_size, a.max_length, unpriced, rank)
     found = place_on(None)
@@ -156,7 +135,7 @@ def _arm(a: Advice, rank: int) -> Arm:
     else:
         arm.gpus = gpus = found.layout.gpus
         arm.fits, arm.peak_gib = gpus <= (c.gpus or MOST_GPUS), found.memory_gib
-        parts = step_parts(_load(model, rank), found.layout, a.row_tokens, hardware)
+        parts = step_parts(load_of(model, _method(rank)), found.layout, a.row_tokens, hardware)
         arm.step_s = step_seconds(parts)
         if c.task == "rl":  # a serving engine on the same GPUs samples an update's completions
             group = min(rules.GROUP, a.batch_size)
@@ -186,11 +165,6 @@ def _method(rank: int) -> Method:
     return LoRA(rank=rank, layers=LAYERS) if rank else FullFT()
 
 
-@lru_cache(maxsize=1024)
-def _load(model: ModelSpec, rank: int) -> Load:
-    return load_of(model, _method(rank))
-
-
 @lru_cache(maxsize=4096)
 def _place(
     model: ModelSpec, batch: int, length: int, hardware: Hardware, rank: int, gpus: int | None
@@ -206,60 +180,43 @@ def _place(
 # ---------------------------------------------------------------- conditions and habits
 
 
-def _conditions(a: Advice) -> list[dict[str, Any]]:
-    c, kept, rate, batch = a.customer, a.known.kept, a.lora_rate, a.batch_size
-    found: list[dict[str, Any]] = []
-
-    def judge(name: str, met: bool | None, why: str, cited: list[Row], sure: Sure) -> None:
-        state = {True: "met", False: "missed", None: "unknown"}[met]
-        lines = tuple(map(line_of, cited))
-        judged = {"condition": name, "state": state, "why": why, "evidence": lines, "sure": sure}
-        found.append(judged)
-
-    sweep, *claims = ("rl", "rank_1", "top_rank")
-    if c.task == "sft":
-        sweep, *claims = ("regime", "low", "fits", "beyond")
-    regime, rank = kept.about(sweep, *claims), c.rank or a.rank
+def _conditions(a: Advice) -> list[dict[str, str]]:
+    """Judge the study's conditions by the plan, else by the advice."""
+    c, rate, batch, most = a.customer, a.lora_rate, a.batch_size, a.largest_batch
+    rank, layers, least = c.rank or a.rank, c.layers or LAYERS, rules.UPDATES[c.task]
     loads, load, fits = a.load_at(rank), "not known, as the amount of data is not stated", None
     if loads is not None:
         _, low, high = loads
         load = f"{low:.2g} to {high:.2g}; up to {ROOM} surely fits, above {FULL:g} does not"
         fits = True if high <= ROOM else False if low > FULL else None
-    sure = Sure.WEAK if regime else Sure.ONCE
-    judge("capacity for the data", fits, f"load of rank {rank}: {load}", regime, sure)
-    why = f"{'planned' if c.layers else 'as advised'}: {c.layers or LAYERS}"
-    layers = kept.about("layers", "attention_worse", "mlp_is_enough")
-    name = "adapters on all matrices, the MLP's above all"
-    judge(name, "mlp" in parse_layers(c.layers or LAYERS), why, layers, Sure.PUBLISHED)
     within = None if c.lr is None else rate.low <= c.lr <= rate.high
-    why = "no sweep was run" if c.lr is None else f"planned {c.lr:.2g}"
-    why += f"; the sources: {rate.low:.2g} to {rate.high:.2g}"
-    rates = kept.about("lr_ratio", "ratio", "ten_times")
-    judge("LoRA's own learning rate", within, why, rates, Sure.ONCE)
-    most, why = a.largest_batch, "planned" if c.batch_size else "as advised"
+    rates = "no sweep was run" if c.lr is None else f"planned {c.lr:.2g}"
+    rates += f"; the sources: {rate.low:.2g} to {rate.high:.2g}"
+    adapted = f"{'planned' if c.layers else 'as advised'}: {layers}"
+    mlp = "mlp" in parse_layers(layers)
     small = False if batch > most else True if batch <= rules.SAFE or c.task == "rl" else None
-    why += f": {batch:,}, at most {most:,}{' by results on small models only' * (small is None)}"
-    sizes = kept.about("batch_size", "penalty", "below_256")
-    judge("a small batch", small, why, sizes, Sure.WEAK)
-    least = rules.UPDATES[c.task]
-    why = f"{shown(a.steps)}, at least {least} needed"
-    judge("enough updates", None if a.steps is None else a.steps >= least, why, [], Sure.ONCE)
-    return found
+    size = f"{'planned' if c.batch_size else 'as advised'}: {batch:,}, at most {most:,}"
+    size += " by results on small models only" * (small is None)
+    enough = None if a.steps is None else a.steps >= least
+    found = (
+        ("capacity for the data", fits, f"load of rank {rank}: {load}"),
+        ("adapters on all matrices, the MLP's above all", mlp, adapted),
+        ("LoRA's own learning rate", within, rates),
+        ("a small batch", small, size),
+        ("enough updates", enough, f"{shown(a.steps)}, at least {least} needed"),
+    )
+    states = {True: "met", False: "missed", None: "unknown"}
+    return [{"condition": name, "state": states[met], "why": why} for name, met, why in found]
 
 
 def _judge_habits(a: Advice) -> None:
     """Warn of habits in a customer's plan that the study calls wrong, with their expected cost."""
     c, model, published, rate = a.customer, a.model, a.known.published, a.lora_rate
-
-    def cited(sweep: str, *claims: str) -> str:
-        return "; ".join(map(line_of, a.known.kept.about(sweep, *claims))) or "nothing kept"
-
     if "mlp" not in parse_layers(c.layers or LAYERS):
         gaps = [e["nats"] for e in published["attention_gaps"]] or [float("nan")]
         cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models, published"
         share = trained(model, a.rank, c.layers or LAYERS) / trained(model, a.rank)
-        here = cited("layers", "attention_worse")
-        a.warn("attention_only", layers=c.layers, cost=cost, share=share, here=here)
+        a.warn("attention_only", layers=c.layers, cost=cost, share=share)
     if c.rank is not None and c.rank != a.rank:
         loads = a.load_at(c.rank)
         lacks = loads is not None and loads[2] > ROOM and c.rank < a.rank
@@ -283,9 +240,8 @@ def _judge_habits(a: Advice) -> None:
     if c.lr is not None and c.lr < rate.low and c.lr <= rate.rate / FULL_RATE:
         entries = published["low_rate_gaps"] if c.task == "sft" else []
         cost = "; ".join(f"{e['nats']:.3f} nats on {e['model']} at 4e-5" for e in entries)
-        here = cited("recipes", "attention_at_full_lr", "original")
         words = {"times": rate.rate / c.lr, "advised": rate.rate, "cost": cost or "not known"}
-        a.warn("full_rate", lr=c.lr, here=here, **words)
+        a.warn("full_rate", lr=c.lr, **words)
     elif c.lr is not None and c.lr > rate.high:
         a.warn("high_rate", lr=c.lr, advised=rate.rate, high=rate.high)
     if c.task == "sft" and c.batch_size and c.batch_size >= HUGE_BATCH:
@@ -303,7 +259,7 @@ def answers(customers: Iterable[Customer | RowError], known: Known) -> list[Advi
         try:
             found.append(c if isinstance(c, RowError) else advise(c, known))
         except RowError as error:
-            found.append(error.of(c))
+            found.append(RowError(*error.problems, where=c.where, name=c.name))
     return found
 
 

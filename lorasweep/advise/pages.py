@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.advise.advice import plain_of, totals
-from lorasweep.advise.evidence import Sure, shown
 from lorasweep.advise.read import RowError
-from lorasweep.advise.rules import Advice
+from lorasweep.advise.rules import Advice, shown
 from lorasweep.errors import check_installed
 from lorasweep.plan.planner import MEMORY_ERROR, SPEED_ERROR
 
@@ -101,35 +100,10 @@ def cells(advice: Advice | RowError) -> list[str]:
     ]
 
 
-def summary_lines(found: Sequence[Advice | RowError]) -> list[str]:
-    """Return lines with the counts and costs of all customers."""
-    return render("summary.txt", t=totals(found)).splitlines()
-
-
 def html(found: Sequence[Advice | RowError], title: str) -> str:
     """Return the page in HTML: one file without scripts."""
-    rows, cards = [cells(a) for a in found], []
-    numbers: set[tuple[str, ...]] = set()
-    states: set[tuple[str, ...]] = set()
-    for a, (name, *_) in zip(found, rows, strict=True):
-        card: dict[str, Any] = {"name": name, "kind": "error", "answer": a}
-        if isinstance(a, Advice):
-            measured = "bits" in a.reasons and a.reasons["bits"].sure is Sure.MEASURED
-            card |= {"kind": a.method, "p": plain_of(a), "measured": measured}
-            numbers |= {(r.name, r.source, r.sure) for r in a.reasons.values()}
-            states |= {(c["condition"], e, c["sure"]) for c in a.conditions for e in c["evidence"]}
-        cards.append(card)
-    return render(
-        "advice.html",
-        title=title,
-        basis=BASIS,
-        totals=totals(found),
-        head=HEAD,
-        numbers=NUMBERS,
-        rows=rows,
-        cards=cards,
-        sources=[
-            ("Sources", [": ".join(e) for e in sorted(numbers)]),
-            ("Kept results", [": ".join(e) for e in sorted(states)]),
-        ],
-    )
+    rows = [cells(a) for a in found]
+    kinds = [a.method if isinstance(a, Advice) else "error" for a in found]
+    cards = [*zip(found, kinds, map(plain_of, found), (row[0] for row in rows))]
+    words: dict[str, Any] = {"basis": BASIS, "totals": totals(found), "rows": rows, "cards": cards}
+    return render("advice.html", title=title, head=HEAD, numbers=NUMBERS, **words)

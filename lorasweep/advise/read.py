@@ -92,17 +92,10 @@ class RowError(Exception):
     """A wrong row, raised or kept in place of its answer. Each problem names a column."""
 
     def __init__(self, *problems: str, where: str = "", name: str = "") -> None:
-        super().__init__("; ".join(problems))
-        self.problems, self.where, self.name = list(problems), where, name
-
-    @property
-    def error(self) -> str:
+        self.error = f"{where}: " + " ".join(problems)
         """The place of the row, and its problems."""
-        return f"{self.where}: " + " ".join(self.problems)
-
-    def of(self, row: "Customer | RowError") -> "RowError":
-        """Return the same problems with a customer's place and name."""
-        return RowError(*self.problems, where=row.where, name=row.name)
+        super().__init__(self.error)
+        self.problems, self.where, self.name = problems, where, name
 
 
 Row = tuple[str, Mapping[str, Any]]
@@ -167,8 +160,6 @@ def _yaml(text: str) -> Iterator[Row | RowError]:
         found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"not valid YAML: {error}") from None
-    if isinstance(found, dict) and set(found) == {"customers"}:
-        found = found["customers"]
     if not isinstance(found, list | None):
         raise SpecError("expected a list with an entry for each customer.")
     for k, entry in enumerate(found or [], 1):

@@ -1,19 +1,25 @@
 """Rules of the adviser: amount of data, method and rank, learning rate, and largest batch.
 
-Each rule computes its part of an advice from the customer, the model and known figures, and notes
-how it got each number.
+Each rule computes its part of an advice from the customer, the model and known figures: published
+ones, this project's kept results, measured data sets. It notes how it got each number: formula,
+inputs, source and confidence.
 """
 
+import csv
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorasweep.advise.evidence import Known, Reason, Sure, interval, texts
-from lorasweep.advise.read import Customer, RowError
+import yaml
+
+from lorasweep.advise.read import Customer, Models, RowError
 from lorasweep.data import sources
 from lorasweep.errors import DataError, SpecError
 from lorasweep.methods.lora import LoRA
@@ -38,8 +44,8 @@ LENGTH = 1024
 """Tokens of the longest row if no length is stated, as in conf/dataset/tulu3.yaml."""
 SAFE = 32
 """The smallest batch that the study names. With it, LoRA's gap is small and shrinks in training."""
-RL_BATCH, LARGEST = 2048, 4096
-"""Largest batches: in RL, in episodes, of tinker-cookbook's recipes (128 problems x 16); else."""
+RL_BATCH = 2048
+"""Largest batch in RL, in episodes: of tinker-cookbook's recipes (128 problems x 16)."""
 BITS_PER_PARAMETER = 2.0
 """Bits that a trained parameter stores, by the study, from Allen-Zhu and Li: 2 if facts are seen
 about 1,000 times, 1 if they are seen 100 times."""
@@ -53,8 +59,6 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 WIDEST = 8
 """Published comparisons with full fine-tuning use ranks of up to an eighth of the hidden size."""
 LAYERS, ALPHA = "all", 32
-BY_REGRET, BY_CAPACITY = "measured regret", "capacity"
-"""The rule that chose the method: `by` in answers."""
 SHORT, SHORT_FACTOR = 100, 1.5
 """Below so many updates, the study reports an LR ratio of about 15, not 10, as an anecdote."""
 STEP = 1.8
@@ -63,7 +67,148 @@ coarsest public grid, whose learning rates are a factor 3.3 apart. Without it, t
 rates of 7 of 10 held-out sources lay outside the interval (analysis/results/advice)."""
 APART, MOST_RATES = 3.0, 9
 """Factor between the learning rates that a fleet tries, as in public grids (STEP); and how many."""
-LAW_WIDTH = 2000
+INFORMATION = "information"
+"""Folder of the results of action=measure, below the reports and the kept results."""
+
+
+class Sure(StrEnum):
+    """Confidence in a number, from highest to lowest."""
+
+    EXACT = "exact: counted from the shape"
+    MEASURED = "measured here, on this model"
+    PLANNED = "computed; nine in ten published figures lie within the stated error"
+    PUBLISHED = "published by more than one"
+    ONCE = "published once, or disputed"
+    WEAK = "measured here on small models only"
+    ASSUMED = "an assumption"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """How a number of an answer was obtained."""
+
+    name: str
+    value: Any
+    formula: str
+    inputs: Mapping[str, Any]
+    source: str
+    sure: Sure
+
+
+def shown(value: Any) -> str:
+    """Format a value for people: three digits, thousands separated."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    if isinstance(value, float) and (abs(value) >= 1e9 or abs(value) < 1000):
+        return f"{value:.3g}"
+    if isinstance(value, int | float):
+        return f"{value:,.0f}"
+    return "not known" if value is None else str(value)
+
+
+@cache
+def texts(name: str) -> dict[str, Any]:
+    """Read a YAML file of this package: published (figures with sources), formulas or warnings."""
+    return yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text())
+
+
+# ---------------------------------------------------------------- kept results
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept results that rules use."""
+
+    rows: Sequence[Mapping[str, Any]] = ()
+    """Text, but numbers or None for value, low and high (the 95% interval). With a claim it is a
+    verdict, and applies to its base model."""
+    hidden: Mapping[str, int] = field(default_factory=dict)
+    """Hidden size of each model."""
+
+    def measured(self, sweep: str, quantity: str) -> list[Mapping[str, Any]]:
+        """List a sweep's measurements of a quantity, without verdicts."""
+        wanted = (sweep, quantity, "")
+        mine = (r for r in self.rows if (r["sweep"], r["quantity"], r["claim"]) == wanted)
+        return [r for r in mine if r["value"] is not None]
+
+    def covering(self, hidden: int) -> dict[int, list[tuple[float, ...]]]:
+        """Return rank -> (load, regret, ends of its interval), at the width nearest to `hidden`.
+
+        The regret is in percent of full fine-tuning's gain. The bits of the load are counted in the
+        study's way, as the loss in the first epoch. Empty outside the measured range of widths.
+        """
+        loads = self.measured("regime", "load, first_pass")
+        load = {(r["task"], r["rank"]): r["value"] for r in loads}
+        found: dict[int, dict[int, list[tuple[float, ...]]]] = {}
+        for r in self.measured("regime", "regret_percent"):
+            at, width = load.get((r["task"], r["rank"])), self.hidden.get(r["base"])
+            if at is not None and width is not None and r["low"] is not None:
+                of_width = found.setdefault(width, {}).setdefault(int(r["rank"]), [])
+                of_width.append((at, r["value"], r["low"], r["high"]))
+        if not found or not min(found) <= hidden <= max(found):
+            return {}
+        return found[min(sorted(found), key=lambda width: abs(math.log(width / hidden)))]
+
+    def batch_effects(self) -> dict[str, float]:
+        """Return the change of ln(rho) of the highest rank per doubling of the batch, by scale."""
+        found = self.measured("batch_size", "batch_effect")
+        by_rank = sorted((int(r["rank"]), r["scale"], r["value"]) for r in found)
+        return {scale: effect for _, scale, effect in by_rank}
+
+
+def read_kept(folder: Path, hidden: Mapping[str, int]) -> Kept:
+    """Read `folder`/rows.csv, if it is there, without withdrawn verdicts."""
+    path, rows = folder / "rows.csv", []
+    for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
+        if "WITHDRAWN" not in row["gates"].split():
+            ends = {k: float(row[k]) if row[k] else None for k in ("value", "low", "high")}
+            rows.append({**row, **ends})
+    return Kept(rows, hidden)
+
+
+# ---------------------------------------------------------------- measured data sets
+
+
+def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Read the measurements, by (first digits of the SHA-256 of the rows' file, model).
+
+    Each has `tokens_per_example`; the code length of all rows in bits, online during training, as
+    `value`, with its 95% interval from `low` to `high`; and `where` it was read. The first folder
+    with a measurement counts. Those without a value for all rows (endless data, too few rows) are
+    left out.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in (p for folder in folders for p in sorted((folder / INFORMATION).glob("*.json"))):
+        try:
+            value = json.loads(path.read_text())
+            whole, rows = value["prequential"]["bits"]["all"], value["rows"]
+            if whole["value"] is None or not value["rows_sha256"]:
+                continue
+            where = f"action=measure, {rows['measured']:,} of {rows['all']:,} rows ({path})"
+            tokens = value["loss_tokens"]["all"] / rows["all"]
+            measured = {**whole, "tokens_per_example": tokens, "where": where}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # being written, or broken
+        found.setdefault((value["rows_sha256"], value["model"]), measured)
+    return found
+
+
+@dataclass(frozen=True)
+class Known:
+    """The inputs of rules other than the customer."""
+
+    models: Models
+    machines: Mapping[str, Callable[[], Hardware]]
+    """Name in conf/hardware -> function that reads the file."""
+    kept: Kept = field(default_factory=Kept)
+    published: Mapping[str, Any] = field(default_factory=lambda: texts("published"))
+    hardware: Hardware | None = None
+    """Hardware for customers who name none."""
+    information: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    """The result of `read_information`."""
+
+
+# ---------------------------------------------------------------- an advice
 
 
 class Rate(NamedTuple):
@@ -79,7 +224,6 @@ class Rate(NamedTuple):
 class Arm:
     """The costs of one method. None: it fits on no number of GPUs, or the value is not known."""
 
-    trained: int
     file_mib: float
     """Size of the shipped adapter, or of the fully fine-tuned model."""
     serving_gib: float
@@ -123,6 +267,7 @@ class Advice:
     """The recommended rank of LoRA; if the method is open, the rank to try."""
     load: float | None = None
     by: str = ""
+    """The rule that chose the method: measured regret, or capacity."""
     why: str = ""
     largest_batch: int = 0
     effect: float = 0
@@ -132,8 +277,6 @@ class Advice:
     """The learning rate of the advised method; if it is open, that of LoRA."""
     lora: Arm = field(init=False)
     full: Arm = field(init=False)
-    flops_ratio: float = 0
-    """Operations of a LoRA update divided by those of a full fine-tuning update."""
     conditions: list[dict[str, Any]] = field(default_factory=list)
     """The conditions for LoRA without regret, judged by the plan, else by the advice. `state` is
     met, missed or unknown."""
@@ -259,8 +402,20 @@ def count_data(a: Advice) -> None:
         ends = {"lowest": low, "highest": high}
         a.note("bits", bits, "measured", ends, over=over, where=measured["where"])
     elif not rl:
-        if seen is not None:
-            _stated_bits(a, seen)
+        if seen is not None:  # at the stated bits per token, else at 1
+            entries = a.known.published["bits_per_token"]
+            middle = c.bits_per_token or 1.0
+            others = [] if c.bits_per_token else [e["nats"] / math.log(2) for e in entries]
+            total, known = seen * tokens * middle, [middle, *others]
+            a.bits = (total, total * min(known) / middle, total * max(known) / middle)
+            of = "examples"
+            if a.examples is not None and seen < a.examples:
+                of = f"rows trained on ({seen:,.0f} of {a.examples:,.0f} examples)"
+            losses = "; ".join(f"{e['data']} {e['nats'] / math.log(2):.2f}" for e in entries)
+            inputs = {"examples": a.examples, "rows_trained_on": seen, "tokens_per_example": tokens}
+            inputs |= {"bits_per_token": middle, "lowest": min(known), "highest": max(known)}
+            form = "stated" if c.bits_per_token else "assumed"
+            a.note("bits", total, form, inputs, counted=of, losses=losses)
         if counted is not None:
             a.warn("not_measured", model=a.model.name, data=c.data)
 
@@ -269,23 +424,6 @@ def rounded(tokens: float) -> int:
     """Round up to 2^k or 1.5 x 2^k: customers with the same result share a cached placement."""
     k = math.floor(math.log2(max(64.0, tokens - 1e-9)))
     return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)
-
-
-def _stated_bits(a: Advice, seen: float) -> None:
-    """Set the bits of the rows trained on at the stated bits per token, else at 1."""
-    stated, entries = a.customer.bits_per_token, a.known.published["bits_per_token"]
-    middle = stated or 1.0
-    known = [middle] + ([] if stated else [e["nats"] / math.log(2) for e in entries])
-    total = seen * a.tokens * middle
-    a.bits = (total, total * min(known) / middle, total * max(known) / middle)
-    counted = "examples"
-    if a.examples is not None and seen < a.examples:
-        counted = f"rows trained on ({seen:,.0f} of {a.examples:,.0f} examples)"
-    losses = "; ".join(f"{e['data']} {e['nats'] / math.log(2):.2f}" for e in entries)
-    inputs = {"examples": a.examples, "rows_trained_on": seen, "tokens_per_example": a.tokens}
-    inputs |= {"bits_per_token": middle, "lowest": min(known), "highest": max(known)}
-    form = "stated" if stated else "assumed"
-    a.note("bits", total, form, inputs, counted=counted, losses=losses)
 
 
 # ---------------------------------------------------------------- method and rank
@@ -346,7 +484,7 @@ def _by_capacity(a: Advice) -> tuple[str, int, str, str]:
         holds = ROOM * BITS_PER_PARAMETER * trained(a.model, usable[0])
         unit = "episodes" if a.customer.task == "rl" else "tokens that bear loss, at 1 bit each"
         why = f"the amount of data is not stated. Rank {usable[0]} suffices for {holds:.2g} {unit}"
-        return "open", usable[0], BY_CAPACITY, why
+        return "open", usable[0], "capacity", why
     rank = next((r for r, (_, _, high) in loads.items() if high <= ROOM), usable[-1])
     _, low, high = loads[rank]
     if high <= ROOM:
@@ -367,7 +505,7 @@ def _by_capacity(a: Advice) -> tuple[str, int, str, str]:
             f"rank {rank} has a load of {low:.2g} to {high:.2g}, neither surely below {ROOM} nor "
             f"surely above {FULL:g}. Run the sweep"
         )
-    return method, rank, BY_CAPACITY, why
+    return method, rank, "capacity", why
 
 
 def _by_regret(a: Advice) -> tuple[str, int, str, str] | None:
@@ -384,7 +522,8 @@ def _by_regret(a: Advice) -> tuple[str, int, str, str] | None:
                 found.setdefault(rank, tuple(between))
     if not found:
         return None
-    text = ", ".join(f"rank {r} {interval(*regret)}" for r, regret in found.items())
+    shown = (f"rank {r} {v:.3g} [{low:.3g}, {high:.3g}]" for r, (v, low, high) in found.items())
+    text = ", ".join(shown)
     good = [r for r, (_, _, high) in found.items() if high <= allowed]
     if good:
         method, rank = "lora", good[0]
@@ -393,7 +532,7 @@ def _by_regret(a: Advice) -> tuple[str, int, str, str] | None:
         rank = max(found)
         method, above = ("full", "above") if found[rank][1] > allowed else ("open", "perhaps above")
         why = f"the highest rank measured has a regret {above} {allowed:g}% of the gain: {text}"
-    return method, rank, BY_REGRET, why
+    return method, rank, "measured regret", why
 
 
 # ---------------------------------------------------------------- learning rate
@@ -411,7 +550,7 @@ def law_rate(published: Mapping[str, Any], family: str, hidden: int, method: str
     if law is None:
         return None
     factor = law["factor"] if method == "lora" else 1
-    return float(law["base"] * factor * (LAW_WIDTH / hidden) ** law["exponents"][family])
+    return float(law["base"] * factor * (2000 / hidden) ** law["exponents"][family])
 
 
 def rate_of(a: Advice, method: str) -> Rate:
@@ -478,7 +617,7 @@ def regret_of_batch(batch: int, rows: float, per_doubling: float) -> float:
 def limit_batch(a: Advice) -> None:
     """Set the largest batch for a customer's data."""
     c, rows, least = a.customer, a.rows, UPDATES[a.customer.task]
-    sizes = [2**k for k in range(13) if 2**k <= LARGEST]
+    sizes = [2**k for k in range(13)]
     if c.task == "rl":
         enough = [
             b for b in sizes if GROUP <= b <= RL_BATCH and (rows is None or rows / b >= least)

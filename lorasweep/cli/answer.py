@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.advise.evidence import published
-from lorasweep.advise.rules import family_of, law_rate
+from lorasweep.advise.rules import family_of, law_rate, texts
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.fleet.choice import with_further
 from lorasweep.plan.budget import parse_budget
@@ -124,7 +123,7 @@ def start_of(point: Point) -> Point:
     spec = point.spec
     kind = "lora" if spec.method.name == "lora" else "full"
     families = [family_of(spec.model)] if family_of(spec.model) else ["llama", "qwen"]
-    laws = [law_rate(published(), str(f), spec.model.hidden_size, kind) for f in families]
+    laws = [law_rate(texts("published"), str(f), spec.model.hidden_size, kind) for f in families]
     lr = math.prod(law for law in laws if law) ** (1 / len(laws))
     return Point(point.arm, dataclasses.replace(spec, lr=lr))
 

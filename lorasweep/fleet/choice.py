@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorasweep.advise.rules import APART, FULL, ROOM
+from lorasweep.advise.rules import APART
 from lorasweep.fleet.runs import Member
 from lorasweep.spec.metric import CURVE_START
 from lorasweep.spec.run import LR_RANGE, RunSpec
@@ -22,7 +22,8 @@ CHOSEN_BY = "test_nll_curve"
 """Key of a result: the final loss on validation rows."""
 MOST_TRIED = 6
 """Most learning rates that are tried until the best one is neither the lowest nor the highest."""
-GAINED, WORSE, UNKNOWN = "gained", "got worse", "not known"
+GAINED, WORSE, UNKNOWN = "gained", "got worse", "gain uncertain"
+"""Verdicts on the gain on test rows. It is uncertain if its 95% interval contains 0."""
 ResultOf = Callable[[str], Result | None]
 """Run id -> result; None: the run has not ended."""
 
@@ -41,8 +42,8 @@ class Outcome:
     spec: RunSpec | None = None
     """The chosen run; None: no run can be chosen."""
     result: dict[str, Any] = field(default_factory=dict)
-    used: dict[str, Any] = field(default_factory=dict)
-    """Seconds of training and measuring of all runs, and GPU-hours of those on GPUs."""
+    seconds_used: float = 0.0
+    """Of training and measuring all runs."""
     hurts: bool = False
     """Whether training at any learning rate raises the loss on validation rows."""
 
@@ -53,37 +54,31 @@ class Outcome:
         return not self.spec and "failed" not in states and not states <= set(FINAL)
 
     def facts(self) -> dict[str, Any]:
-        """Return the content of the card as JSON values; without runs, only name and error.
+        """Return the content of the card as JSON values; without an adapter, the error.
 
         The gain is the decrease of the loss on test rows in nats per token. Its 95% interval is by
         Student's t over the prompts of the test rows, or over the test rows if they were not split
         by prompt (gain_se in train/objectives/held_out.py).
         """
         m, found, spec = self.member, self.result, self.spec
-        if m.problem:
-            return {"name": m.name, "folder": None, "error": m.problem}
-        first, rows, load = m.points[0].spec, m.rows, m.advised["load"]
-        data, method, gain, interval, verdict = first.dataset, first.method, None, None, None
-        if spec is not None:
-            verdict = UNKNOWN
-            if rows.held_out:
-                gain, error = found["nll_start"] - found["test_nll"], found.get("gain_se")
-                if error is not None:
-                    from scipy.special import stdtrit  # takes a moment to load
+        if spec is None:
+            return {"name": m.name, "error": self.problem, "tried": self.tried}
+        first, rows = m.points[0].spec, m.rows
+        data, method, gain, interval, verdict = first.dataset, first.method, None, None, UNKNOWN
+        if rows.held_out:
+            gain, error = found["nll_start"] - found["test_nll"], found.get("gain_se")
+            if error is not None:
+                from scipy.special import stdtrit  # takes a moment to load
 
-                    n = found.get("n_test_prompts", found["n_test"])
-                    half = float(stdtrit(n - 1, 0.975)) * error
-                    interval = (gain - half, gain + half)
-                    verdict = GAINED if gain > half else WORSE if gain < -half else UNKNOWN
+                n = found.get("n_test_prompts", found["n_test"])
+                half = float(stdtrit(n - 1, 0.975)) * error
+                interval = (gain - half, gain + half)
+                verdict = GAINED if gain > half else WORSE if gain < -half else UNKNOWN
         source = f"{data.location}{f':{data.config}' if data.config else ''}"
         if data.source != "hub":  # only the last folder of the path
             source = f"{Path(data.location).name}/{data.train_split}.{data.source}".lstrip("/")
-        room, edge, rates = "", "", [t["lr"] for t in self.tried]
-        if not rows.held_out:
-            room = "too few unique rows to hold any out"
-        elif load is not None and load > ROOM:
-            room = f"the data take more than {'all' if load > FULL else 'half'} of the capacity"
-        if spec is not None and len(rates) > 1 and not self.hurts:
+        edge, rates = "", [t["lr"] for t in self.tried]
+        if len(rates) > 1 and not self.hurts:
             edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(spec.lr, "")
         stopping = m.not_early and f"off, so it made all {first.steps} updates: {m.not_early}"
         if first.early_stopping and found.get("steps_done"):
@@ -96,10 +91,10 @@ class Outcome:
         return {
             "name": m.name,
             "folder": m.folder,
-            "error": self.problem or None,
+            "error": None,
             "base": first.model.location if first.model.source == "hub" else first.model.name,
-            "run": spec.id if spec else None,
-            "lr": spec.lr if spec else None,
+            "run": spec.id,
+            "lr": spec.lr,
             "tried": self.tried,
             "edge": edge,
             "hurts": self.hurts,
@@ -112,9 +107,6 @@ class Outcome:
             "license": m.license,
             "n_train": found.get("n_train", rows.n_train),
             **{f"n_{k}": getattr(rows, k) for k in ("repeated", "same_prompt", "left_out")},
-            "prompts_shared": rows.held_out
-            and rows.same_prompt > 0
-            and data.held_out_by != "prompt",
             "n_test": found.get("n_test", data.n_test) if rows.held_out else 0,
             "example": [{"text": text, "in_loss": in_loss} for text, in_loss in rows.example],
             **{key: getattr(rows, key) for key in ("end", "messages", "stop")},
@@ -127,8 +119,7 @@ class Outcome:
             "gain_interval": interval,
             "gained": verdict,
             "seconds": found.get("wall_s"),
-            **(self.used or {"seconds_used": 0.0, "gpu_hours_used": 0.0}),
-            "room": room,
+            "seconds_used": self.seconds_used,
             "advised": m.advised["method"],
             "advised_why": m.advised["why"],
             "advised_lr": m.advised["lr_source"],
@@ -234,10 +225,8 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
         final = result(chosen.id) or {}
         # the seconds of the chosen run include its trial's
         of = [i for i in states if i != final.get(TRIAL)]
-        seconds = {i: (result(i) or {}).get("wall_s") or 0.0 for i in of}
-        on_gpus = sum(s for i, s in seconds.items() if store.env(i).get("gpu"))
-        used = {"seconds_used": sum(seconds.values()), "gpu_hours_used": on_gpus / 3600}
-        return Outcome(member, "", states, tried, chosen, final, used, hurts(runs, result))
+        seconds = sum((result(i) or {}).get("wall_s") or 0.0 for i in of)
+        return Outcome(member, "", states, tried, chosen, final, seconds, hurts(runs, result))
     return Outcome(member, problem, states, tried)
 
 

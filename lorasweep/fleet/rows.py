@@ -115,7 +115,6 @@ def rows_of(
     """
     spec = sources.dataset_of(data, name)
     spec = dataclasses.replace(spec, **rules.form(spec.format, tokenizer))
-    test = f"{data}[{spec.test_split}]"
     if spec.source != "hub":
         path = Path(data).expanduser()
         folder, split = (path, spec.test_split) if path.is_dir() else (path.parent, path.stem)
@@ -129,13 +128,13 @@ def rows_of(
                 )
             split = held.stem
         spec = dataclasses.replace(spec, location=str(folder), test_split=split)
-        spec, test = _pinned(spec, "."), str(folder / f"{split}.{spec.source}")
+        spec = _pinned(spec, ".")
     elif validation is not None:
         raise RowError(
             f"column validation: {validation}, but the rows are on the hub, where a split test or "
             "validation is held out. Leave the column empty."
         )
-    rows, tested = _texts(spec, ".", test)
+    rows, tested = _texts(spec, ".")
     both = [*rows, *(tested or ())]
     n_unique = len({whole for whole, _ in both})
     repeated, same_prompt = len(both) - n_unique, n_unique - len({prompt for _, prompt in both})
@@ -147,8 +146,8 @@ def rows_of(
             changes |= {"held_out_by": "", "unseen_rows": repeated > 0}
     if not n_train:
         raise DataError(
-            f"every row of {spec.train_split} is also in {test}. Add rows to train on, or remove "
-            "the held-out rows."
+            f"every row of {spec.train_split} is also in {spec.test_split}. Add rows to train on, "
+            "or remove the held-out rows."
         )
     # no learning curve: with few rows, evaluations would cost as much as training
     length = max_length or LONGEST
@@ -190,7 +189,7 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
         folder = spec.location
         split = spec.test_split if spec.train_split == "train" else spec.train_split
         spec = _pinned(dataclasses.replace(spec, location=".", test_split=split), folder)
-    rows, tested = _texts(spec, folder, f"{given}, split {spec.test_split}")
+    rows, tested = _texts(spec, folder)
     answered = [any(r == "assistant" and t.strip() for r, t in whole) for whole, _ in rows]
     if not all(answered):
         raise DataError(
@@ -221,11 +220,8 @@ def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:
     return dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
 
 
-def _texts(spec: DatasetSpec, folder: str, test: str) -> tuple[list[Text], list[Text] | None]:
-    """Return the training rows, and those of the test split; None if both are one split.
-
-    `test`: the test split, for a message.
-    """
+def _texts(spec: DatasetSpec, folder: str) -> tuple[list[Text], list[Text] | None]:
+    """Return the training rows, and those of the test split; None if both are one split."""
 
     def read(row: Any, where: str) -> Text:
         found = messages.read(spec, row, where)
@@ -239,8 +235,8 @@ def _texts(spec: DatasetSpec, folder: str, test: str) -> tuple[list[Text], list[
         n_unique = len({whole for whole, _ in tested})
         if n_unique < 2:
             raise DataError(
-                f"{test} has {n_unique} unique rows. Expected at least 2, for validation and for "
-                "test. Add rows, or remove them all: training rows are then held out."
+                f"{spec.test_split} has {n_unique} unique rows. Expected at least 2, for "
+                "validation and test. Add rows, or remove all: training rows are then held out."
             )
     return rows, tested
 

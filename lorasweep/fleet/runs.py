@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.advise.advice import advise
-from lorasweep.advise.evidence import Known
 from lorasweep.advise.read import Customer, RowError, shape_of
-from lorasweep.advise.rules import ALPHA, APART, MOST_RATES
+from lorasweep.advise.rules import ALPHA, APART, MOST_RATES, Known
 from lorasweep.data.sources import CHAT, EXPECTED, PLAIN
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.fleet.rows import Rows, Rules, rows_of
@@ -28,7 +27,6 @@ from lorasweep.spec.method import parse_layers
 from lorasweep.spec.metric import why_not_early
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import validate
-from lorasweep.store import folders
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
 
@@ -222,11 +220,6 @@ def build_runs(
 # ---------------------------------------------------------------- the fleet's folder and its rules
 
 
-def fleet_name(request: Request) -> str:
-    """Return the name of a table's fleet."""
-    return "fleet-" + re.sub(r"[^\w.-]+", "_", Path(request.customers).stem)
-
-
 def rules_of(request: Request) -> Rules:
     """Return how the rows of a fleet are read: the command line's rules, then the folder's.
 
@@ -279,9 +272,3 @@ def read_rules(folder: Path) -> Rules | None:
             f"{path}, which says how this fleet's rows are read, cannot be read ({error}). Restore "
             "it, or name another folder with out=DIR."
         ) from None
-
-
-def write_rules(folder: Path, rules: Rules) -> None:
-    """Keep the rules in a fleet's folder."""
-    with folders.replaced(folder, RULES, whole=False) as partial:
-        (partial / RULES).write_text(json.dumps(vars(rules), indent=1))

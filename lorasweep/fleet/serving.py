@@ -1,7 +1,7 @@
 """Serving of adapters: what a server takes, the command, the check of a folder and of answers.
 
 A profile is a file of conf/serve, in which every rule has its source. A folder is checked by its
-headers and JSON alone: nothing is unpickled, and no weight is read. A running server is asked for
+headers and JSON alone: nothing is unpickled, and no weight is read. A running vLLM is asked for
 log-probabilities by the OpenAI API; arrays hold log p of the same answer tokens, in nats. Errors of
 a server are measured in the same run: its base against the trainer's base.
 """
@@ -11,7 +11,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,6 @@ from lorasweep.store import files
 HEAD = "unembedding"
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-NAMED = 3
-"""Tensors that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,6 @@ def problems(
     try:
         config = json.loads((folder / CONFIG).read_text())
         header = files.safetensors_header(folder / ADAPTER)
-    except FileNotFoundError as error:
-        return [f"{Path(error.filename).name} is missing."]
     except OSError as error:
         return [f"{Path(error.filename or folder).name} cannot be read: {error.strerror}."]
     except (ValueError, RecursionError):
@@ -181,9 +177,9 @@ def problems(
         if not right or tensor.get("dtype") not in profile.weights:
             odd.append(f"{name} {tensor.get('shape')} ({tensor.get('dtype')})")
     if odd:
-        more = f" and {len(odd) - NAMED} more" if len(odd) > NAMED else ""
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         what = f"tensors that were not trained on {model.name!r}, or that {profile.server} refuses"
-        found.append(f"{what}: {', '.join(odd[:NAMED])}{more}.")
+        found.append(f"{what}: {', '.join(odd[:3])}{more}.")
     if lost:
         kinds = ", ".join(dict.fromkeys(kind for kind, *_ in lost))
         found.append(f"{ADAPTER} lacks {len(lost)} tensors that were trained, of {kinds}.")
@@ -283,28 +279,20 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class Server:
-    """A server that answers, with the names of its models."""
+    """A vLLM server that answers, with the names of its adapters."""
 
     def __init__(self, url: str) -> None:
-        """Ask for the models. Raises SpecError if no server of the OpenAI API answers at `url`."""
+        """Ask for the models. Raises SpecError if no vLLM answers at `url`."""
         self.url = url.rstrip("/").removesuffix("/v1")
         listed = self._call("models")
         try:
-            self.models: dict[str, str] = {m["id"]: m.get("parent") or "" for m in listed["data"]}
-            """Name -> name of its base; '' for a base, or if the server does not say."""
-            self._is_vllm = any(m.get("owned_by") == "vllm" for m in listed["data"])
+            is_vllm = any(m["owned_by"] == "vllm" for m in listed["data"])
+            self.bases = {m["id"]: m["parent"] for m in listed["data"] if m.get("parent")}
+            """Name of an adapter -> name of its base."""
         except (KeyError, TypeError, AttributeError):
-            raise SpecError(f"url={url}: no list of models. Expected an OpenAI API.") from None
-
-    def base_of(self, name: str, adapters: Collection[str]) -> str:
-        """Return the name of an adapter's base; `adapters`: names that are no bases."""
-        others = {self.models[name]} - {""} or self.models.keys() - set(adapters)
-        if len(others) != 1:
-            raise SpecError(
-                f"url={self.url}: the server does not say which model is the base of {name!r}. It "
-                f"serves {', '.join(sorted(self.models))}. Serve only the base and its adapters."
-            )
-        return others.pop()
+            is_vllm = False
+        if not is_vllm:
+            raise SpecError(f"url={url}: no list of vLLM's models. Other servers are not asked.")
 
     def log_p(self, name: str, rows: Sequence[Example]) -> np.ndarray:
         """Return log p of the loss tokens of rows under a model, [loss tokens], in nats.
@@ -312,31 +300,26 @@ class Server:
         vLLM generates one token after each prefix, and only the given token is allowed; it returns
         log p before this restriction. Its log-probabilities of prompts lack an adapter of the
         unembedding, and asking a CPU for several of them stops the server (vLLM 0.32; issues 51594,
-        29955). Other servers are asked for the log-probabilities of the prompt (echo).
+        29955).
 
         Raises:
             SpecError: the server refuses, or returns no log-probabilities.
         """
-        fixed = {"model": name, "max_tokens": 1, "temperature": 0, "logprobs": 1}
         asked: list[dict[str, Any]] = []
         for row in rows:
             tokens = row.tokens.tolist()
-            if not self._is_vllm:
-                asked.append({**fixed, "prompt": tokens, "echo": True})
-                continue
             for t in np.flatnonzero(row.loss):
-                asked.append({**fixed, "prompt": tokens[:t], "allowed_token_ids": [tokens[t]]})
+                asked.append({"prompt": tokens[:t], "allowed_token_ids": [tokens[t]]})
+        fixed = {"model": name, "max_tokens": 1, "temperature": 0, "logprobs": 1}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = list(pool.map(lambda body: self._call("completions", body), asked))
+            answers = list(pool.map(lambda one: self._call("completions", fixed | one), asked))
         try:
-            found = [a["choices"][0]["logprobs"]["token_logprobs"] for a in answers]
-            if not self._is_vllm:  # the first token has no log p
-                found = [np.array(f[1 : len(r.loss)])[r.loss[1:]] for f, r in zip(found, rows)]
-            return np.concatenate([np.zeros(0), *found]).astype(float)
+            found = [a["choices"][0]["logprobs"]["token_logprobs"][0] for a in answers]
+            return np.array([float(value) for value in found])
         except (KeyError, TypeError, ValueError, IndexError):
             raise SpecError(
                 f"url={self.url}: the server returns no log-probabilities of given tokens "
-                "(/v1/completions with echo=true and logprobs=1). vLLM and SGLang return them."
+                "(/v1/completions with allowed_token_ids and logprobs=1)."
             ) from None
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -45,7 +45,7 @@ class Settings:
     instead_of_full: Literal["", "lora"] = ""
     """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
     url: Any = ""
-    """action=verify_served: address of a server, or a list; empty: only folders are checked."""
+    """action=verify_served: address of a vLLM, or a list; empty: only folders are checked."""
     serve: str = "peft"
     """action=fleet: the server of the adapters, by a file in conf/serve."""
     rates: Any = 3

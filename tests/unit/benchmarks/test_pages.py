@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import calibration, fleet, outcomes, published, rewards, search, speed
-from lorasweep.advise.evidence import published as published_rules
+from lorasweep.advise.rules import texts
 from lorasweep.plan.load import TRAINING_SHARE
 from lorasweep.plan.planner import MEMORY_ERROR, SPEED_ERROR
 
@@ -40,7 +40,7 @@ def test_the_kept_page_of_the_adviser_follows_the_rules_and_shows_its_misses():
     text, judged = outcomes.TARGET.read_text(), (*outcomes.outcomes(), *outcomes.rates())
     assert text == outcomes.page()
     assert text.count("**miss**") == len([j for j in judged if j.verdict == "miss"]) > 0
-    where = published_rules()["sources"] | outcomes.read()["sources"]
+    where = texts("published")["sources"] | outcomes.read()["sources"]
     for j in judged:  # none by its own source
         source, kept = j.entry["source"], j.advice.known.published
         assert f"({source})" not in j.advice.rate.source and source in where

@@ -1,6 +1,5 @@
 """A customer's rows: their form, which are training, validation and test rows, and rows of the hub."""
 
-import copy
 import dataclasses
 import re
 
@@ -14,7 +13,7 @@ from lorasweep.fleet.rows import Rules, named_rows, rows_of
 from lorasweep.spec.dataset import DatasetSpec
 from tests import small_hub
 from tests.customers import CHAT_TEMPLATE, write_json, write_rows
-from tests.small_hub import llama_like, qwen_like
+from tests.small_hub import llama_like, qwen_like, with_chat
 
 
 def read(path, rules=None, tokenizer=None, validation=None):
@@ -36,8 +35,7 @@ def pairs(count, prompt, completion):
 def turns(*said, weights=()):
     found = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
     for message, weight in zip(found, weights):
-        if weight is not None:
-            message["weight"] = weight
+        message |= {} if weight is None else {"weight": weight}
     return {"messages": found}
 
 
@@ -72,7 +70,6 @@ def test_a_tenth_is_validation_a_tenth_test_and_of_few_rows_none(tmp_path, rows,
     spec = found.dataset
     assert counts(found) == (rows - 2 * held_out, held_out, held_out or rows)
     assert found.held_out == (held_out > 0) and spec.holdout == 2 * held_out
-    assert (spec.train_split, spec.format, spec.mask) == ("my", "prompt_completion", "completion")
     assert spec.problem is None and read(path).dataset == spec
     if named:
         spec, folder, _ = named_rows(str(path), {})
@@ -92,10 +89,8 @@ def test_duplicates_stay_in_one_split(tmp_path):
     found = read(path)
     train, held = texts(found.dataset)
     assert found.repeated == len(rows) - 40 and found.dataset.unseen_rows
-    assert len(held) == len(set(held)) == 8 == found.dataset.n_validation + found.dataset.n_test
-    assert not set(train) & set(held) and len(set(train)) == 32
-    held_out = sum(asked.count(int(text[0][1].split()[-1])) for text in held)
-    assert found.n_train == len(train) == len(asked) - held_out
+    assert len(held) == len(set(held)) == 8 and not set(train) & set(held)
+    assert len(set(train)) == 32 and found.n_train == len(train)
     assert [len(p) for p in prompts(found.dataset)] == [len(train), 4, 4]
     # of few unique rows none is held out, however often they repeat
     few = read(write_json(path, rows[:6] * 9))
@@ -171,36 +166,25 @@ def test_rows_that_are_left_out_or_cut_are_counted_and_most_of_them_an_error(tmp
     n_read, cut, left_out, _ = data.fits["training"]
     enough = max(fit[-1] for fit in data.fits.values())
     assert (found.n_train, data.n_train, n_read, cut) == (n_read - left_out, found.n_train, 160, 0)
-    assert left_out + data.fits["held-out"][2] == 40 == data.fits["held-out"][0]
     assert f"leaves out {left_out} and cuts 0 of 160 training rows" in found.warning
     assert f"Set the column max_length to {enough}, with which 99% are whole" in found.warning
     whole, _ = fitted(path, length=enough)
     assert not whole.warning and whole.n_train == 160
-    spec = dataclasses.replace(found.dataset, too_long="cut_or_skip", max_length=enough - 1)
-    cut = load.load(spec, ["."], llama_like()).fits["training"][1]
-    assert 0 < cut <= 40  # rows without their last token
     write_json(path, pairs(40, "So? {}" + late, "Yes " * 9))
     with pytest.raises(DataError, match=r"cuts 3. of 3. training rows. Set the column max_length"):
         fitted(path, length=enough)
 
 
-@pytest.mark.parametrize(
-    "training, held_out, says",
-    [
-        ((100, 90, 0, 99), (256, 0, 0, 60), "cuts 90 of 100 training rows. Set max_length=99"),
-        ((120, 0, 0, 60), (100, 0, 48, 99), "leaves out 48 and cuts 0 of 100 held-out rows"),
-        ((100, 0, 10, 99), (1024, 0, 0, 60), "leaves out 10 and cuts 0 of 100 training rows"),
-        ((1000, 5, 5, 99), (100, 0, 0, 60), ""),
-    ],
-)
-def test_many_short_rows_of_one_part_do_not_hide_what_the_other_loses(training, held_out, says):
-    fits, spec = {"training": training, "held-out": held_out}, DatasetSpec("rows")
-    try:
-        said = text.check_fit(spec, fits, "max_length=")
-    except DataError as error:
-        said = str(error)
-        assert training[1] > training[0] / 2
-    assert says in said and bool(says) == bool(said)
+def test_many_short_rows_of_one_part_do_not_hide_what_the_other_loses():
+    def said(training, held_out):
+        fits = {"training": training, "held-out": held_out}
+        return text.check_fit(DatasetSpec("rows"), fits, "max_length=")
+
+    assert "leaves out 48 and cuts 0 of 100 held" in said((120, 0, 0, 60), (100, 0, 48, 99))
+    assert "leaves out 10 and cuts 0 of 100 train" in said((100, 0, 10, 99), (1024, 0, 0, 60))
+    assert said((1000, 5, 5, 99), (100, 0, 0, 60)) == ""
+    with pytest.raises(DataError, match=r"cuts 90 of 100 training rows. Set max_length=99"):
+        said((100, 90, 0, 99), (256, 0, 0, 60))
 
 
 @pytest.mark.parametrize("tokenizer", [llama_like, qwen_like])
@@ -216,8 +200,6 @@ def test_rows_begin_with_bos_where_a_server_sends_it(tmp_path, tokenizer):
         said = [{"role": "user", "content": prompt.removesuffix("\n")}]
         sent = served.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         assert served(sent, add_special_tokens=False).input_ids == row.tokens[~row.loss].tolist()
-    old = read(path, Rules(), tokenizer).dataset
-    assert not old.bos and (tokenizer.bos_token or old == fleet)
 
 
 def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
@@ -244,39 +226,11 @@ def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_p
     assert read(write_json(path, weighted)).same_prompt == 49  # whose first answer is learned
 
 
-def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_path):
-    path = write_rows(tmp_path / "my.jsonl", 30, "Yes {k}")
-    plain, chat = llama_like(), copy.deepcopy(llama_like())
-    chat.chat_template = CHAT_TEMPLATE
-    eos, bos = plain.eos_token, plain.bos_token
-
-    def shown(tokenizer, rules=None, data=path):
-        found, _ = fitted(data, rules, tokenizer)
-        parts = (f"[{text}]" if learned else text for text, learned in found.example)
-        return "".join(parts), found.end
-
-    assert shown(plain) == (f"{{prompt}}\n[{{completion}}{eos}]", eos)
-    assert shown(chat) == (f"<user>{{prompt}}{eos}<assistant>[{{completion}}{eos}]", eos)
-    named = Rules("Question: {prompt}\nAnswer: ", "role_eos")
-    assert shown(chat, named) == (f"Question: {{prompt}}\nAnswer: [{{completion}}{eos}]", eos)
-    text = f"{bos}User: {{prompt}}\n\nAssistant:[ {{completion}}\n\nUser:]"
-    assert shown(chat, Rules("{prompt}", "role_colon")) == (text, "\n\nUser:")
-    said = turns("So?", "secret", "How many?", "No", weights=(None, 0, None, None))
-    other = write_json(tmp_path / "chat.jsonl", [said] * 30)
-    assert shown(chat, Rules(mask="completion"), other)[0] == (
-        f"<user>{{user 1}}{eos}<assistant>{{assistant 1}}{eos}<user>{{user 2}}{eos}<assistant>"
-        f"[{{assistant 2}}{eos}]"
-    )
-
-
 def test_all_answers_of_messages_are_learned_in_new_fleets_and_of_conversations_the_last(tmp_path):
-    rows = [turns("So?", "Yes", "How many?", "No")] * 30
-    path = write_json(tmp_path / "my.jsonl", rows)
-    assert read(path, Rules(answers="all")).dataset.mask == "completion"
-    assert read(path, Rules(answers="all", mask="all")).dataset.mask == "all"
+    rows, new = [turns("So?", "Yes", "How many?", "No")] * 30, Rules(answers="all")
     said = [{"from": m["role"], "value": m["content"]} for m in rows[0]["messages"]]
-    write_json(path, [{"conversations": said}] * 30)
-    assert read(path, Rules(answers="all")).dataset.mask == "last_assistant"
+    for form, mask in ((rows, "completion"), ([{"conversations": said}] * 30, "last_assistant")):
+        assert read(write_json(tmp_path / "my.jsonl", form), new).dataset.mask == mask
 
 
 def test_a_validation_file_beside_the_training_file_is_divided_as_a_test_file(tmp_path):
@@ -296,9 +250,8 @@ def test_a_validation_file_beside_the_training_file_is_divided_as_a_test_file(tm
 
 
 def test_the_example_has_nothing_of_the_rows_nor_of_their_tools(tmp_path):
-    chat = copy.deepcopy(llama_like())
     more = "{{ m.note }}{{ m.content }}{{ m.tool_calls }}"
-    chat.chat_template = "{{ tools }}" + CHAT_TEMPLATE.replace("{{ m.content }}", more)
+    chat = with_chat("{{ tools }}" + CHAT_TEMPLATE.replace("{{ m.content }}", more), llama_like)
     called = [{"function": {"name": "secret", "arguments": '{"secret": "secret"}'}}]
     tools = [{"type": "function", "function": {"name": "secret", "parameters": {}}}]
     asked = {"role": "assistant", "content": None, "tool_calls": called, "note": "secret"}
@@ -317,72 +270,63 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"
 
 
-def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps(
-    tmp_path, monkeypatch, offline
-):
+def test_rows_of_the_hub_are_pinned_and_divided(tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
     given = {"source": "hub", "revision": COMMIT}
     named = DatasetSpec(name="a", location=SCHOOL, config="main", **given)
     small_hub.make(tmp_path, [], [named, DatasetSpec(name="b", location=TULU, **given)])
-    found, _ = fitted(f"{SCHOOL}:main")
+    found, tulu = read(f"{SCHOOL}:main"), read(f"{TULU}@{COMMIT}")
     spec = found.dataset
-    where = (spec.source, spec.location, spec.config, spec.revision)
-    assert where == ("hub", SCHOOL, "main", COMMIT)
-    assert (spec.prompt_field, spec.completion_field) == ("question", "answer")
-    assert counts(found) == (4, 10, 10)  # 20 of 24 are in both
+    where = (spec.source, spec.location, spec.config, spec.revision, spec.prompt_field)
+    assert where == ("hub", SCHOOL, "main", COMMIT, "question")
     data = load.load(spec, [], llama_like())
-    assert (data.n_train, len(data.validation), len(data.test)) == (4, 10, 10)
-    assert data.commit == COMMIT
-    found = read(f"{TULU}@{COMMIT}")
-    spec = found.dataset
-    assert (spec.format, spec.mask, spec.test_split) == ("messages", "last_assistant", "train")
-    assert (found.n_train, spec.n_validation, spec.holdout) == (880, 110, 220)
-    for data, validation, says in (
-        ("openai/gsm9k", None, "no file or folder .*openai/gsm9k, and as a data set of the hub"),
-        (f"{SCHOOL}:socratic", None, "cannot load 'openai/gsm8k'"),
-        (f"{TULU}@{COMMIT[::-1]}", None, "is pinned to .* but the hub cannot be reached"),
-        (f"{SCHOOL}:main", "held.jsonl", r"on the hub.*Leave the column empty"),
-    ):
-        with pytest.raises(RowError if validation else DataError, match=says):
-            read(data, validation=validation)
+    sizes = (data.n_train, len(data.validation), len(data.test))
+    assert sizes == counts(found) == (4, 10, 10)  # 20 of 24 are in both
+    assert counts(tulu) == (880, 110, 110) and tulu.dataset.mask == "last_assistant"
+    with pytest.raises(DataError, match=r"no file or folder .*openai/gsm9k, and as a data set of"):
+        read("openai/gsm9k")
+    with pytest.raises(RowError, match=r"on the hub.*Leave the column empty"):
+        read(f"{SCHOOL}:main", validation="held.jsonl")
 
 
 def test_a_template_that_breaks_on_a_row_and_one_that_servers_could_not_use(tmp_path, monkeypatch):
     rows = [turns("How many?", f"Yes {k}") for k in range(30)]
     rows[27] = {"messages": [{"role": "system", "content": "Say yes."}, *rows[27]["messages"]]}
     path = write_json(tmp_path / "my.jsonl", rows)
-    breaking, served = copy.copy(llama_like()), copy.copy(llama_like())
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    breaking.chat_template, served.chat_template = no_system + CHAT_TEMPLATE, CHAT_TEMPLATE
+    breaking, served = (
+        with_chat(t, llama_like) for t in (no_system + CHAT_TEMPLATE, CHAT_TEMPLATE)
+    )
     with pytest.raises(DataError, match=r"my.jsonl:28: the tokenizer's chat template .*no system"):
         fitted(path, tokenizer=breaking)
-    fitted(path, tokenizer=served)
     monkeypatch.setattr(text, "_extended", lambda spec, given: f"!{given}")
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers gives '!<user"):
         fitted(path, tokenizer=served)
 
 
-ENDS = CHAT_TEMPLATE.replace("{{ eos_token }}", "<|end|>\n")
+EOS, ENDS = llama_like().eos_token, CHAT_TEMPLATE.replace("{{ eos_token }}", "<|end|>\n")
+FORMS = [  # rules, chat template of the base, prompt, [what is in the loss], what a request needs
+    (Rules(), None, "{prompt}\n", f"{{completion}}{EOS}", {}),
+    (Rules(), CHAT_TEMPLATE, f"<user>{{prompt}}{EOS}<assistant>", f"{{completion}}{EOS}", {}),
+    (Rules("Q: {prompt} A: ", "role_eos"), CHAT_TEMPLATE, "Q: {prompt} A: ", f"{{completion}}{EOS}", {}),
+    (Rules("{prompt}", "role_colon"), CHAT_TEMPLATE, "<|begin_of_text|>User: {prompt}\n\nAssistant:", " {completion}\n\nUser:", {"stop": ["\n\nUser:"]}),
+    (Rules(), ENDS, None, None, {"stop_token_ids": [len(llama_like())]}),
+    (Rules(), ENDS.replace("<|end|>", "##"), None, None, {"stop": ["##\n"]}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "rules, template, stop",
-    [
-        (Rules(render="role_colon", template="{prompt}"), None, {"stop": ["\n\nUser:"]}),
-        (Rules(render="role_eos", template="{prompt}\n"), None, {}),
-        (Rules(), CHAT_TEMPLATE, {}),
-        (Rules(), ENDS, {"stop_token_ids": [len(llama_like())]}),
-        (Rules(), ENDS.replace("<|end|>", "##"), {"stop": ["##\n"]}),
-    ],
-)
-def test_a_request_names_the_end_of_an_answer_if_the_end_token_does_not(
-    tmp_path, rules, template, stop
+@pytest.mark.parametrize("rules, template, prompt, learned, stop", FORMS)
+def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(
+    tmp_path, rules, template, prompt, learned, stop
 ):
-    tokenizer = copy.deepcopy(llama_like())
+    """And a request names the end of an answer if the end token does not end it."""
+    tokenizer = with_chat(template, llama_like)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    tokenizer.chat_template = template
     found, _ = fitted(write_rows(tmp_path / "my.jsonl", 30, "Yes {k}"), rules, tokenizer)
-    assert found.stop == stop
+    texts = [
+        "".join(t for t, in_loss in found.example if in_loss == part) for part in (False, True)
+    ]
+    assert found.stop == stop and texts == [prompt or texts[0], learned or texts[1]]
     assert [m["content"] for m in found.messages] == ["{prompt}", "{completion}"]
     text.save_tokenizer(text.with_template(found.dataset, tokenizer), found.stop, tmp_path)
     ends = GenerationConfig.from_pretrained(tmp_path)
