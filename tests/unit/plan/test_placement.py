@@ -122,8 +122,9 @@ def test_a_run_gets_the_fewest_gpus_that_hold_it_and_what_fits_nowhere_says_what
         Planner(hardware, Exec()).kind(spec_of(precision="fp32"))
 
 
-def points(arm, method=None, **changes):
-    return [Point(arm, spec_of(method=method, lr=lr, **changes)) for lr in (1e-4, 2e-4, 4e-4)]
+def points(arm, method=None, model="llama-3.1-8b", **changes):
+    rates = (1e-4, 2e-4, 4e-4)
+    return [Point(arm, spec_of(model, method, lr=lr, **changes)) for lr in rates]
 
 
 def forecast(runs, **settings):
