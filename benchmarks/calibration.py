@@ -32,7 +32,7 @@ from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
 from analysis.report.text import Rows
-from analysis.runs.lr_curves import LrCurve
+from analysis.runs.curves import LrCurve
 from benchmarks.generators import FAMILIES, HELD_OUT, INSIDE, MARGIN, Design, plant
 from benchmarks.harness import RESULTS, Figures, Page, render
 
@@ -175,7 +175,7 @@ def _baselines(
             rows["global"].append(abs(x.mean() + m - truth) <= 2.3 * error)
 
 
-# ---------------------------------------------------------------- verdicts, flags, shared shapes
+# ---------------------------------------------------------------- verdicts and flags
 
 
 def verdicts(family: str, ratio: float, design: Design, cases: int) -> Figures:
@@ -219,47 +219,6 @@ def flags(family: str, where: str, cases: int) -> Figures:
                 right += o.best_lr.value is None and "at_edge" in o.flags
             holds += covers(o.best_lr, math.exp(float(truth)))
     return {"family": family, "where": where, "cases": n, "right": right / n, "holds": holds / n}
-
-
-def sharing(family: str, rates: int, factor: float, noise: float, cases: int) -> Figures:
-    """Compare coverage and width of fits with and without a shape prior from other ranks."""
-    rng = stream("sharing", family, rates, factor, noise)
-    known = {"rates": rates, "factor": factor, "noise": noise, "sweeps": cases}
-    row: Figures = {"family": family, **known}
-    planted = [_related(family, rates, factor, noise, rng) for _ in range(cases)]
-    for name in ("alone", "shared"):
-        hits, widths = [], []
-        for curves, truths in planted:
-            optima = fit_all(curves, share=name == "shared")
-            for o, truth in list(zip(optima, truths))[2:]:
-                if o.best_lr.has_interval() and o.best_lr.value is not None:
-                    hits.append(covers(o.best_lr, math.exp(float(truth))))
-                    low, high = o.best_lr.interval
-                    widths.append(math.log(high / low))
-        row[name] = {"answers": len(hits), "coverage": share(hits), "width": middle(widths)}
-    return row
-
-
-def _related(
-    family: str, rates: int, factor: float, noise: float, rng: np.random.Generator
-) -> tuple[list[LrCurve], np.ndarray]:
-    """Simulate six ranks of one shape, with curvatures within about 20%.
-
-    Two have seven learning rates, four have fewer.
-    """
-    steep = math.exp(rng.uniform(math.log(0.05), math.log(0.2)))
-    design = Design(7, factor, 2, noise=noise, curves=6)
-    curves, truths = plant(family, design, rng, (2.0, 2.0), (steep / 1.1, steep * 1.1))
-    out = []
-    for k, (c, truth) in enumerate(zip(curves, truths)):
-        x = np.unique(c.x)
-        near = int(np.argmin(np.abs(x - truth)))
-        first = min(max(near - rates // 2, 0), 7 - rates)
-        keep = np.isin(c.x, x[first : first + rates]) if k > 1 else np.ones(len(c.x), bool)
-        key = {**c.key, "method": "lora", "rank": 2.0**k}
-        arrays = {a: getattr(c, a)[keep] for a in ("x", "y", "seed", "block", "usable")}
-        out.append(dataclasses.replace(c, key=key, **arrays))
-    return out, truths
 
 
 # ---------------------------------------------------------------- runs that an interval needs
@@ -560,14 +519,6 @@ def page(study: Figures) -> str:
         most, where = max(zip(cells["supported"], cells["family"]))
         means = [_shown(cells[k].mean()) for k in outcomes]
         judged.append([f"{ratio:g}", f"{noise:g}", *means, f"{_shown(most)} ({where})"])
-    head = "family|learning rates|factor|noise|alone: values|coverage|high / low|shared: values"
-    shared = [[*head.split("|"), "coverage", "high / low"]]
-    for r in study["sharing"]:
-        cells = [r["family"], str(r["rates"]), f"{r['factor']:g}", f"{r['noise']:g}"]
-        for fit in (r["alone"], r["shared"]):
-            width = "-" if fit["width"] is None else number(float(np.exp(fit["width"])))
-            cells += [str(fit["answers"]), _shown(fit["coverage"]), width]
-        shared.append(cells)
     return render(
         "calibration",
         n_coverage=sum(r["cases"] for r in study["coverage"]),
@@ -592,7 +543,6 @@ def page(study: Figures) -> str:
                 for r in study["flags"]
             ),
         ],
-        sharing=shared,
     )
 
 
@@ -645,10 +595,6 @@ def tasks(cases: int) -> Iterator[tuple[Any, ...]]:
                 yield verdicts, f, r, Design(7, 2.0, 1, 5, s), cases
     for f in ("linex", "plateau", "kink", "double_slope"):
         yield from ((flags, f, w, cases // 2) for w in POSITIONS)
-    for f in ("linex", "plateau", "well"):
-        for r in (7, 5, 4, 3):
-            for w in (2.0, 3.0):
-                yield from ((sharing, f, r, w, s, cases // 4) for s in (1e-3, 5e-3))
     yield from ((designs, *cell, cases // 2) for cell in designs_tried())
 
 
@@ -659,7 +605,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--cases", type=int, default=500, help="sweeps per condition, each with four optima"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    kinds = ("coverage", "verdicts", "flags", "sharing", "designs")
+    kinds = ("coverage", "verdicts", "flags", "designs")
     parser.add_argument("--only", choices=kinds, help="rerun only this part")
     parser.add_argument("--out", type=Path, default=PAGE.figures.parent)
     args = parser.parse_args(argv)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.optimum.valley import linex
-from analysis.runs.lr_curves import LrCurve
+from analysis.optimum.fit import linex
+from analysis.runs.curves import LrCurve
 
 MARGIN = (7.1, 14.1)
 """Margin of the claim by which simulated sweeps are judged: the ratio is about 10."""

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from analysis.inference.estimate import number, rate
-from analysis.inference.meta import random_effects
+from analysis.inference.estimate import meta_regression, number, rate
 from analysis.measures.ratio import MIN_RANK
-from analysis.optimum.valley import rate_means
-from analysis.runs import reading
-from analysis.runs.lr_curves import lr_curves
+from analysis.optimum.fit import rate_means
+from analysis.runs.curves import lr_curves
+from analysis.runs.table import Reading, load, read_any
 from analysis.tables import commands
 from benchmarks import harness
 
@@ -36,7 +35,7 @@ RL_MODEL = "Qwen/Qwen3-1.7B"
 
 def render(tulu: Path, rl: Path) -> str:
     """Render the page."""
-    sweep = reading.read(tulu)
+    sweep = read_any(tulu)
     return harness.render(
         "public_evidence",
         **_bounds(sweep),
@@ -51,9 +50,9 @@ def render(tulu: Path, rl: Path) -> str:
     )
 
 
-def _bounds(sweep: reading.Reading) -> dict[str, Any]:
+def _bounds(sweep: Reading) -> dict[str, Any]:
     """Return counts of curves, runs, bounds and missing optima in the first table."""
-    table, alone, shared = sweep.table, commands.fit(sweep), commands.fit(sweep, share=True)
+    table, alone = sweep.table, commands.fit(sweep)
 
     def counts(rows: list[dict[str, Any]]) -> list[str]:
         known = [r for r in rows if r["low"] is not None and r["best_lr"] is not None]
@@ -79,7 +78,6 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
         "fits": [
             ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
             ["each curve alone", *counts(alone)],
-            ["ranks of a model share their curvature (`--share`)", *counts(shared)],
         ],
         "arms": sorted(table["method"].unique()),
         "unknown": "; ".join(f"r{k} {sum(v)} of {len(v)}" for k, v in unknown.items()),
@@ -88,25 +86,27 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
     }
 
 
-def _drift(sweep: reading.Reading) -> dict[str, Any]:
-    rows = commands.drifts(sweep, share=True)
+def _drift(sweep: Reading) -> dict[str, Any]:
+    rows = commands.drifts(sweep)
     known = [r for r in rows if r["slope"] is not None]
     upper = dataclasses.replace(sweep, table=sweep.table[sweep.table["rank"] >= MIN_RANK])
-    high = [r for r in commands.drifts(upper, share=True) if r["slope"] is not None]
+    high = [r for r in commands.drifts(upper) if r["slope"] is not None]
     pooled = []
     for which, rows_of in (("all ranks", known), (f"ranks of {MIN_RANK} and more", high)):
         if len(rows_of) > 1:
             errors = [(r["high"] - r["low"]) / 3.92 for r in rows_of]
-            e, verdict = random_effects([r["slope"] for r in rows_of], errors), "across the edge of"
+            slopes, design = np.array([r["slope"] for r in rows_of]), np.ones((len(rows_of), 1))
+            fit = meta_regression(slopes, np.array(errors) ** 2, design)
+            e, verdict = fit.term(0), "across the edge of"
             if max(-e.low, e.high) <= DRIFT_MARGIN:
                 verdict = "inside"
             elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
                 verdict = "outside"
-            pooled.append({**vars(e), "which": which, "verdict": verdict})
-    names = ("group", "slope", "p_slope", "p_equal")
+            found = {"k": fit.n, "mean": e.value, "low": e.low, "high": e.high, "tau": fit.tau}
+            pooled.append({**found, "which": which, "verdict": verdict})
     return {
         **{"moves": _moves(rows, 1), "moves_high": _moves(rows, MIN_RANK)},
-        "slopes": commands.table(known, *names) if known else [],
+        "slopes": commands.table(known, "group", "slope") if known else [],
         "pooled": pooled,
     }
 
@@ -120,7 +120,7 @@ def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
     return f"rises in {up} models, falls in {down} and stays in {same} (sign test: p {p:.2g})"
 
 
-def _law(sweep: reading.Reading) -> dict[str, Any]:
+def _law(sweep: Reading) -> dict[str, Any]:
     law = commands.law(sweep)
     costs = [c for c in law["published_regret"] if c["percent"] is not None]
     values = [c["percent"] for c in costs]
@@ -143,8 +143,11 @@ def _law(sweep: reading.Reading) -> dict[str, Any]:
 def _rl(path: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for column in ("best_eval_accuracy", "final_eval_accuracy"):
-        read = reading.read(path, RL_NAMES, column, RL_BROKEN)
-        read = dataclasses.replace(read, table=read.table[read.table["model"] == RL_MODEL])
+        read = read_any(path, RL_NAMES, column)
+        table = read.table[read.table["model"] == RL_MODEL]
+        broken = (table["status"] == "done") & (table["test_nll"] >= -RL_BROKEN)
+        table = table.assign(status=table["status"].mask(broken, "diverged"))
+        read = dataclasses.replace(read, table=table)
         ratios = {r["rank"]: r for r in commands.ratio(read)["ratios"]}
         for r in commands.fit(read):
             over = ratios.get(r["rank"], {"ratio": None, "low": None, "high": None})
@@ -155,7 +158,7 @@ def _rl(path: Path) -> dict[str, Any]:
                 | {"flags": r["flags"]}
             )
     ends = [r["over full"]["high"] for r in rows if r["over full"]["high"] is not None]
-    runs = reading.load(path)
+    runs = load(path)
     best, final = (
         runs[c].replace("", "nan").astype(float)
         for c in ("best_eval_accuracy", "final_eval_accuracy")

@@ -28,7 +28,7 @@ from analysis.questions.registry import analyse
 from analysis.report import plots
 from analysis.report.report import results_of
 from analysis.report.text import Rows
-from analysis.runs.lr_curves import lr_curves, runs_of
+from analysis.runs.curves import lr_curves, runs_of
 from benchmarks import harness
 from benchmarks.generators import FAMILIES
 from benchmarks.harness import RESULTS, Figures, Log, Page, packages_of, render

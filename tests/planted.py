@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.optimum.valley import linex
+from analysis.optimum.fit import linex
 from analysis.questions.registry import analyse
 from analysis.report import report
 from analysis.runs.table import read

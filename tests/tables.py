@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.__main__ import main
-from analysis.optimum.valley import linex
-from analysis.runs.lr_curves import LrCurve
+from analysis.optimum.fit import linex
+from analysis.runs.curves import LrCurve
 
 GRID = np.array([1e-4 * 2**k for k in range(7)])
 

@@ -1,4 +1,1 @@
-"""Estimates with intervals, seeds, meta-analysis, and the decision rule.
-
-The package knows no tables, curves or fits.
-"""
+"""Estimates with intervals, meta-analysis and the decision rule; no tables, curves or fits."""

@@ -1,9 +1,8 @@
 """Extrapolate the code length of a training set (its summed loss in the first epoch).
 
-Only the losses of its first rows are known, in batches in random order. Each batch has two losses.
-One is under the base model. The other is online: under the model during training, just before it
-trains on that batch (a prequential code, Dawid 1984). Their ratio, online / base, is called share.
-A line is fitted to ln(share) over ln(rows).
+Only the losses of its first rows are known, in batches in random order: under the base model, and
+online, under the model in training just before it trains on that batch (a prequential code, Dawid
+1984). Their ratio, online / base, is called share. A line is fitted to ln(share) over ln(rows).
 """
 
 import math
@@ -30,13 +29,12 @@ def extrapolate(
 ) -> list[Estimate]:
     """Return the nats of all rows: under the base model, and online during training.
 
-    They are exact if all rows were measured, and without a value if too few were.
-
-    Under the base model, a token of the remaining rows costs as much as one of the measured rows.
-    Online, it costs a share of that. The upper bound of the share is that of the last 1 / LATE of
-    the measured rows. The lower bound is the fitted line, extended with STEEPER times its slope.
-    The interval reaches from the low quantile of the lower bound to the high quantile of the upper
-    bound. The value lies midway between the upper bound and the line extended with its own slope.
+    They are exact if all rows were measured, and without a value if too few were. Under the base
+    model, a token of the remaining rows costs as much as one of the measured rows. Online, it costs
+    a share of that. The upper bound of the share is that of the last 1 / LATE of the measured rows.
+    The lower bound is the fitted line, extended with STEEPER times its slope. The interval reaches
+    from the low quantile of the lower bound to the high quantile of the upper bound. The value lies
+    midway between the upper bound and the line extended with its own slope.
 
     `base`: nats of each measured batch under the base model, in the order of training. `code`: nats
     of each measured batch online. `tokens`: loss tokens of each measured batch. `left`: loss tokens
@@ -59,10 +57,8 @@ def extrapolate(
     found = stats.linregress(x, np.log(share))
     residual = np.log(share) - found.intercept - found.slope * x
     degrees = len(x) - 2
-    spread, wide = (
-        math.sqrt(float((residual**2).sum()) / degrees),
-        float(((x - x.mean()) ** 2).sum()),
-    )
+    spread = math.sqrt(float((residual**2).sum()) / degrees)
+    wide = float(((x - x.mean()) ** 2).sum())
     t = rng.standard_t(degrees, (2, N_DRAWS))
     # the mean of the logarithm lies below the logarithm of the mean by half the variance
     centre, below = float(np.log(share).mean()), spread**2 / 2

@@ -2,9 +2,8 @@
 
 An interval is compared with a margin that was stated before any run. SUPPORTED: the interval lies
 inside the margin. REFUTED: the two do not overlap. Otherwise, or with a gate (a reason that forbids
-a verdict, such as an optimum at the edge of the grid), the claim is UNDECIDED, and the verdict
-names what would decide it. The level is 95%, or higher in a sweep with interim analyses: repeated
-looks must not make it easier to support a false claim.
+a verdict, such as an optimum at an edge), the claim is UNDECIDED, and the verdict names the remedy.
+The level is 95%, or higher with interim analyses: looks must not make support of a claim easier.
 """
 
 import dataclasses
@@ -160,11 +159,6 @@ class Verdict:
     """Units still needed for a decision; None: unknown, or too many. `plain` leaves it out."""
 
     @property
-    def is_better(self) -> bool:
-        """Whether the claim is refuted by a result better than claimed."""
-        return self.why.endswith(BETTER)
-
-    @property
     def is_withdrawn(self) -> bool:
         """Whether the sweep's file says that the answer does not count."""
         return any(g.code == GateCode.WITHDRAWN for g in self.gates)
@@ -188,14 +182,9 @@ class Verdict:
 
 NO_INTERVAL = ("unread_at_likely_rates", "one_rank_departs")
 """Flags that say why an estimate has no interval."""
-POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
-"""Number of looks planned -> significance level of each look, for an overall level of 5%
+LOOK_LEVELS = {1: 1 - 0.05, 2: 1 - 0.0294, 3: 1 - 0.0221, 4: 1 - 0.0182, 5: 1 - 0.0158}
+"""Number of looks planned -> the interval's level at each look, for an overall error of 5%
 (Pocock, Biometrika 64, 1977)."""
-
-
-def look_level(rounds: int) -> float:
-    """Return the interval's level at each of `rounds` looks."""
-    return 1 - POCOCK[rounds]
 
 
 def at_level(e: Estimate, level: float) -> Estimate:
@@ -387,7 +376,7 @@ def outlook(
     always decides. None: not known. `rounds`: number of looks planned. `underpowered`: the file
     says that the claim cannot be decided.
     """
-    (low, high), to, level = margin, scale_of(log), look_level(rounds)
+    (low, high), to, level = margin, scale_of(log), LOOK_LEVELS[rounds]
     ends = (-math.inf if low <= -FAR else to(low), math.inf if high >= FAR else to(high))
     value = to(expected)
     room = min(value - ends[0], ends[1] - value)

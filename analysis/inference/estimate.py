@@ -1,4 +1,8 @@
-"""Estimates (values with interval, n and flags), intervals over seeds, and their text form."""
+"""Estimates (values with interval, n and flags) over seeds and groups, and their text form.
+
+Where possible, they are computed from draws (equally likely values), so that asymmetric intervals
+stay asymmetric.
+"""
 
 import dataclasses
 import math
@@ -7,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
+from scipy.special import log_ndtr
 
 SEEDS = "seeds at each optimum"
 MAX_NEEDED = 64
@@ -219,15 +224,7 @@ def with_interval(e: Estimate, write: Callable[[float | None], str] = number) ->
     return f"< {write(e.high)}" if e.high is not None else "-"
 
 
-@dataclass(frozen=True)
-class PooledVariance:
-    """The variance over seeds, pooled over samples of one quantity, and its degrees of freedom."""
-
-    var: float
-    df: float
-
-
-def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None:
+def pooled_variance(samples: Sequence[Sequence[float]]) -> Part | None:
     """Pool the variances of samples of one quantity by their median, robust against outliers.
 
     Each is first divided by the median of chi^2 / df. Samples with fewer than two values, or with a
@@ -237,14 +234,14 @@ def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None
     if len(known) < 2:
         return None
     each = [np.var(s, ddof=1) * (len(s) - 1) / stats.chi2.median(len(s) - 1) for s in known]
-    return PooledVariance(float(np.median(each)), float(sum(len(s) - 1 for s in known)))
+    return Part(float(np.sqrt(np.median(each))), float(sum(len(s) - 1 for s in known)))
 
 
 def from_sample(
     values: Sequence[float],
     log: bool = False,
     flags: tuple[str, ...] = (),
-    pooled: PooledVariance | None = None,
+    pooled: Part | None = None,
     shifts: Sequence[float] = (),
 ) -> Estimate:
     """Return the mean of independent values (one per seed) with Student's interval.
@@ -255,8 +252,8 @@ def from_sample(
     happen to agree have far too narrow an interval, and a few samples that share seeds cannot show
     that one of them is less noisy. One value has no interval.
 
-    `log`: average logarithms (geometric mean); values must be positive. `pooled`: variance of
-    similar samples (of the logarithms, if log). `shifts`: posterior draws of an error that all
+    `log`: average logarithms (geometric mean); values must be positive. `pooled`: see
+    `pooled_variance` (of the logarithms, if log). `shifts`: posterior draws of an error that all
     seeds share, because the best LR is uncertain: the change of the mean if another LR were the
     best. Each draw is moved by one of them.
     """
@@ -269,7 +266,7 @@ def from_sample(
     n = len(x)
     parts = [Part(max(float(np.std(x, ddof=1)), 1e-12), n - 1.0)]
     if pooled is not None:
-        parts.append(Part(float(np.sqrt(pooled.var)), pooled.df, pooled.df / (n - 1)))
+        parts.append(dataclasses.replace(pooled, per_unit=pooled.df / (n - 1)))
     sides = [p.sd / np.sqrt(n) * np.abs(stats.t.ppf(PROBABILITIES, p.df)) for p in parts]
     draws = x.mean() + np.sign(PROBABILITIES - 0.5) * np.max(sides, axis=0)
     if len(shifts):
@@ -278,3 +275,143 @@ def from_sample(
     shared = float(np.std(shifts)) if len(shifts) else 0.0
     spread = Spread(n, parts=tuple(parts), shared=shared)
     return from_draws(back(draws), n, flags=flags, spread=spread)
+
+
+BASES = "bases"
+"""Name of the rows of a meta-regression."""
+SHARPEST = 0.01
+"""Smallest standard deviation that `censored_slope` fits. Without this limit, values exactly on a
+line have no maximum of the likelihood."""
+
+
+@dataclass(frozen=True)
+class MetaRegression:
+    """A random-effects meta-regression over n rows; its coefficients have Student's intervals.
+
+    `beta` [k]: coefficients; `cov` [k, k]: their covariance; `tau`: sd between rows.
+    """
+
+    beta: np.ndarray
+    cov: np.ndarray
+    tau: float
+    df: int
+    n: int
+
+    def term(self, k: int) -> Estimate:
+        """Return a coefficient with its 95% interval; no interval without degrees of freedom."""
+        if self.df < 1:
+            return Estimate(float(self.beta[k]), n=self.n, spread=Spread(self.n, BASES))
+        error = math.sqrt(self.cov[k, k])
+        spread = Spread(self.n, BASES, (Part(error * math.sqrt(self.n), self.df),))
+        draws = self.beta[k] + error * stats.t.ppf(PROBABILITIES, self.df)
+        return from_draws(draws, self.n, spread=spread)
+
+    def p_of(self, k: int, value: float) -> float | None:
+        """Return the p-value of 'coefficient k has this value' (t test)."""
+        if self.df < 1:
+            return None
+        off = float(self.beta[k] - value) / math.sqrt(self.cov[k, k])
+        return 2 * float(stats.t.sf(abs(off), self.df))
+
+
+def meta_regression(
+    y: np.ndarray, v: np.ndarray, design: np.ndarray, wider: MetaRegression | None = None
+) -> MetaRegression:
+    """Regress values y [n] with known variances v [n] on a design [n, k].
+
+    The variance between rows is by Paule & Mandel (1982). With `wider`, a regression over more
+    rows, that variance and its degrees of freedom come from `wider`. Errors of the coefficients are
+    by Knapp & Hartung (2003), and never below the errors from v alone.
+    """
+    n, k = design.shape
+    df = n - k
+
+    def solve(tau2: float) -> tuple[np.ndarray, np.ndarray, float]:
+        w = 1 / (v + tau2)
+        inverse = np.linalg.inv(design.T @ (w[:, None] * design))
+        beta = inverse @ design.T @ (w * y)
+        return beta, inverse, float((w * (y - design @ beta) ** 2).sum())
+
+    if wider is not None:
+        return MetaRegression(*solve(wider.tau**2)[:2], wider.tau, wider.df, n)
+    tau2 = 0.0
+    if df > 0 and solve(0.0)[2] > df:
+        top = 10 * float(np.var(y) + v.max()) + 1e-9
+        tau2 = float(optimize.brentq(lambda t: solve(t)[2] - df, 0.0, top))
+    beta, inverse, q = solve(tau2)
+    cov = inverse * max(q / df, 1.0) if df > 0 else inverse
+    return MetaRegression(beta, cov, math.sqrt(tau2), df, n)
+
+
+def within_groups(groups: Sequence[Sequence[tuple[float, float]]], of: str) -> Estimate:
+    """Return Spearman's correlation of pairs about their group's means, with its interval.
+
+    Subtracting the means of k groups is a partial correlation given k - 1 indicators of a group.
+    Fisher's z = atanh(r) of a partial correlation given q variables among n pairs has the variance
+    1 / (n - q - 3) (Fisher, Metron 3, 1924): here 1 / (n - k - 2). For ranks it is 1 + r^2 / 2
+    times as large (Bonett & Wright, Psychometrika 65, 2000).
+
+    `groups`: the (x, y) pairs of each group; groups of one pair do not count. `of`: name of a pair
+    in reports. There is no value if n - k - 2 is below 1.
+    """
+    known = [np.asarray(g, float) for g in groups if len(g) > 1]
+    n = sum(map(len, known))
+    left = n - len(known) - 2
+    if left < 1:
+        return Estimate(None, n=n)
+    x, y = np.concatenate([g - g.mean(0) for g in known]).T
+    r = float(stats.spearmanr(x, y).statistic)
+    error = math.sqrt((1 + r**2 / 2) / left)
+    z = math.atanh(min(max(r, -0.999), 0.999)) + stats.norm.ppf(PROBABILITIES) * error
+    spread = Spread(n, of, (Part(error * math.sqrt(n), math.inf),))
+    return from_draws(np.tanh(z), n, spread=spread)
+
+
+def censored_slope(x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> float:
+    """Return the slope of a line by maximum likelihood (Tobin, Econometrica 26, 1958).
+
+    The values are normal about the line, with one standard deviation sigma. A value counts with its
+    density where it is known (`low` equals `high`), and with the probability of its range where it
+    is censored (one of them is infinite). In (intercept, slope, 1) / sigma the log likelihood is
+    concave (Olsen, Econometrica 46, 1978), so the maximum found is the only one. NaN with fewer
+    than two different x of known values.
+    """
+    at, a, b = (np.asarray(v, float) for v in (x, low, high))
+    known, above = a == b, np.isinf(b)
+    if len(set(at[known])) < 2:
+        return math.nan
+    centre = at[known].mean()
+    design = np.stack([np.ones(len(at)), at - centre], 1)
+    line = np.linalg.lstsq(design[known], a[known], rcond=None)[0]
+    if known.all():
+        return float(line[1])
+    ends = np.where(above, a, b)
+
+    def loss(p: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return minus the log likelihood and its gradient at (line, 1) / sigma."""
+        z = p[2] * ends - design @ p[:2]  # residuals over sigma
+        tail = np.where(above, -z, z)
+        log_tail = log_ndtr(tail)
+        hazard = np.exp(-0.5 * tail**2 - 0.5 * math.log(2 * math.pi) - log_tail)
+        dz = np.where(known, z, np.where(above, hazard, -hazard))
+        total = np.where(known, 0.5 * z**2, -log_tail).sum() - known.sum() * math.log(p[2])
+        steep = float(dz @ ends) - known.sum() / p[2]
+        return float(total), np.append(-design.T @ dz, steep)
+
+    rest = a[known] - design[known] @ line
+    sigma = max(float(np.sqrt((rest**2).mean())), 10 * SHARPEST)
+    bounds = [(None, None), (None, None), (1e-6, 1 / SHARPEST)]
+    start = np.append(line, 1.0) / sigma
+    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return float(found.x[1] / found.x[2])
+
+
+def pseudo_values(whole: float, without: Sequence[float]) -> list[float]:
+    """Return the jackknife's pseudo-values of an estimate, one per unit (Tukey, 1958).
+
+    `whole`: the estimate from all units; `without`: estimates that leave out one unit each. The
+    jackknife's estimate is the mean of the pseudo-values, with Student's interval (n - 1 df). For a
+    least-squares slope over units that share abscissas, the pseudo-values are the units' slopes.
+    """
+    n = len(without)
+    return [n * whole - (n - 1) * v for v in without]

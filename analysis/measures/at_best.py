@@ -16,12 +16,12 @@ from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import (
     AT_LEAST,
     Estimate,
-    PooledVariance,
+    Part,
     from_sample,
     pooled_variance,
 )
 from analysis.optimum.fit import Optimum
-from analysis.runs.lr_curves import runs_of
+from analysis.runs.curves import runs_of
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -65,15 +65,11 @@ class AtBest(Generic[T]):
         The k-th draws of both are paired, since the draws of two curves are independent. A curve
         without draws takes part with its values at the optimum.
         """
-
-        draws = (
-            [*zip(self.draws, other.draws)]
-            if self.draws and other.draws
-            else [(a, other.best) for a in self.draws] or [(self.best, b) for b in other.draws]
-        )
+        n = max(len(self.draws), len(other.draws))
+        mine, its = self.draws or (self.best,) * n, other.draws or (other.best,) * n
         best, *rest = (
             {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
-            for a, b in [(self.best, other.best), *draws]
+            for a, b in [(self.best, other.best), *zip(mine, its)]
         )
         return AtBest(best, tuple(rest))
 
@@ -83,7 +79,7 @@ class AtBest(Generic[T]):
 
 
 def over_seeds(
-    values: AtBest[float], pooled: PooledVariance | None = None, flags: tuple[str, ...] = ()
+    values: AtBest[float], pooled: Part | None = None, flags: tuple[str, ...] = ()
 ) -> Estimate:
     """Average over seeds; the interval covers the spread over seeds and the error of the optimum.
 
@@ -99,7 +95,7 @@ def over_seeds(
     return from_sample(sample, pooled=pooled, shifts=shifts, flags=flags)
 
 
-def pooled_over(values: Iterable[AtBest[float]]) -> PooledVariance | None:
+def pooled_over(values: Iterable[AtBest[float]]) -> Part | None:
     """Pool the variances over seeds of one metric that was measured on several curves."""
     return pooled_variance([list(v.best.values()) for v in values])
 
@@ -127,14 +123,28 @@ def best_and_draws(o: Optimum, which: int) -> list[float]:
 
 
 def values_at_best(
-    table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], Values]
+    table: pd.DataFrame,
+    optima: Sequence[Optimum],
+    read: Callable[[pd.Series], Values],
+    parts: bool = False,
 ) -> list[AtBest[Values]]:
-    """Interpolate metrics of runs to each curve's optimal learning rate and to its draws.
+    """Interpolate metrics of runs to each curve's optimal learning rate and to its draws, by seed.
 
     `read`: returns the metrics of a run by name; empty if the run has none. Their scale must suit
-    interpolation by `weights`: losses, or logarithms of norms.
+    interpolation by `weights`: losses, or logarithms of norms. `parts`: they are parts of the loss,
+    in nats. Each takes a share of the fitted LR curve's height; the shares are fitted and add
+    up to 1. A part's distance from its share is interpolated, so the parts add up to the loss.
     """
-    return [_interpolated(o, k, _runs_values(table, o, read)) for k, o in enumerate(optima)]
+    finished, found = table[(table["status"] == "done") & (table["lr"] > 0)], []
+    for k, o in enumerate(optima):
+        usable = _losses(o)
+        runs: ByLr = {}
+        for _, row in runs_of(finished, o.curve).iterrows() if o.best_lr.value is not None else ():
+            seed, x = int(row["seed"]), round(math.log(row["lr"]), 6)
+            if x in usable.get(seed, ()) and (values := read(row)):
+                runs.setdefault(seed, {})[x] = values
+        found.append((_parts if parts else _interpolated)(o, k, runs))
+    return found
 
 
 def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
@@ -148,30 +158,6 @@ def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
         runs = {s: {x: {"": y} for x, y in v.items()} for s, v in _losses(o).items()}
         found.append(_parts(o, k, runs).map(lambda v: v[""]))
     return found
-
-
-def parts_at_best(
-    table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], Values]
-) -> list[AtBest[Values]]:
-    """Return the parts of each curve's losses by seed, in nats, at the optimum and its draws.
-
-    Each part takes a share of the fitted LR curve's height; the shares are fitted and add up to 1.
-    A part's distance from its share is interpolated, so the interpolated parts add up to the loss.
-    `read` returns the parts of a run's loss by name; empty if unknown.
-    """
-    return [_parts(o, k, _runs_values(table, o, read)) for k, o in enumerate(optima)]
-
-
-def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Values]) -> ByLr:
-    """Read the metrics of a curve's usable runs, by seed and ln(lr)."""
-    finished = table[(table["status"] == "done") & (table["lr"] > 0)]
-    usable = _losses(o)
-    runs: ByLr = {}
-    for _, row in runs_of(finished, o.curve).iterrows() if o.best_lr.value is not None else ():
-        seed, x = int(row["seed"]), round(math.log(row["lr"]), 6)
-        if x in usable.get(seed, ()) and (values := read(row)):
-            runs.setdefault(seed, {})[x] = values
-    return runs
 
 
 def _parts(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
@@ -302,8 +288,8 @@ def costs_at(
     costs = {name: cost(name, losses) for name, (losses, _, _) in read.items()}
     pooled, found = pooled_over(costs.values()), {}
     for name, (_, read_at, near) in read.items():
-        flags = (AT_LEAST,) if near[:1] == [True] else ()
-        found[name] = Cost(*arms[name], read_at, near, over_seeds(costs[name], pooled, flags))
+        e = over_seeds(costs[name], pooled, (AT_LEAST,) if near[:1] == [True] else ())
+        found[name] = Cost(*arms[name], read_at, near, e)
     return found
 
 

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from analysis.inference.decide import MIN_SEEDS, GateCode
 from analysis.inference.estimate import SEEDS
-from analysis.optimum.fit import Optimum, seeds_at_best
-from analysis.runs.lr_curves import LrCurve, full_names
+from analysis.optimum.fit import Optimum, lowest_loss, rate_means, seeds_at_best
+from analysis.runs.curves import LrCurve, full_names
 
 MAX_NEW_SEEDS = 5
 """The most new seeds that are suggested for one curve at a time."""
@@ -20,8 +19,7 @@ HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAW
 """Gates that no run of the grid lifts."""
 
 
-@dataclass(frozen=True)
-class Suggestion:
+class Suggestion(NamedTuple):
     """Runs to add to one curve."""
 
     curve: LrCurve
@@ -59,7 +57,7 @@ def suggest(found: Any) -> list[Suggestion]:
         known = merged.get((id(s.curve), s.lr), s)
         tried = s.curve.seed[np.abs(s.curve.x - math.log(s.lr)) < 2e-3].tolist()
         if fresh := {*known.seeds, *s.seeds} - set(tried):
-            merged[id(s.curve), s.lr] = replace(known, seeds=tuple(sorted(fresh)))
+            merged[id(s.curve), s.lr] = known._replace(seeds=tuple(sorted(fresh)))
     return list(merged.values())
 
 
@@ -90,7 +88,7 @@ def missing_lrs(o: Optimum) -> tuple[list[float], str]:
 
     They lie beyond the edge of the LRs tried, below a diverged one, or around the best.
     """
-    x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
+    (x, means), every = rate_means(o.curve), np.unique(o.curve.x)
     ln_2, found, why = math.log(2), [], ""
     if not len(x):
         found, why = [every[0] - k * ln_2 for k in (1, 2, 3)], "every learning rate broke down"
@@ -105,14 +103,9 @@ def missing_lrs(o: Optimum) -> tuple[list[float], str]:
             found = [end + side * k * step for k in (1, 2)]
             why = "beyond the edge of the learning rates tried"
         elif "few_points" in o.flags or "no_variance" in o.flags:
-            best, why = _best_tried(o, x), "more learning rates around the best one"
+            best, why = x[lowest_loss(means)], "more learning rates around the best one"
             found = [best - step / 2, best + step / 2]
     return [math.exp(v) for v in found], why
-
-
-def _best_tried(o: Optimum, x: np.ndarray) -> float:
-    """Return the ln(lr) of `x` with the lowest mean loss."""
-    return float(x[np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x])])
 
 
 def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
@@ -122,26 +115,23 @@ def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
 
 def _around(o: Optimum) -> np.ndarray:
     """Return the N_AROUND tried learning rates around the optimum, in ln(lr)."""
-    x = np.unique(o.curve.x[o.curve.usable])
-    at = math.log(o.best_lr.value) if o.best_lr.value else _best_tried(o, x)
+    x, means = rate_means(o.curve)
+    at = math.log(o.best_lr.value) if o.best_lr.value else x[lowest_loss(means)]
     first = int(np.argmin(np.abs(x - at))) - N_AROUND // 2
     first = min(max(first, 0), max(len(x) - N_AROUND, 0))
     return x[first : first + N_AROUND]
 
 
-def plain(suggestions: Sequence[Suggestion]) -> list[dict[str, Any]]:
-    """Return suggestions as plain values for JSON; names of curves say in what they differ."""
-    rows = []
-    for name, s in zip(full_names([s.curve for s in suggestions]), suggestions):
-        r, key = s.curve.key.get("rank"), s.curve.key
-        rank = None if r is None or r != r else int(r)
-        of = {"curve": name, "group": s.curve.group, "method": key["method"], "rank": rank}
-        rows.append({**of, "lr": s.lr, "seeds": list(s.seeds), "why": s.why})
-    return rows
+def rows(suggestions: Sequence[Suggestion]) -> list[list[str]]:
+    """Return suggestions as rows of text: group, curve, learning rate, seeds, reason."""
+    names = full_names([s.curve for s in suggestions])
+    return [
+        [s.curve.group, name, f"{s.lr:g}", ", ".join(map(str, s.seeds)), s.why]
+        for name, s in zip(names, suggestions)
+    ]
 
 
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
-    """Format suggestions as lines of text."""
-    text = "{curve} ({group}): lr {lr:g}, seeds {ids}: {why}"
-    rows = plain(suggestions)
-    return [text.format(ids=", ".join(map(str, row["seeds"])), **row) for row in rows]
+    """Format suggestions as lines of text, which say in what curves differ."""
+    text = "{1} ({0}): lr {2}, seeds {3}: {4}"
+    return [text.format(*row) for row in rows(suggestions)]

@@ -8,16 +8,20 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.inference import meta
-from analysis.inference.estimate import Estimate, exp_of, exp_or_none, from_draws
-from analysis.optimum.fit import Optimum
-from analysis.optimum.valley import rate_means
-from analysis.runs.lr_curves import LrCurve
+from analysis.inference.estimate import (
+    Estimate,
+    MetaRegression,
+    exp_of,
+    exp_or_none,
+    from_draws,
+    meta_regression,
+)
+from analysis.optimum.fit import Optimum, rate_means
+from analysis.runs.curves import LrCurve
 
 MIN_RANK = 4
 """Claims on ratio and drift are about ranks from 4 up; the study treats rank 1 separately."""
@@ -41,21 +45,42 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
     return Estimate(value, low, high, n)
 
 
-def lr_drift(lora: Sequence[Optimum]) -> meta.Drift:
-    """Return the slope of ln(optimal LR) per doubling of the rank, if all ranks have intervals."""
-    draws = {o.curve.key["rank"]: o.best_lr.draws for o in lora}
-    known = {rank: np.log(d) for rank, d in draws.items() if d is not None}
-    if len(known) < len(lora):
-        known = {}
-    return meta.drift(list(known), list(known.values()), sum(o.best_lr.n for o in lora))
+def lr_drift(lora: Sequence[Optimum]) -> Estimate:
+    """Return the slope of ln(optimal LR) per doubling of the rank, if all ranks have intervals.
+
+    It is fitted by least squares, weighted by 1 / variance. If three or more optima scatter about
+    the line by more than their own errors explain, the slope's spread is multiplied by sqrt(chi^2 /
+    df), the Particle Data Group's scale factor.
+    """
+    n, known = sum(o.best_lr.n for o in lora), [o for o in lora if o.best_lr.draws is not None]
+    draws = {o.curve.key["rank"]: o.best_lr.log_draws for o in known}
+    if len(draws) < max(len(lora), 2):
+        few = "needs two or more optima with intervals, and none at an edge"
+        return Estimate(None, n=n, flags=(few,))
+    x, y = np.log2(np.array([*draws], float)), np.array([np.median(d) for d in draws.values()])
+    w = 1 / np.array([np.var(d) for d in draws.values()])
+    centre = (w * x).sum() / w.sum()
+    k = w * (x - centre) / float((w * (x - centre) ** 2).sum())
+    slope = float(k @ y)
+    off = sum(ki * (d - yi) for ki, d, yi in zip(k, draws.values(), y))
+    if len(draws) > 2:
+        rest = y - np.average(y, weights=w) - slope * (x - centre)
+        birge = float((w * rest**2).sum()) / (len(draws) - 2)
+        off = off * math.sqrt(max(birge, 1.0))
+    return from_draws(slope + off, n)
 
 
-def pool_ratios(ratios: Sequence[Estimate]) -> meta.RandomEffects | None:
-    """Pool ln ratios of independent groups; None with fewer than two that have an interval."""
+def pool_ratios(ratios: Sequence[Estimate]) -> tuple[Estimate, float] | None:
+    """Return the mean ratio of independent groups, by random effects, and their spread (a factor).
+
+    None with fewer than two groups that have an interval. The spread is between groups.
+    """
     logs = [np.log(r.draws) for r in ratios if r.draws is not None]
     if len(logs) < 2:
         return None
-    return meta.random_effects([d.mean() for d in logs], [d.std() for d in logs])
+    means, variances = (np.array(v) for v in zip(*((d.mean(), d.var()) for d in logs)))
+    fit = meta_regression(means, variances, np.ones((len(logs), 1)))
+    return exp_of(fit.term(0)), math.exp(fit.tau)
 
 
 def rivals(width: int, alpha: float) -> dict[str, float]:
@@ -98,14 +123,11 @@ class RatioLaw(NamedTuple):
     """The ratio at hidden size 1000, at the alpha at which p was fitted."""
     p: Estimate
     q: Estimate
-    tau: float
-    """Standard deviation of ln ratio between bases of one hidden size."""
     bases: int
     """Number of base models to which p is fitted; `bases_q`: to which q is fitted."""
     bases_q: int
     rivals: dict[str, float | None]
     """Published law -> p-value of its exponents; None: too few bases to test."""
-    flags: tuple[str, ...] = ()
 
 
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
@@ -124,8 +146,6 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
     rows = _at(alpha, ratios)
     width, found_q = _regress(rows, _regress(many)), _within_bases(ratios)
-    flags = ["hidden size does not vary"] * (width is None)
-    flags += ["alpha does not vary"] * (found_q is None)
     unknown, rivals = Estimate(None, n=len(rows)), dict[str, float | None]()
     level = dataclasses.replace(exp_of(width.term(0)), n=len(rows)) if width else unknown
     for name, (of_width, of_alpha) in RIVALS.items():
@@ -136,8 +156,7 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
         known = [v for v in found if v is not None]  # Bonferroni over the two tests
         rivals[name] = min(1.0, len(known) * min(known)) if known else None
     p, q = width.term(1) if width else unknown, found_q.term(0) if found_q else unknown
-    tau, n_q = width.tau if width else 0.0, found_q.n if found_q else 0
-    return RatioLaw(level, p, q, tau, len(rows), n_q, rivals, tuple(flags))
+    return RatioLaw(level, p, q, len(rows), found_q.n if found_q else 0, rivals)
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
@@ -150,17 +169,15 @@ def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
     return out
 
 
-def _regress(
-    rows: Sequence[Ratio], wider: meta.MetaRegression | None = None
-) -> meta.MetaRegression | None:
+def _regress(rows: Sequence[Ratio], wider: MetaRegression | None = None) -> MetaRegression | None:
     if len({r.hidden for r in rows}) < 2:
         return None
     design = np.stack([np.ones(len(rows)), np.log([r.hidden / 1000 for r in rows])], 1)
     logs, errors = np.array([(r.log, r.error) for r in rows]).T
-    return meta.meta_regression(logs, errors**2, design, wider)
+    return meta_regression(logs, errors**2, design, wider)
 
 
-def _within_bases(ratios: Sequence[Ratio]) -> meta.MetaRegression | None:
+def _within_bases(ratios: Sequence[Ratio]) -> MetaRegression | None:
     """Average over bases the slope of ln ratio over ln(alpha); None if no base has two alphas."""
     slopes, variances = [], []
     for base in sorted({r.base for r in ratios}):
@@ -172,27 +189,13 @@ def _within_bases(ratios: Sequence[Ratio]) -> meta.MetaRegression | None:
             variances.append(1 / spread)
     if not slopes:
         return None
-    return meta.meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))
+    return meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))
 
 
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
 """Published constants, with p by family (tinker-cookbook, docs/sl-hyperparams, 2025)."""
 REFERENCE = 2000.0
 """Hidden size of the law's constant."""
-
-
-@dataclass(frozen=True)
-class Law:
-    """The study's law of one family and method: LR = lr_at_2000 x (2000 / hidden size)^p."""
-
-    family: str
-    method: str
-    lr_at_2000: Estimate
-    p: Estimate
-    models: int
-    regret_percent: float | None
-    """Mean over all curves of (loss at the law's LR - best loss tried) / best loss."""
-    flags: tuple[str, ...] = ()
 
 
 def family(model: str) -> str:
@@ -222,16 +225,17 @@ def regret(curve: LrCurve, lr: float) -> float | None:
     return 100 * (float(np.interp(math.log(lr), lrs, means)) - best) / abs(best)
 
 
-def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
+def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[dict[str, Any]]:
     """Fit each family and method by minimising the summed loss; intervals resample the models.
 
     A curve's term is (loss at the law's LR - best loss tried) / best loss tried, interpolated.
     Outside the LRs tried, the last segment of the curve is extrapolated, but never downward:
     otherwise the fit could prefer LRs without data. With one hidden size, p is not fitted.
 
-    `hidden`: model -> hidden size.
+    `hidden`: model -> hidden size. The law: LR = lr_at_2000 x (2000 / hidden size)^p;
+    `regret_percent` is the mean of the terms at its LRs.
     """
-    laws: list[Law] = []
+    laws: list[dict[str, Any]] = []
     groups: dict[tuple[str, str], list[LrCurve]] = {}
     for c in curves:
         if len(np.unique(c.x[c.usable])) >= 2 and hidden.get(c.key["model"], math.nan) > 0:
@@ -255,14 +259,17 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
             value = float(v[best])
             known = Estimate(value, min(low, value), max(high, value), n)
             fits.append(known if enough else Estimate(value, n=n))
-        at_2000, power = fits[0], Estimate(None, n=n) if one_size else fits[1]
         logs = all_ks[best] + all_ps[best] * np.log(REFERENCE / widths)
         costs = [regret(c, math.exp(x)) for c, x in zip(members, logs)]
         percent = [v for v in costs if v is not None]
         flags = ["one hidden size"] * one_size
         flags += [] if enough else [f"{len(models)} model(s): no interval"]
         mean = float(np.mean(percent)) if percent else None
-        laws.append(Law(name, method, at_2000, power, len(models), mean, tuple(flags)))
+        laws.append(
+            {"family": name, "method": method, "lr_at_2000": fits[0]}
+            | {"p": Estimate(None, n=n) if one_size else fits[1], "models": len(models)}
+            | {"regret_percent": mean, "flags": flags}
+        )
     return laws
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from analysis.inference.estimate import Estimate, PooledVariance
+from analysis.inference.estimate import Estimate, Part
 from analysis.measures import at_best
 from analysis.measures.at_best import (
     AtBest,
@@ -25,7 +25,7 @@ from analysis.measures.at_best import (
     pooled_over,
 )
 from analysis.optimum.fit import Optimum
-from analysis.runs.lr_curves import runs_of
+from analysis.runs.curves import runs_of
 
 ALLOWED = 0.05
 """Regret of up to this share of full fine-tuning's gain counts as no regret."""
@@ -85,7 +85,7 @@ class Gap:
     """How much full fine-tuning lowers the loss of the base, in nats, by seed."""
     load: float | None
     """The generator's bits / (BITS_PER_PARAMETER x parameters); None if the bits are unknown."""
-    pooled: PooledVariance | None = None
+    pooled: Part | None = None
     """Variance over seeds of the gap, pooled over the ranks of a condition."""
 
     @property
@@ -237,7 +237,7 @@ def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
         shares = zip(PARTS, (share, 1 - share))
         return {part: share * result[f"test_nll_{part}"] for part, share in shares}
 
-    lora, full = at_best.parts_at_best(table, [gap.lora, gap.full], read)
+    lora, full = at_best.values_at_best(table, [gap.lora, gap.full], read, parts=True)
 
     def difference(part: str) -> AtBest[float]:
         return lora.paired(full, lambda a, b: a.get(part, math.nan) - b.get(part, math.nan))

@@ -14,12 +14,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
-from analysis.inference.estimate import Estimate, exp_of, from_sample
-from analysis.inference.meta import pseudo_values
+from analysis.inference.estimate import Estimate, exp_of, from_sample, pseudo_values
 from analysis.measures.at_best import N_LR_DRAWS, AtBest
 from analysis.optimum.fit import Optimum
-from analysis.runs.learning_curves import Points, by_run, same_rows
-from analysis.runs.lr_curves import LrCurve, runs_of
+from analysis.runs.curves import LrCurve, Points, by_run, runs_of, same_rows
 from analysis.runs.table import collapsed
 
 POINTS = 100

@@ -18,7 +18,7 @@ import pandas as pd
 from analysis.inference.decide import Verdict, gate_of
 from analysis.inference.estimate import Estimate
 from analysis.measures.regret import novelty_of
-from analysis.runs.lr_curves import LrCurve, full_names
+from analysis.runs.curves import LrCurve, full_names
 from analysis.runs.table import CURVE_KEYS
 
 
@@ -112,19 +112,6 @@ def estimate_of(plain: Mapping[str, Any] | None) -> Estimate:
     return Estimate(**{**plain, "flags": tuple(plain["flags"])}) if plain else Estimate(None)
 
 
-def ranks_compared(results: Mapping[str, Any], task: str, quantity: str) -> dict[str, int]:
-    """Return the rank of each LoRA arm that a quantity compares, by layer set or name of the rank.
-
-    Empty if it is not known, or if the quantity is over several ranks of one layer set.
-    """
-    at = (results.get("compared") or {}).get(task, {}).get(quantity, ())
-    lora = [c for c in (results["curves"][k] for k in at) if c["method"] == "lora"]
-    if len({c["layers"] for c in lora}) < 2:
-        ranks = {int(c["rank"]) for c in lora}
-        return {f"rank {r}": r for r in ranks} if len(ranks) == 1 else {}
-    return {c["layers"]: int(c["rank"]) for c in lora}
-
-
 def rows_of(
     results: Mapping[str, Any], question: Mapping[str, Any], runs: pd.DataFrame
 ) -> list[Row]:
@@ -164,8 +151,6 @@ class _Maker:
         base = " and ".join(bases or self.bases)
         return Row(*known, base, data, _setting(task, self.settings), quantity, e, **more)
 
-    # ---- curves
-
     def place(self, k: int) -> dict[str, Any]:
         """Return the columns that name the k-th curve."""
         name, curve = self.curves[k]
@@ -204,16 +189,11 @@ class _Maker:
     def _gain(self, task: str) -> float | None:
         """Return how much full fine-tuning lowers the loss of the base model in a task, in nats."""
         for c, (_, curve) in zip(self.results["curves"], self.curves):
-            if curve.group == task and c["method"] == "fullft" and c["best_nll"] is not None:
-                if "nll_start" not in self.runs:
-                    return None
-                runs = self.runs[
-                    self.runs[["model", "dataset"]].eq([c["model"], c["dataset"]]).all(axis=1)
-                ]
-                return float(runs["nll_start"].mean() - c["best_nll"])
+            known = c["best_nll"] is not None and "nll_start" in self.runs
+            if curve.group == task and c["method"] == "fullft" and known:
+                same = self.runs[["model", "dataset"]].eq([c["model"], c["dataset"]]).all(axis=1)
+                return float(self.runs[same]["nll_start"].mean() - c["best_nll"])
         return None
-
-    # ---- conditions
 
     def of_conditions(self) -> Iterator[Row]:
         for c in self.cells("ranks"):
@@ -251,8 +231,6 @@ class _Maker:
             e = Estimate(c["ratio"] / c["law"])
             yield self.row(c["base"], "measured_over_law", e, **place)
 
-    # ---- verdicts
-
     def of_verdicts(self) -> Iterator[Row]:
         for plain in self.results["verdicts"]:
             gates = tuple(map(gate_of, plain.get("gates", ())))  # older results have none
@@ -269,7 +247,11 @@ class _Maker:
         # The curves of a task, which may name less than a group, more, or several.
         tasks = [f"{p.partition(';')[0]}, " for p in task.split(" and ")]
         known = [c.key for _, c in self.curves if f"{c.group}, ".startswith(tuple(tasks))]
-        arms = ranks_compared(self.results, task, quantity)
+        compared = (self.results.get("compared") or {}).get(task, {}).get(quantity, ())
+        lora = [c for c in (self.results["curves"][k] for k in compared) if c["method"] == "lora"]
+        arms = {c["layers"]: int(c["rank"]) for c in lora}
+        if len(arms) < 2 <= len({int(c["rank"]) for c in lora}):  # ranks of one layer set
+            arms = {}
         ranks = sorted(
             {int(k["rank"]) for k in known if k.get("rank") == k.get("rank") is not None}
         )

@@ -4,15 +4,14 @@ The step efficiency rho is full fine-tuning's number of steps to some loss divid
 LoRA needs 11% more. Unlike a gap in nats, rho is equal at all losses if LoRA learns at a constant
 fraction of full fine-tuning's speed.
 
-A prefix is a run that was cut after some number of updates. For each rank, ln rho = f(updates) + b
-log2(batch) is fitted to all prefixes, with one free value of f for each number of updates, so b
-compares batch sizes after equally many updates; f(examples) after equally many examples.
+A prefix is a run cut after some number of updates. For each rank, ln rho = f(updates) + b
+log2(batch) is fitted to all prefixes, with a free f for each number of updates (or of examples), so
+b compares batch sizes after equally many.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,22 +20,20 @@ from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import (
     LEVEL,
     Estimate,
-    PooledVariance,
+    Part,
     Spread,
+    censored_slope,
     exp_of,
     from_draws,
     from_sample,
+    pseudo_values,
     with_interval,
 )
-from analysis.inference.meta import censored_slope, pseudo_values
-from analysis.measures.at_best import AtBest, is_finite, over_seeds, values_at_best
+from analysis.measures.at_best import AtBest, T, is_finite, over_seeds, values_at_best
 from analysis.measures.regret import Gap, gaps_of
 from analysis.optimum.fit import Optimum, fit_all
-from analysis.runs.learning_curves import Points, at_step, by_run, on_curve_rows, same_rows
-from analysis.runs.lr_curves import lr_curves
+from analysis.runs.curves import Points, at_step, by_run, lr_curves, on_curve_rows, same_rows
 from analysis.runs.table import CURVE_KEYS
-
-T = TypeVar("T")
 
 
 def curves_at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[AtBest[Points]]:
@@ -89,9 +86,7 @@ def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
     return one.paired(other, of)
 
 
-def rho(
-    lora: AtBest[Points], full: AtBest[Points], pooled: PooledVariance | None = None
-) -> Estimate:
+def rho(lora: AtBest[Points], full: AtBest[Points], pooled: Part | None = None) -> Estimate:
     """Return rho of two curves from `curves_at_best`, paired by seed.
 
     Steps are counted to the higher of the two last losses. If a curve has that loss at its first
@@ -137,22 +132,13 @@ DEPARTED = 0.05
 of full fine-tuning's gain over the whole run."""
 
 
-@dataclass(frozen=True)
-class Departure:
+class Departure(NamedTuple):
     """The step from which LoRA stays behind full fine-tuning, or bounds of this step."""
 
     low: float
     """0 if the curve was behind at its first evaluation already."""
     high: float
     """Infinite if the curve was not behind at its last evaluation."""
-
-    @property
-    def never(self) -> bool:
-        return math.isinf(self.high)
-
-    @property
-    def at_once(self) -> bool:
-        return self.low == 0
 
 
 UNKNOWN = Departure(0.0, math.inf)
@@ -240,22 +226,19 @@ def bend(points: Points) -> float:
     return math.log((middle - last) / (first - middle)) if falls else math.nan
 
 
-def straightness(curves: AtBest[Points]) -> Estimate:
-    """Return exp(`bend`) over seeds: 1 for a straight line; no value if a seed has no bend."""
-    return _over(curves.map(bend), exp_of)
-
-
 def least_straight(*curves: AtBest[Points]) -> Estimate:
-    """Return the straightness that is furthest from 1; no interval if a curve has none."""
-    found = [straightness(c) for c in curves]
+    """Return exp(`bend`), averaged over seeds, of the curve that is furthest from a line (1).
+
+    No value if a seed has no bend, no interval if a curve has none.
+    """
+    found = [exp_of(_over(c.map(bend))) for c in curves]
     unknown = [e for e in found if not e.has_interval()]
     return unknown[0] if unknown else max(found, key=lambda e: abs(math.log(e.value or 1.0)))
 
 
-def _over(values: AtBest[float], of: Callable[[Estimate], Estimate] = lambda e: e) -> Estimate:
+def _over(values: AtBest[float]) -> Estimate:
     """Average over seeds; no value if a seed has none."""
-    known = is_finite(values)
-    return of(over_seeds(values)) if known else Estimate(None, n=len(values.best))
+    return over_seeds(values) if is_finite(values) else Estimate(None, n=len(values.best))
 
 
 def fall_over(one: AtBest[Points], other: AtBest[Points]) -> Estimate:
@@ -272,32 +255,18 @@ def fall_over(one: AtBest[Points], other: AtBest[Points]) -> Estimate:
 
 
 RESAMPLES = 2000
-Draws = dict[int, dict[int, np.ndarray]]
-"""Losses by rank and seed: [draws of A, steps]. A draw is a random initialisation of A."""
-
-
-class Apart(NamedTuple):
-    """One rank compared with the highest rank, by step, in nats."""
-
-    rank: int
-    difference: np.ndarray
-    """The rank's mean loss minus the highest rank's."""
-    band: np.ndarray
-    """Half width of the 95% band of the difference of two runs over draws of A."""
-    leaves: float
-    """The step at which the difference leaves the band; infinite if never."""
 
 
 class Start(NamedTuple):
-    """How long all ranks learn like the highest one (`top`) at one learning rate.
+    """How long all ranks learn like the highest one at one learning rate.
 
     A rank learns differently once its loss leaves the 95% band of the difference between two draws.
     """
 
     lr: float
-    top: int
-    steps: list[float]
-    ranks: list[Apart]
+    ranks: list[tuple[int, float, float, float]]
+    """Rank, the step at which it leaves the band (infinite: never), its difference from the highest
+    rank and the band at the first step, in nats."""
     first: Estimate
     """The step at which the first rank leaves its band. It has no value if so many resamples never
     leave the band that the interval has no upper end."""
@@ -316,7 +285,7 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
     again = {key: draws for key, draws in curves.items() if len(draws) > 1}
     shared = [set(c) for draws in again.values() for c in draws]
     steps = sorted(set.intersection(*shared)) if shared else []
-    drawn: Draws = {}
+    drawn: dict[int, dict[int, np.ndarray]] = {}  # losses by rank and seed: [draws of A, steps]
     for (rank, seed), draws in again.items():
         losses = np.array([[c[t] for t in steps] for c in draws])
         drawn.setdefault(rank, {})[seed] = losses
@@ -332,12 +301,27 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
         if r != top
     }
     mean = {r: np.mean(by_seed, 0) for r, by_seed in apart.items()}
-    ranks = [Apart(r, m, band[r], _leaves(m, band[r], steps)) for r, m in mean.items()]
-    first = _first_to_leave(drawn, band, steps)
+    ranks = [
+        (r, _leaves(m, band[r], steps), float(m[0]), float(band[r][0])) for r, m in mean.items()
+    ]
+    # The first rank to leave: a bootstrap over seeds, and over draws of A within each seed.
+    rng, found = np.random.default_rng(20251126), []
+    seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))
+    for _ in range(RESAMPLES):
+        mine = rng.choice(seeds, len(seeds))
+        means = {
+            r: np.mean([c[s][rng.integers(0, len(c[s]), len(c[s]))].mean(0) for s in mine], 0)
+            for r, c in drawn.items()
+        }
+        found.append(min(_leaves(means[r] - means[top], band[r], steps) for r in mean))
+    n, units = sum(map(len, again.values())), Spread(len(seeds), "seeds with other draws of A")
+    first = Estimate(None, n=n, spread=units)  # draws of one seed share batches
+    if np.isinf(found).mean() < (1 - LEVEL) / 2:
+        first = from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n, spread=units)
     # Least squares over log2(step), by seed.
     x = np.log2(steps) - np.mean(np.log2(steps))
     growth = from_sample([float(x @ v / (x @ x)) for v in apart[min(apart)]])
-    return Start(float(lrs[0]), top, steps, ranks, first, growth)
+    return Start(float(lrs[0]), ranks, first, growth)
 
 
 def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
@@ -345,28 +329,6 @@ def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> floa
     out = np.abs(apart) > band
     twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
     return steps[twice[0]] if twice else math.inf
-
-
-def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[float]) -> Estimate:
-    """Return the step at which the first rank leaves its band: see `Start.first`.
-
-    The interval is from a bootstrap over seeds, and over draws of A within each seed.
-    """
-    top, rng = max(drawn), np.random.default_rng(20251126)
-    seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))
-    found = []
-    for _ in range(RESAMPLES):
-        mine = rng.choice(seeds, len(seeds))
-        mean = {
-            r: np.mean([c[s][rng.integers(0, len(c[s]), len(c[s]))].mean(0) for s in mine], 0)
-            for r, c in drawn.items()
-        }
-        found.append(min(_leaves(mean[r] - mean[top], band[r], steps) for r in drawn if r != top))
-    n = sum(len(draws) for by_seed in drawn.values() for draws in by_seed.values())
-    spread = Spread(len(seeds), "seeds with other draws of A")  # draws of one seed share batches
-    if np.isinf(found).mean() >= (1 - LEVEL) / 2:
-        return Estimate(None, n=n, spread=spread)
-    return from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n, spread=spread)
 
 
 EARLIEST = 8

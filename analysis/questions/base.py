@@ -15,15 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.inference.decide import MIN_SEEDS, Gate, GateCode, Verdict, holm, judge, look_level
+from analysis.inference.decide import LOOK_LEVELS, MIN_SEEDS, Gate, GateCode, Verdict, holm, judge
 from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, with_interval
 from analysis.measures.at_best import AtBest
 from analysis.measures.next_runs import lines, suggest
 from analysis.measures.ratio import MIN_RANK
 from analysis.measures.regret import Gap
 from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
-from analysis.runs.learning_curves import task_problems
-from analysis.runs.lr_curves import lr_curves, variants
+from analysis.runs.curves import lr_curves, task_problems, variants
 from analysis.runs.table import TableError
 
 UNKNOWN = Estimate(None)
@@ -430,7 +429,7 @@ Asked = dict[str, Any]
 
 def level_of(asked: Asked) -> float:
     """Return the level of the intervals at the planned looks."""
-    return look_level(int(asked.get("rounds", 1)))
+    return LOOK_LEVELS[int(asked.get("rounds", 1))]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from analysis.measures.at_best import losses_at_best, mean_of, over_seeds
 from analysis.measures.regret import ALLOWED, Gap, gaps_of, growth
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.learning_curves import at_step, on_curve_rows
+from analysis.runs.curves import at_step, on_curve_rows
 
 AT = (32, 256, 512, 1024)
 """Batch sizes that popular summaries of the study name."""

@@ -31,16 +31,22 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
-from analysis.inference.estimate import Estimate, exp_of, from_sample, number, rate, signed
-from analysis.inference.meta import within_groups
+from analysis.inference.estimate import (
+    Estimate,
+    exp_of,
+    from_sample,
+    number,
+    rate,
+    signed,
+    within_groups,
+)
 from analysis.measures import at_best, rewards
 from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of, rivals
 from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho, stalled
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.learning_curves import Points, learning_curves
-from analysis.runs.lr_curves import full_names, runs_of
+from analysis.runs.curves import Points, full_names, learning_curves, runs_of
 from analysis.runs.table import COLLAPSED_SHARE, CURVE_KEYS, TableError
 
 SIZES_AGREE = 0.1
@@ -355,7 +361,7 @@ QUANTITIES = {
         lambda t, p, said: ratio_of(p.of, p.over), lambda t, p, said: base.gates_on(p.all), True
     ),
     "lr_drift": Quantity(
-        lambda t, p, said: lr_drift(p.of).slope,
+        lambda t, p, said: lr_drift(p.of),
         lambda t, p, said: (
             base.gates_on(p.of) + ([Gate(GateCode.ONE_RANK)] if len(p.of) < 2 else [])
         ),
@@ -685,19 +691,18 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
         text = [f"The ratio of optimal LRs by published laws: {laws}."] if laws else []
         out.append(base.Section.of(t.name, head, rows, text))
     if (pooled := pool_ratios(independent)) is not None:
-        logs = [getattr(pooled, k) for k in ("mean", "low", "high", "tau", "low_next", "high_next")]
-        mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
+        ratio, spread = pooled
         text = (
-            f"Ratio pooled over {pooled.k} groups (random effects): {mean} [{low}, {high}]. "
-            f"Between groups it varies by a factor {between}; the next group would lie in "
-            f"[{low_next}, {high_next}]."
+            f"Ratio pooled over {ratio.n} groups (random effects): {base.with_interval(ratio)}. "
+            f"Between groups it varies by a factor {number(spread)}."
         )
         out.append(base.Section("Ratio over all groups", text=[text]))
     compared = {
         t.name: {e: [place[id(o)] for o in (*p.of, p.over)] for e, p in t.pairs.items()}
         for t in tasks
     }
-    return {"ratios": ratios, "compared": compared, "pooled": pooled}, out
+    found = pooled and {"ratio": pooled[0], "spread": pooled[1]}
+    return {"ratios": ratios, "compared": compared, "pooled": found}, out
 
 
 # ---------------------------------------------------------------- rewards

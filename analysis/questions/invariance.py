@@ -23,7 +23,7 @@ from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
 from analysis.measures.ratio import lr_drift
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.learning_curves import by_run
+from analysis.runs.curves import by_run
 
 RULES = {"rank": "alpha / rank", "sqrt_rank": "alpha / sqrt(rank)", "none": "alpha"}
 
@@ -103,7 +103,7 @@ class Settings(base.Condition):
     @cached_property
     def drifts(self) -> dict[str, Estimate]:
         """The slope of ln(optimal LR) per doubling of the rank, by scaling rule."""
-        return {r: lr_drift(o).slope if o else base.UNKNOWN for r, o in self.rules.items()}
+        return {r: lr_drift(o) if o else base.UNKNOWN for r, o in self.rules.items()}
 
     @cached_property
     def starts(self) -> tuple[Optimum, Optimum] | None:

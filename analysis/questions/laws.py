@@ -36,8 +36,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import Gate, GateCode
-from analysis.inference.estimate import Estimate, Spread, from_draws, number
-from analysis.inference.meta import BASES
+from analysis.inference.estimate import BASES, Estimate, Spread, from_draws, number
 from analysis.measures.ratio import Ratio, RatioLaw, ratio_law, ratio_of, rivals
 from analysis.optimum.fit import Optimum
 from analysis.questions import base

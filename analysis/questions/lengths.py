@@ -26,8 +26,7 @@ from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.speed import curves_at_best, log_rho, rho
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.learning_curves import Points, at_step, steps_seen, while_unsolved
-from analysis.runs.lr_curves import runs_of
+from analysis.runs.curves import Points, at_step, runs_of, steps_seen, while_unsolved
 
 # ---------------------------------------------------------------- compute
 

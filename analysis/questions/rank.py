@@ -22,8 +22,7 @@ from analysis.measures.at_best import AtBest, pooled_over
 from analysis.measures.ratio import MIN_RANK, lr_drift, ratio_of
 from analysis.measures.regret import novelty_of
 from analysis.questions import base
-from analysis.runs.learning_curves import Points, learning_curves, starts_on_curve, while_unsolved
-from analysis.runs.lr_curves import runs_of
+from analysis.runs.curves import Points, learning_curves, runs_of, starts_on_curve, while_unsolved
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Ranks(base.TwoArms):
         gone = [
             str(r)
             for r, d in self.departures.items()
-            if d.best and np.mean([v.at_once for v in d.best.values()]) > 0.5
+            if d.best and np.mean([v.low == 0 for v in d.best.values()]) > 0.5
         ]
         some = len(self.departures) - len(gone) > 1
         return [] if some else [Gate(GateCode.NO_ORDER, ", ".join(gone))]
@@ -162,7 +161,7 @@ ESTIMANDS = [
     _at_start("identical_steps", "first"),
     base.Estimand(
         "lr_drift_per_doubling",
-        lambda c: lr_drift(c.high).slope,
+        lambda c: lr_drift(c.high),
         lambda c: base.gates_on(c.high) + [Gate(GateCode.ONE_RANK)] * (len(c.high) < 2),
     ),
     _at_start("difference_growth", "growth"),
@@ -191,14 +190,14 @@ def report(asked: base.Asked, c: Ranks) -> tuple[dict[str, Any], list[base.Secti
 
     def shown(d: speed.Departure) -> str:
         """Format the step from which a curve is behind, or the bound on it."""
-        return f"> {number(d.low)}" if d.never else "< " * d.at_once + number(d.high)
+        return f"> {number(d.low)}" if math.isinf(d.high) else "< " * (d.low == 0) + number(d.high)
 
     rows: list[list[Any]] = [
         [rank, ", ".join(map(shown, by_seed.best.values())), c.rho[rank]]
         for rank, by_seed in c.departures.items()
     ]
     every = [d for by_seed in c.departures.values() for d in by_seed.best.values()]
-    never, at_once = sum(d.never for d in every), sum(d.at_once for d in every)
+    never, at_once = sum(math.isinf(d.high) for d in every), sum(d.low == 0 for d in every)
     text = [
         f"Of {len(every)} curves {never} do not fall behind within the run, and {at_once} are "
         "behind at the first evaluation. The slope counts these as censored: later than the last "
@@ -212,14 +211,14 @@ def report(asked: base.Asked, c: Ranks) -> tuple[dict[str, Any], list[base.Secti
     head = "rank | behind from step, by seed | rho [95%]"
     behind = base.Section.of("Falling behind", head, rows, text)
     rows = [
-        [r.rank, "never" if math.isinf(r.leaves) else r.leaves]
-        + [signed(float(v[0])) for v in (r.difference, r.band)]
-        for r in (c.start.ranks if c.start else ())
+        [r, "never" if math.isinf(step) else step, signed(difference), signed(band)]
+        for r, step, difference, band in (c.start.ranks if c.start else ())
     ]
     head = "rank | leaves the band at step | difference at the first step (nats) | band there"
     lr = f"Ranks against redraws of A, at one learning rate ({c.start.lr:g})." if c.start else ""
     steps = {
-        r: [None if v.never else v.high for v in d.best.values()] for r, d in c.departures.items()
+        r: [None if math.isinf(v.high) else v.high for v in d.best.values()]
+        for r, d in c.departures.items()
     }
     return {"departures": steps}, [behind, base.Section.of("The start", head, rows, [lr])]
 

@@ -18,7 +18,7 @@ from analysis.measures import at_best
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.lr_curves import full_names, runs_of
+from analysis.runs.curves import full_names, runs_of
 
 EVERY_LAYER = "attention+mlp+unembedding"
 RECIPES = ["attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times"]

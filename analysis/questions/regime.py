@@ -25,8 +25,7 @@ from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.speed import fall_over
 from analysis.optimum.fit import Optimum
 from analysis.questions import base, rank
-from analysis.runs.learning_curves import at_step, on_curve_rows
-from analysis.runs.lr_curves import title
+from analysis.runs.curves import at_step, on_curve_rows, title
 
 FIRST = 64
 """Updates after which the gap is first read, to see whether it grows."""

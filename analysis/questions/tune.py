@@ -18,8 +18,7 @@ from analysis.measures import at_best
 from analysis.measures.regret import ALLOWED, Gap, gain_from, starts_of
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.learning_curves import on_curve_rows
-from analysis.runs.lr_curves import runs_of
+from analysis.runs.curves import on_curve_rows, runs_of
 
 KNOWN_PERCENT = 1.0
 """A learning rate is known if the regret of choosing it is below this share of the gain."""
@@ -48,7 +47,7 @@ class Arms(base.Condition):
             return {"test": float(run["test_nll"])}
 
         ranks, optima = zip(*self.by_rank.items())
-        found = at_best.parts_at_best(self.runs, optima, read)
+        found = at_best.values_at_best(self.runs, optima, read, parts=True)
         return {r: losses.map(lambda v: v["test"]) for r, losses in zip(ranks, found)}
 
     @cached_property

@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.inference.estimate import rate
 from analysis.measures import next_runs
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse, read_question
@@ -67,11 +66,7 @@ def section(found: Analysis, title: str) -> pd.DataFrame:
 def suggestions(found: Analysis) -> pd.DataFrame:
     """Return one row per suggestion: learning rates and seeds likely to decide open claims."""
     head = ["model and data", "curve", "lr", "seeds", "why"]
-    rows = [
-        [s["group"], s["curve"], rate(s["lr"]), ", ".join(map(str, s["seeds"])), s["why"]]
-        for s in next_runs.plain(next_runs.suggest(found))
-    ]
-    return _frame([head, *rows])
+    return _frame([head, *next_runs.rows(next_runs.suggest(found))])
 
 
 def lr_against_nll(found: Analysis) -> Any:

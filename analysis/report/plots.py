@@ -25,11 +25,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from analysis.inference.estimate import rate, with_interval
-from analysis.optimum.fit import Optimum
-from analysis.optimum.valley import rate_means, without_shifts
+from analysis.optimum.fit import Optimum, rate_means, without_shifts
 from analysis.questions.base import Panel, by_group
-from analysis.runs.learning_curves import by_run
-from analysis.runs.lr_curves import full_names, runs_of, title
+from analysis.runs.curves import by_run, full_names, runs_of, title
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito's palette, distinguishable for colour-blind readers. Black is full fine-tuning."""

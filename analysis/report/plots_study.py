@@ -22,8 +22,7 @@ from analysis.optimum.fit import WITHIN, fit_all
 from analysis.questions.base import full_of, lora_of, rank_of
 from analysis.report.plots import COLOURS, LEGEND, MARKERS, drawn
 from analysis.report.study.answers import Answer, where, within
-from analysis.runs.learning_curves import at_step, by_run, on_curve_rows
-from analysis.runs.lr_curves import lr_curves
+from analysis.runs.curves import at_step, by_run, lr_curves, on_curve_rows
 
 MARGIN = COLOURS[3]
 DASHES = {Setting.IN_REGIME: "-", Setting.BEYOND: "--", Setting.REAL: ":"}

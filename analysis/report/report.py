@@ -21,8 +21,7 @@ from analysis.optimum.fit import WITHIN, Optimum
 from analysis.questions.base import Analysis, level_of
 from analysis.questions.registry import analyse
 from analysis.report.text import aligned, check_installed, missing, plain, rendered, text_hash
-from analysis.runs.learning_curves import by_run, learning_curves
-from analysis.runs.lr_curves import full_names, in_words, runs_of
+from analysis.runs.curves import by_run, full_names, in_words, learning_curves, runs_of
 from analysis.runs.table import NLL, as_losses, whole, write
 
 NOT_JUDGED = (

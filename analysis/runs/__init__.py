@@ -1,4 +1,1 @@
-"""Tables of finished runs, from lorasweep or other programs, and the curves in these tables.
-
-The package computes no statistics.
-"""
+"""Tables of finished runs, from lorasweep or other programs, and the curves in these tables."""

@@ -1,4 +1,1 @@
-"""The commands `fit` (with its flags) and `html` on a table made by any program.
-
-The package knows no sweeps or claims, and prints nothing.
-"""
+"""The command line of the package, and its commands on a table made by any program."""

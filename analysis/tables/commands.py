@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.estimate import Estimate, number, with_interval
-from analysis.measures import next_runs
 from analysis.measures.at_best import is_finite, losses_at_best, mean_of
 from analysis.measures.ratio import (
     MIN_RANK,
@@ -29,18 +28,15 @@ from analysis.measures.ratio import (
     ratio_of,
     regret,
 )
-from analysis.optimum.fit import WITHIN, Optimum, fit_all
-from analysis.optimum.valley import lowest_loss, rate_means
+from analysis.optimum.fit import WITHIN, Optimum, fit_all, lowest_loss, rate_means
 from analysis.questions import base
 from analysis.questions.base import by_group, by_variant, lora_of
-from analysis.questions.registry import analyse, read_question
+from analysis.questions.registry import read_question
 from analysis.report.report import judge_and_report, write_html
 from analysis.report.study import answers
 from analysis.report.text import aligned, check_installed, plain
-from analysis.runs import reading
-from analysis.runs.lr_curves import lr_curves
-from analysis.runs.reading import Reading
-from analysis.runs.table import LOSS, NLL, Shown, TableError, read
+from analysis.runs.curves import lr_curves
+from analysis.runs.table import LOSS, NLL, Reading, Shown, TableError, read, read_any
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
@@ -55,24 +51,11 @@ EPILOG = """commands
   SWEEP         report of a sweep, from its kept table or from --table
   study         all claims in one table, from kept results and your own reports
                 (--write: render all kept results again; --out FOLDER: write the page)
-  suggest SWEEP the runs most likely to decide the open claims (action=extend adds them)
-
-examples
-  python -m analysis lr_ratio --scale small
-  python -m analysis fit runs.csv --map learning_rate=lr --map lora_r=rank --out fits.json
-  python -m analysis fit runs.csv --ratio --higher accuracy --json
 """
-OF_FITS = {
-    "ratio": "LoRA's best learning rate divided by full fine-tuning's",
-    "drift": "how the best learning rate changes with the rank",
-    "law": "the best learning rate and the ratio as power laws of the hidden size",
-}
-"""Flag of `fit` -> what it prints instead of the fits."""
 OPTIONS = {
-    "fit": ("map", "higher", "broken", "within", "share", "out", "json", "of"),
-    "html": ("map", "higher", "broken", "within", "share", "out"),
+    "fit": ("map", "higher", "within", "out", "json", "of"),
+    "html": ("map", "higher", "within", "out"),
     "study": ("reports_dir", "write", "out", "json"),
-    "suggest": ("scale", "table", "reports_dir", "json"),
     "SWEEP": ("scale", "table", "reports_dir", "out", "json"),
 }
 """Command -> its options; all others are refused."""
@@ -86,17 +69,15 @@ def run(argv: Sequence[str]) -> None:
     look: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG}
     about = "Judge a sweep again, or analyse any table of runs. Trains nothing."
     parser = argparse.ArgumentParser("lorasweep-analysis", description=about, **look)
-    parser.add_argument("command", help="fit, html, suggest, study, or the name of a sweep")
-    parser.add_argument("name", nargs="?", help="the FILE or SWEEP of the command")
+    parser.add_argument("command", help="fit, html, study, or the name of a sweep")
+    parser.add_argument("name", nargs="?", help="the FILE of the command", type=Path)
     switch: Any = {"action": "store_true"}
     add = parser.add_argument
     a_name = "use the file's column THEIRS as our column OURS; repeatable"
     add("--map", metavar="THEIRS=OURS", action="append", default=[], help=a_name)
     add("--higher", metavar="COLUMN", help="use this column as the metric; higher is better")
-    add("--broken", type=float, help="a metric at least as bad as this counts as diverged")
     band = "extra loss allowed in the low-regret band, in units of the metric; default: 0.01"
     add("--within", type=float, default=WITHIN, help=band)
-    add("--share", help="a model's other ranks are a prior for the shape of each curve", **switch)
     add("--scale", help="SWEEP: end of the report folder's name; default: the newest report")
     add("--table", type=Path, help="SWEEP: judge this .parquet or .csv instead (needs --out)")
     reports = Path(os.environ.get("LORASWEEP_REPORTS", "reports"))
@@ -105,12 +86,13 @@ def run(argv: Sequence[str]) -> None:
     add("--out", type=Path, help="file (fit, html) or folder (SWEEP, study) to write to")
     add("--json", help="print JSON instead of text", **switch)
     flags = parser.add_mutually_exclusive_group()
-    for flag, about in OF_FITS.items():
+    for flag, command in COMMANDS.items():
+        about = str(command.__doc__).splitlines()[0]
         flags.add_argument(f"--{flag}", dest="of", action="store_const", const=flag, help=about)
     args = parser.parse_intermixed_args(argv)
-    named = args.command in ("fit", "html", "suggest")
+    named = args.command in ("fit", "html")
     if named != bool(args.name):
-        parser.error(f"{args.command} {'needs' if named else 'takes no'} name: see --help")
+        parser.error(f"{args.command} {'needs' if named else 'takes no'} FILE: see --help")
     options = OPTIONS.get(args.command, OPTIONS["SWEEP"])
     for name in vars(args).keys() - {"command", "name", *options}:
         if getattr(args, name) != parser.get_default(name):
@@ -121,34 +103,43 @@ def run(argv: Sequence[str]) -> None:
     pairs = dict(pair.rpartition("=")[::2] for pair in args.map)
     if not all(pairs) or not all(pairs.values()):
         parser.error("--map: write THEIR_COLUMN=OURS, e.g. learning_rate=lr")
-    if args.command in ("fit", "html"):
+    if named:
         _of_table(args, pairs)
     elif args.command == "study":
         _study(args)
-    elif args.table and not args.out and args.command != "suggest":
+    elif args.table and not args.out:
         parser.error("--table needs --out FOLDER, so that no other report is overwritten")
     else:
-        _sweep(args)
+        folder = find_report(args.reports_dir, args.command, args.scale)
+        question, is_kept = read_question(folder), folder.parent == KEPT
+        runs = read(args.table or folder / "table.parquet")
+        if is_kept:
+            page = f"its report is {folder / 'report.md'}"
+            what = f"kept answer, as {args.reports_dir} has none of your own"
+            print(f"{what}; {page}", file=sys.stderr)
+        to = args.out or (None if is_kept else folder)  # kept reports: study --write
+        print(judge_and_report(runs, question, to, args.json, KEPT))
 
 
 def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
     """Run `fit` or `html` on a file."""
-    path = Path(args.name)
-    table = reading.read(path, mapping, args.higher, args.broken)
-    for note in table.notes:
+    reading = read_any(args.name, mapping, args.higher)
+    for note in reading.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.command == "html":
-        out, optima = args.out or path.with_suffix(".html"), optima_of(table, args.share)
-        arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
-        ratios = [(group, o.curve.name, ratio_of([o], full)) for group, o, full in arms]
-        title = f"{out.stem}: {len(table.table)} runs"
-        write_html(out, title, table.table, optima, ratios, (), args.within)
+        out, optima = args.out or args.name.with_suffix(".html"), optima_of(reading)
+        ratios = [
+            (group, o.curve.name, ratio_of([o], full))
+            for group, lora, full in arms_of(optima)
+            for o in lora
+        ]
+        title = f"{out.stem}: {len(reading.table)} runs"
+        write_html(out, title, reading.table, optima, ratios, (), args.within)
         print(f"page: {out}")
         return
-    of = args.of
-    result = COMMANDS[of](table, args.share) if of else fit(table, args.share, args.within)
+    result = COMMANDS[args.of](reading) if args.of else fit(reading, args.within)
     text = json.dumps(result, indent=1)
     if args.out:
         args.out.write_text(text + "\n")
@@ -168,25 +159,6 @@ def _study(args: argparse.Namespace) -> None:
         page.write(found, args.out / "study.md")
     objects = [dict(zip(head, row)) for row in rows]
     print(json.dumps(objects, indent=1) if args.json else "\n".join(aligned([head, *rows])))
-
-
-def _sweep(args: argparse.Namespace) -> None:
-    """Judge a sweep again and report it, or suggest runs for it."""
-    suggests = args.command == "suggest"
-    folder = find_report(args.reports_dir, args.name if suggests else args.command, args.scale)
-    question, is_kept = read_question(folder), folder.parent == KEPT
-    table = read(args.table or folder / "table.parquet")
-    if is_kept:
-        page = f"its report is {folder / 'report.md'}"
-        print(f"kept answer, as {args.reports_dir} has none of your own; {page}", file=sys.stderr)
-    if not suggests:
-        to = args.out or (None if is_kept else folder)  # kept reports: study --write
-        print(judge_and_report(table, question, to, args.json, KEPT))
-        return
-    wanted = next_runs.suggest(analyse(table, question, KEPT))
-    nothing = "nothing to add: every claim is decided, or more runs cannot help"
-    text = "\n".join(next_runs.lines(wanted)) or nothing
-    print(json.dumps(next_runs.plain(wanted), indent=1) if args.json else text)
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
@@ -209,23 +181,20 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     return min(wanted, key=lambda p: (p.name != f"{sweep}-tiny", p.name))
 
 
-# ---------------------------------------------------------------- values of a table
-
-
-def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
+def optima_of(reading: Reading) -> list[Optimum]:
     """Fit every curve of a table, with noise and misfit pooled over the table."""
     name = reading.metric
     shown = NLL if name == LOSS else Shown(name, reading.sign, name, "")
-    return fit_all([replace(c, shown=shown) for c in lr_curves(reading.table)], share=share)
+    return fit_all([replace(c, shown=shown) for c in lr_curves(reading.table)])
 
 
-def fit(reading: Reading, share: bool = False, within: float = WITHIN) -> list[dict[str, Any]]:
+def fit(reading: Reading, within: float = WITHIN) -> list[dict[str, Any]]:
     """Return one object per curve: the optimum with interval or bound, and the low-regret band.
 
-    `within`: extra loss allowed in the band, in units of the metric. `share`: see fit_all.
+    `within`: extra loss allowed in the band, in units of the metric.
     """
     keys, rows = ("model", "method", "dataset", "rank", "batch_size", "layers", "alpha"), []
-    for o in optima_of(reading, share):
+    for o in optima_of(reading):
         e, band, nll = o.best_lr, o.band(within), o.best_nll
         rows.append(
             {
@@ -246,16 +215,16 @@ def _value(o: Optimum, key: str) -> Any:
     return int(value) if value is not None and key in ("rank", "batch_size") else value
 
 
-def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
+def ratio(reading: Reading) -> dict[str, Any]:
     """Return LoRA's best LR / full fine-tuning's, by group and rank, and pooled over groups.
 
-    Pooled are the ranks of MIN_RANK and more; of groups without these, all ranks. The pooled value
-    has the standard deviation between groups (a factor) and the interval for another group.
+    Pooled are the ranks of MIN_RANK and more; of groups without these, all ranks. `spread`: the
+    standard deviation between groups, a factor.
 
     Raises TableError: the table lacks an arm.
     """
     rows, overall = [], []
-    optima = optima_of(reading, share)
+    optima = optima_of(reading)
     for arm, how in (("fullft", "rows with an empty rank"), ("lora", "rows with a rank")):
         if arm not in {o.curve.key["method"] for o in optima}:
             raise TableError(f"the table has no {arm} run ({how}), which a ratio needs. Use `fit`.")
@@ -280,9 +249,8 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     independent = len({id(full) for _, _, full in groups}) == len(overall)
     p = pool_ratios(overall) if independent else None
     pooled = p and {
-        **{"ratio": math.exp(p.mean), "low": math.exp(p.low), "high": math.exp(p.high)},
-        **{"groups": p.k, "spread": math.exp(p.tau), "i2": p.i2},
-        **{"low_next": math.exp(p.low_next), "high_next": math.exp(p.high_next)},
+        **{"ratio": p[0].value, "low": p[0].low, "high": p[0].high},
+        **{"groups": p[0].n, "spread": p[1]},
     }
     return {"ratios": rows, "pooled": pooled, "metric": reading.metric}
 
@@ -305,59 +273,53 @@ def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum
     return out
 
 
-def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
+def drifts(reading: Reading) -> list[dict[str, Any]]:
     """Return each group's slope of ln(best LR) over log2(rank), and the best LR tried by rank.
 
     TableError if the table has no lora run.
     """
-    groups: dict[str, list[Optimum]] = {}
-    for group, mine in by_group(lora_of(optima_of(reading, share))).items():
-        groups |= by_variant(mine, group)
-    if not groups:
-        raise TableError("the table has no lora run (rows with a rank), which a drift needs.")
     rows = []
-    for group, members in groups.items():
-        members = sorted(members, key=lambda o: o.curve.key["rank"])
-        known = [o for o in members if o.best_lr.draws is not None]
-        d = lr_drift(known)
-        tried = {int(o.curve.key["rank"]): rate_means(o.curve) for o in members}
-        best = [math.exp(x[lowest_loss(y)]) if len(x) else None for x, y in tried.values()]
-        left_out = ["ranks at an edge left out"] if 2 <= len(known) < len(members) else []
-        rows.append(
-            {
-                "group": group,
-                **{"slope": d.slope.value, "low": d.slope.low, "high": d.slope.high},
-                **{"p_slope": d.p_slope, "p_equal": d.p_equal},
-                **{"ranks": list(tried), "best_tried": best},
-                **{"known": len(known), "bounds": len(members) - len(known)},
-                "flags": [*d.slope.flags, *left_out],
-            }
-        )
+    for whole, mine in by_group(lora_of(optima_of(reading))).items():
+        for group, members in by_variant(mine, whole).items():
+            members = sorted(members, key=lambda o: o.curve.key["rank"])
+            known = [o for o in members if o.best_lr.draws is not None]
+            slope = lr_drift(known)
+            tried = {int(o.curve.key["rank"]): rate_means(o.curve) for o in members}
+            best = [math.exp(x[lowest_loss(y)]) if len(x) else None for x, y in tried.values()]
+            left_out = ["ranks at an edge left out"] if 2 <= len(known) < len(members) else []
+            rows.append(
+                {
+                    **{"group": group, "slope": slope.value, "low": slope.low, "high": slope.high},
+                    **{"ranks": list(tried), "best_tried": best},
+                    "flags": [*slope.flags, *left_out],
+                }
+            )
+    if not rows:
+        raise TableError("the table has no lora run (rows with a rank), which a drift needs.")
     return rows
 
 
-def law(reading: Reading, share: bool = False) -> dict[str, Any]:
+def law(reading: Reading) -> dict[str, Any]:
     """Fit power laws of the LR and of the ratio; return them and the published formula's regret.
 
     The law of the LR is fitted to the losses of each model family. TableError without hidden sizes.
     """
-    table = reading.table
-    if "hidden_size" not in table.columns or not table["hidden_size"].notna().any():
+    runs = reading.table
+    if "hidden_size" not in runs.columns or not runs["hidden_size"].notna().any():
         raise TableError(
             "the law needs a column hidden_size (the model's width). Add it, or map it: "
             "--map d_model=hidden_size."
         )
-    widths = table.dropna(subset=["hidden_size"]).groupby("model")["hidden_size"]
+    widths = runs.dropna(subset=["hidden_size"]).groupby("model")["hidden_size"]
     hidden = widths.first().astype(float).to_dict()
-    curves, costs = lr_curves(table), []
+    curves, costs = lr_curves(runs), []
     for c in curves:
         if (lr := published(c, hidden.get(c.key["model"], math.nan))) is not None:
             cost = {"lr": lr, "percent": regret(c, lr)}
             costs.append({"model": c.key["model"], "curve": c.name, **cost})
     log_ratios = []
-    for _, lora, full in arms_of(fit_all(curves, share=share)):
-        judged = lora_of(lora, MIN_RANK) or lora
-        known = [o for o in judged if o.best_lr.draws is not None]
+    for _, lora, full in arms_of(fit_all(curves)):
+        known = [o for o in lora_of(lora, MIN_RANK) or lora if o.best_lr.draws is not None]
         h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
         if known and full.best_lr.draws is not None and h and a is not None and a == a:
             # One row per model and alpha, because ranks share full fine-tuning's curve.
@@ -370,18 +332,15 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
         "ratio_law": fitted
         and {
             "ratio_at_1000_32": fitted.at_reference.plain(),
-            **{"p": fitted.p.plain(), "q": fitted.q.plain()},
-            **{"spread": math.exp(fitted.tau), "rivals": fitted.rivals},
-            **{"flags": list(fitted.flags), "n": len(log_ratios)},
+            **{"p": fitted.p.plain(), "q": fitted.q.plain(), "rivals": fitted.rivals},
+            "n": len(log_ratios),
         },
-        "models_without_hidden_size": sorted(set(table["model"]) - set(hidden)),
+        "models_without_hidden_size": sorted(set(runs["model"]) - set(hidden)),
     }
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"ratio": ratio, "drift": drifts, "law": law}
-
-
-# ---------------------------------------------------------------- values as text
+COMMANDS: dict[str, Callable[[Reading], Any]] = {"ratio": ratio, "drift": drifts, "law": law}
+"""Flag of `fit` -> what it prints instead of the fits."""
 
 
 def lines(result: Any) -> list[str]:

@@ -223,7 +223,7 @@ def look(table: "pd.DataFrame", question: dict[str, Any]) -> Look:
     from analysis.measures.next_runs import missing_lrs
     from analysis.questions.registry import analyse
     from analysis.report.report import results_of
-    from analysis.runs.lr_curves import runs_of
+    from analysis.runs.curves import runs_of
 
     found, lrs = analyse(table, question), {}
     for o in found.optima:
@@ -272,7 +272,7 @@ def next_round(
     """
     from analysis.measures.next_runs import lines, suggest
     from analysis.questions.registry import analyse
-    from analysis.runs.lr_curves import runs_of
+    from analysis.runs.curves import runs_of
 
     wanted = suggest(analyse(table, question))
     runs = [

@@ -36,7 +36,7 @@ from analysis.report.study.answers import (
     within,
 )
 from analysis.report.text import Rows, rendered, text_hash, with_block
-from analysis.runs.lr_curves import in_words
+from analysis.runs.curves import in_words
 from analysis.runs.table import read as read_table
 
 FIGURES = (MAP, FOREST) = ("map.png", "forest.png")
@@ -196,7 +196,7 @@ def question_of(
             marks = f"{r.asked.get('source') or 'ours'}{', primary' if v.primary else ''}"
             is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
             notes = [
-                v.why if is_open else BETTER if v.is_better else "",
+                v.why if is_open else BETTER if v.why.endswith(BETTER) else "",
                 f"needs {v.needed}" if is_open and v.needed else "",
                 f"{EXPLORATORY}: {v.exploratory}" if v.exploratory else "",
                 r.at,

@@ -1,34 +1,46 @@
-"""The decision rule over intervals, looks and claims; planned sweeps; intervals over few seeds."""
+"""Estimates, the decision rule, gates, suggested runs, planned sweeps, and code lengths."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
+from analysis.inference.code_length import FEWEST, extrapolate
 from analysis.inference.decide import (
+    BETTER,
+    LOOK_LEVELS,
     REMEDIES,
     Gate,
     GateCode,
+    gate_of,
     holm,
     judge,
-    look_level,
     outlook,
     p_value,
+    remedy,
 )
 from analysis.inference.estimate import (
     SEEDS,
     Estimate,
     Part,
-    PooledVariance,
     Spread,
+    censored_slope,
     from_draws,
     from_sample,
+    meta_regression,
     needed,
     pooled_variance,
+    pseudo_values,
+    within_groups,
 )
-from analysis.inference.meta import meta_regression, within_groups
 from analysis.measures.at_best import AtBest, over_seeds
+from analysis.measures.next_runs import suggest
+from analysis.optimum.fit import fit_all
+from analysis.runs.curves import lr_curves
+from tests.tables import GRID, table
 
 
 def draws(centre, sd, stream, n=4000):
@@ -56,7 +68,7 @@ def judged(estimate, log=False, seeds=3, gates=(), level=0.95, name="c", **claim
 )
 def test_the_interval_is_compared_with_the_margin(low, value, high, better, outcome, is_better):
     verdict = judged(Estimate(value, low, high), log=True, better=better)
-    assert verdict.outcome == outcome and verdict.is_better == is_better
+    assert verdict.outcome == outcome and verdict.why.endswith(BETTER) == is_better
     assert bool(verdict.needed) == (outcome == "UNDECIDED")
     gate = Gate(GateCode.TASK, "nearly solved")
     gated = judged(Estimate(value, low, high), log=True, gates=[gate])
@@ -64,9 +76,9 @@ def test_the_interval_is_compared_with_the_margin(low, value, high, better, outc
 
 
 def test_looks_are_judged_at_pococks_levels_and_p_is_the_level_at_which_it_is_decided():
-    assert look_level(1) == pytest.approx(0.95) and look_level(3) == pytest.approx(0.9779)
+    assert LOOK_LEVELS[1] == pytest.approx(0.95) and LOOK_LEVELS[3] == pytest.approx(0.9779)
     e = from_draws(np.exp(draws(math.log(10), 0.165, 0)), 9)
-    once, thrice = (judged(e, log=True, level=look_level(n)) for n in (1, 3))
+    once, thrice = (judged(e, log=True, level=LOOK_LEVELS[n]) for n in (1, 3))
     assert once.outcome == "SUPPORTED" and thrice.outcome == "UNDECIDED" and "97.8%" in thrice.why
     values = np.exp(draws(math.log(10), 0.1, 1))
     p = p_value(values, 7.1, 14.1)
@@ -146,15 +158,6 @@ def test_what_the_plan_says(expected, margin, sd, planned, says):
     assert ("says" in known.line()) == (sd is not None)
 
 
-def test_the_usual_variance_is_that_of_most_samples():
-    rng = np.random.default_rng(5)
-    samples = [rng.normal(0, 0.1, n) for n in (2, 3, 6) for _ in range(700)]
-    found = pooled_variance(samples)
-    assert found.var == pytest.approx(0.01, rel=0.05) and found.df == 700 * (1 + 2 + 5)
-    assert pooled_variance([*samples, *(rng.normal(0, 10, 3) for _ in range(100))]).var < 0.012
-    assert pooled_variance([[1.0, 2.0]]) is None
-
-
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("spreads", "shared"),
@@ -182,7 +185,7 @@ def test_intervals_over_three_seeds_cover_and_are_at_least_students(spreads, sha
 @pytest.mark.parametrize("rounds", [1, 3, 5])
 def test_the_wider_interval_is_picked_at_the_level_that_judges(rounds):
     """0.45 of the pooled spread: Student's three seeds are narrower at 95% and wider from 97.8% on."""
-    level, pooled = look_level(rounds), PooledVariance(1.0, 10)
+    level, pooled = LOOK_LEVELS[rounds], Part(1.0, 10)
     own = from_sample(0.45 * np.array([-1.0, 0.0, 1.0]), pooled=pooled)
     e = judged(own, margin=[-9, 9], level=level).estimate
     both = [(0.45, 2), (1.0, 10)]
@@ -201,7 +204,7 @@ def test_seeds_that_are_needed_narrow_the_interval_and_not_an_error_that_all_sha
         half, _, _ = spread.at(3, 0.95)
         found[shared] = needed(spread, 0.1, (0.1 - half, 0.1 + half), (-9, 0), 0.95)
     assert found[0.0] < found[0.03] and found[0.06] is None
-    spread = from_sample([1.0, 1.01, 0.99], pooled=PooledVariance(0.01, 8)).spread
+    spread = from_sample([1.0, 1.01, 0.99], pooled=Part(0.1, 8)).spread
     half, error, df = spread.at(6, 0.95)
     assert df == 20 and half == pytest.approx(2.086 * error, rel=1e-3)  # each sample adds to it
     e = from_sample([0.08, 0.1, 0.12], shifts=np.linspace(-0.1, 0.1, 50))
@@ -228,3 +231,161 @@ def test_what_is_counted_are_the_units_of_the_interval():
         held += e.low <= 0.786 <= e.high  # Spearman's correlation of the centred pairs
     assert 0.935 < held / 600 < 0.99
     assert within_groups([[(0, 0), (1, 1)]] * 2, "pairs").value is None  # no degree of freedom
+
+
+BY_SEEDS = {
+    *("FEW_SEEDS", "FEW_SEEDS_AT_BEST", "FEW_SEEDS_AT_RECIPE", "FEW_SEEDS_OF_BOTH", "FLAGGED"),
+    *("FEW_SEEDS_AS_GOOD", "RECIPE_OUTSIDE", "RECIPE_BY_A_CLIFF", "ONLY_A_BOUND", "ONLY_BOUNDS"),
+    "BY_TASK",
+}
+"""Codes that more seeds open; all others name another remedy."""
+MORE_SEEDS = "about 33 seeds at each optimum (now 3)"
+"""The interval is twice as wide as the margin allows: with 33 seeds it fits in 80% of cases."""
+
+
+def gated(*gates):
+    return judged(Estimate(10.0, 8.0, 12.0), gates=gates, margin=[9.0, 11.0])
+
+
+@pytest.mark.parametrize("code", GateCode, ids=lambda code: code.name)
+def test_every_gate_forbids_a_verdict_and_names_what_opens_it(code):
+    flags = ("flat", "other") if "{1}" in code else ()
+    gate = Gate(code, "7 of 9", "lora r8: ", flags).at("batch 4, ")
+    verdict = gated(gate)
+    assert verdict.outcome == "UNDECIDED" and verdict.why.startswith("batch 4, lora r8: ")
+    assert ("7 of 9" in verdict.why) == ("{0}" in code)
+    assert ("flat, other" in verdict.why) == ("{1}" in code)
+    assert verdict.needed == (MORE_SEEDS if code.name in BY_SEEDS else REMEDIES[code])
+    (written,) = json.loads(json.dumps(verdict.plain()))["gates"]
+    assert written["code"] == code.name and gate_of(written) == gate
+
+
+def test_the_remedy_follows_from_the_flags_and_from_what_more_runs_do_not_open():
+    for flags, first in (
+        (("few_points", "at_edge"), "at_edge"),
+        (("at_edge", "bounded_by_divergence"), "bounded_by_divergence"),
+        (("no_usable_points", "no_variance"), "no_variance"),
+        (("flat",), None),
+    ):
+        verdict = gated(Gate(GateCode.FLAGGED, place="fullft: ", flags=flags))
+        assert verdict.needed == (REMEDIES[first] if first else MORE_SEEDS)
+    edge = Gate(GateCode.FLAGGED, place="fullft: ", flags=("at_edge",))
+    solved, rank = Gate(GateCode.TASK, "nearly solved"), Gate(GateCode.ONE_RANK)
+    verdict = gated(edge, rank, solved)
+    assert verdict.why == "; ".join(g.sentence for g in (edge, rank, solved))
+    assert verdict.needed == remedy([solved]) and verdict.gates == (edge, rank, solved)
+
+
+def test_runs_are_suggested_as_many_as_the_claim_lacks_unless_none_opens_the_gate():
+    rng = np.random.default_rng(0)
+
+    def loss(lr, seed):
+        return 2 + 0.1 * math.log(lr / 8e-4) ** 2 + 1e-3 * rng.standard_normal()
+
+    optima = {"g": fit_all(lr_curves(table(loss, seeds=(0, 1, 2))))}
+
+    def asked(verdict, of_rates=False):
+        return suggest(SimpleNamespace(verdicts=[verdict], members=optima, of_rates=of_rates))
+
+    three = from_sample([0.75, 0.82, 0.9], log=True)
+    verdict = judged(three, log=True, expected=1, margin=[0.95, 1.2])
+    assert verdict.outcome == "UNDECIDED" and 1 <= verdict.missing <= 5
+    for of_rates in (False, True):  # an interval over seeds has no use for more rates
+        wanted = asked(verdict, of_rates)
+        assert len(wanted) == 3 and {len(s.seeds) for s in wanted} == {verdict.missing}
+        assert {s.lr for s in wanted} <= {float(f"{lr:.2e}") for lr in GRID}
+    gates = [Gate(code, "no curve of it; task: words decide nothing") for code in GateCode]
+    hopeless = {"TASK", "BY_TASK", "MISSING", "WITHDRAWN"}
+    assert {g.code.name for g in gates if not asked(gated(g))} == hopeless
+
+
+def test_a_slope_through_bounds_is_the_maximum_of_the_likelihood():
+    x, y = [0, 1, 2, 3, 1, 2], [0.1, 0.9, 2.3, 2.8, 1.2, 1.9]
+    assert censored_slope(x, y, y) == pytest.approx(np.polyfit(x, y, 1)[0])
+    assert math.isnan(censored_slope([0, 0, 1], [1.0, 1.1, 2.0], [1.0, 1.1, math.inf]))
+    # three values are known to be at least 2.2, one at most 0.7
+    x = np.array([0, 1, 2, 3, 0, 1, 2, 3], float)
+    value = np.array([1.0, 1.3, 2.0, 2.2, 0.7, 1.6, 2.2, 2.2])
+    above, below = value == 2.2, value == 0.7
+    low, high = np.where(below, -math.inf, value), np.where(above, math.inf, value)
+
+    def loss(p):
+        at, sd = p[0] + p[1] * x, math.exp(p[2])
+        log = np.where(above, stats.norm.logsf(value, at, sd), stats.norm.logpdf(value, at, sd))
+        return -np.where(below, stats.norm.logcdf(value, at, sd), log).sum()
+
+    best = optimize.minimize(loss, [1, 0.5, -1], method="Nelder-Mead", options={"xatol": 1e-8})
+    assert censored_slope(x, low, high) == pytest.approx(best.x[1], abs=1e-3)
+    # Pseudo-values of slopes over units that share abscissas are the units' slopes.
+    x, rng = np.arange(4.0), np.random.default_rng(0)
+    ys = [x + rng.standard_normal(4) for _ in range(3)]
+
+    def slope(of):
+        return censored_slope(np.tile(x, len(of)), *[np.concatenate(of)] * 2)
+
+    own = pseudo_values(slope(ys), [slope([*ys[:k], *ys[k + 1 :]]) for k in range(3)])
+    assert own == pytest.approx([slope([y]) for y in ys])
+
+
+# BCG vaccine against tuberculosis, 13 trials (Colditz et al. 1994): cases and non-cases, vaccinated
+# and not
+BCG = np.array(
+    [
+        *((4, 119, 11, 128), (6, 300, 29, 274), (3, 228, 11, 209), (62, 13536, 248, 12619)),
+        *((33, 5036, 47, 5761), (180, 1361, 372, 1079), (8, 2537, 10, 619)),
+        *((505, 87886, 499, 87892), (29, 7470, 45, 7232), (17, 1699, 65, 1600)),
+        *((186, 50448, 141, 27197), (5, 2493, 3, 2338), (27, 16886, 29, 17825)),
+    ],
+    float,
+)
+
+
+def test_random_effects_are_those_published_for_the_bcg_trials():
+    a, b, c, d = BCG.T
+    y = np.log(a / (a + b)) - np.log(c / (c + d))
+    e = meta_regression(y, 1 / a - 1 / (a + b) + 1 / c - 1 / (c + d), np.ones((13, 1)))
+    assert e.tau**2 == pytest.approx(0.318, abs=1e-3)  # Paule-Mandel, as in metafor's vignette
+    assert e.term(0).value == pytest.approx(-0.715, abs=1e-3)
+    equal = meta_regression(np.full(3, 0.5), np.array([0.01, 0.04, 0.01]), np.ones((3, 1)))
+    assert equal.tau == 0 and equal.term(0).value == pytest.approx(0.5)
+
+
+SHAPES = {
+    "nothing is learned": lambda u: np.ones_like(u),
+    "a power law to a floor": lambda u: 0.5 + 0.5 * (1 + u) ** -0.5,
+    "a power law without a floor": lambda u: (1 + u) ** -0.1,
+    "learned at once": lambda u: 0.7 + 0.3 * np.exp(-u / 3),
+    "straight over the logarithm": lambda u: 1 - 0.05 * np.log1p(u),
+}
+
+
+def batches(rng, shape, n, noise=0.1):
+    """Nats of n batches under the base model and during training, and their tokens."""
+    tokens = rng.gamma(10, 10, size=n)
+    base = 1.3 * tokens * np.exp(noise * rng.standard_normal(n) - noise**2 / 2)
+    code = base * shape(np.arange(n, dtype=float)) * (1 + noise / 3 * rng.standard_normal(n))
+    return base, code, tokens
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("n", "times"), [(FEWEST, 2), (60, 15)])
+def test_the_range_holds_what_all_rows_cost(name, n, times):
+    rng, held, cases = np.random.default_rng(0), [0, 0], 100
+    for _ in range(cases):
+        base, code, tokens = batches(rng, SHAPES[name], n * times)
+        found = extrapolate(base[:n], code[:n], tokens[:n], tokens[n:].sum())
+        for k, (e, truth) in enumerate(zip(found, (base, code))):
+            held[k] += e.low <= truth.sum() <= e.high
+    assert held[0] >= 0.9 * cases and held[1] >= 0.95 * cases, held
+
+
+def test_what_is_known_has_no_range_and_too_few_batches_say_nothing():
+    base, code, tokens = batches(np.random.default_rng(1), SHAPES["learned at once"], 30)
+    whole = extrapolate(base, code, tokens, 0)  # all was measured
+    for e, nats in zip(whole, (base, code)):
+        assert e.value == e.low == e.high == pytest.approx(nats.sum())
+    tokens = np.full(40, 100.0)
+    flat = extrapolate(2 * tokens, tokens, tokens, 10 * tokens.sum())
+    assert [e.interval for e in flat] == [pytest.approx((v, v)) for v in (88_000, 44_000)]
+    few = extrapolate(*[np.ones(FEWEST - 1)] * 3, 100)
+    assert [e.value for e in few] == [None, None]

@@ -87,11 +87,11 @@ def test_a_best_lr_at_the_edge_of_those_tried_is_gated():
         (gate,) = gates_on_stable([curve([row[:2] for row in losses], X[:4])])
         assert gate.code == GateCode.FEW_SEEDS
     # at the end of those with all seeds it is compared with the next, where two of five seeds ran
-    for beyond, gated in (
-        *(((-0.7, -0.7), True), ((-0.5, -0.5), False), ((NAN, -0.7), False)),
-        *(((NAN, NAN), False), ((None, None), True)),
+    for a, b, gated in (
+        *((-0.7, -0.7, True), (-0.5, -0.5, False), (NAN, -0.7, False)),
+        *((NAN, NAN, False), (None, None, True)),
     ):
-        losses = [[-0.4] * 5, [-0.5] * 5, [-0.6] * 5, [*beyond, None, None, None]]
+        losses = [[-0.4] * 5, [-0.5] * 5, [-0.6] * 5, [a, b, None, None, None]]
         assert bool(gates_on_stable([curve(losses, X[:4])])) == gated
 
 
@@ -141,6 +141,5 @@ def test_the_range_of_good_lrs_ends_between_lrs_or_is_open():
         ([0.50, 0.54, 0.55], 0.75, 2.0, True),
         ([0.0, 0.5, 0.0, 0.0, 0.5], 0.96, 1.04, False),  # one range, around the best LR
     ):
-        assert [*good_range(np.arange(len(reward)) * 1.0, np.array(reward))] == pytest.approx(
-            wanted
-        )
+        found = good_range(np.arange(len(reward)) * 1.0, np.array(reward))
+        assert [*found] == pytest.approx(wanted)

@@ -3,43 +3,30 @@
 import json
 
 import pandas as pd
-import pytest
 
 from analysis.measures.rows import Setting, pick, rows_of
 from analysis.questions.registry import read_question
 from tests import planted
 
 
-@pytest.fixture(scope="module")
-def kept():
-    found = []
+def test_every_kept_verdict_has_one_row_and_says_where_it_was_measured():
+    rows, there = [], []
     for folder in planted.ANSWERS:
         results = json.loads((folder / "results.json").read_text())
         table = pd.read_parquet(folder / "table.parquet")
-        found += [(results, rows_of(results, read_question(folder), table))]
-    return found
-
-
-def test_every_kept_verdict_has_one_row_and_says_where_it_was_measured(kept):
-    rows = [row for _, own in kept for row in own]
-    there = [verdict for results, _ in kept for verdict in results["verdicts"]]
+        rows += rows_of(results, read_question(folder), table)
+        there += results["verdicts"]
     assert [r.verdict.plain() for r in rows if r.verdict] == there
     columns = ("sweep", "scale", "task", "quantity", "arm", "rank", "batch_size", "updates")
     keys = [(*(getattr(r, c) for c in columns), r.alpha, r.claim) for r in rows]
     assert len(set(keys)) == len(keys)
-    regime, beyond = Setting.IN_REGIME, Setting.BEYOND
+    regime, beyond, both = Setting.IN_REGIME, Setting.BEYOND, "tiny128 and tiny64-skills"
     for sweep, claim, *where in (
         ("regime", "low", "tiny128", "rank 16, 256 updates", regime),
         ("rank", "alike", "tiny128", "ranks 1 to 32, to update 256", regime),
         ("large_batches", "at_512", "tiny64", "rank 8, after 12,288 examples", regime),
         ("rl_matrices", "top_rank", "tiny64-skilled", "rank 16, 100 updates", beyond),
-        (
-            "layers",
-            "attention_everywhere",
-            "tiny128 and tiny64-skills",
-            "128 to 256 updates",
-            beyond,
-        ),
+        ("layers", "attention_everywhere", both, "128 to 256 updates", beyond),
     ):
         row = pick(rows, sweep=sweep, claim=claim, scale="tiny")[0]
         assert [row.base, row.at, row.setting] == where

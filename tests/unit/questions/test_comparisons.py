@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from analysis.measures import speed
-from analysis.optimum.valley import linex
+from analysis.optimum.fit import linex
 from analysis.questions import capacity, invariance, lengths
 from analysis.questions.registry import analyse, question_named
 from analysis.runs.table import TableError

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.inference.decide import judge, look_level
+from analysis.inference.decide import LOOK_LEVELS, judge
 from analysis.inference.estimate import N_DRAWS
 from analysis.questions import laws
 from analysis.questions.laws import RATE_LAW, Cell
@@ -63,7 +63,7 @@ def planted_cells(rng, truth=RATE_LAW, noise=0.078, base_sd=0.04, cell_sd=0.05, 
 
 def verdict(cells):
     condition = laws.Cells("all", pd.DataFrame(), [], cells, cells, [])
-    return judge("law", CLAIM, "all", condition.worst, condition.gates(), 0, False, look_level(2))
+    return judge("law", CLAIM, "all", condition.worst, condition.gates(), 0, False, LOOK_LEVELS[2])
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,7 @@ def test_what_a_command_needs_is_named(tmp_path, capsys, monkeypatch, table, opt
     "argv",
     [
         *("fit FILE --write", "fit FILE --scale tiny", "html FILE --ratio", "html FILE --json"),
-        *("study --share", "suggest lr_ratio --map a=lr", "suggest lr_ratio --out x"),
-        *("lr_ratio --higher acc", "lr_ratio --law"),
+        *("study --within 1", "lr_ratio --map a=lr", "lr_ratio --higher acc", "lr_ratio --law"),
     ],
 )
 def test_an_option_of_another_command_is_refused(capsys, argv):

@@ -11,8 +11,7 @@ from analysis.inference.estimate import AT_LEAST, Estimate
 from analysis.optimum.fit import fit_all
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
-from analysis.runs.learning_curves import at_step
-from analysis.runs.lr_curves import lr_curves, title
+from analysis.runs.curves import at_step, lr_curves, title
 
 
 @pytest.fixture

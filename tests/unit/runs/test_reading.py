@@ -7,14 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.optimum.fit import fit_all
-from analysis.optimum.valley import pools
+from analysis.optimum.fit import fit_all, pools
 from analysis.questions.registry import analyse
 from analysis.runs import table as kept
-from analysis.runs.learning_curves import by_run, learning_curves, same_rows
-from analysis.runs.lr_curves import lr_curves, variants
-from analysis.runs.reading import read
+from analysis.runs.curves import by_run, learning_curves, lr_curves, same_rows, variants
 from analysis.runs.table import CURVE_KEYS, NLL, Shown, TableError, as_losses, shown
+from analysis.runs.table import read_any as read
 from analysis.tables import commands
 from lorasweep.methods.registry import METHODS
 from lorasweep.spec.metric import METRICS
@@ -157,7 +155,7 @@ def test_what_is_left_out_or_taken_otherwise_is_noted_with_its_rows(tmp_path, ca
     crashed = table.rename(columns={"status": "State"})  # W&B's name
     crashed.loc[5, "State"] = "crashed"
     for changed, words in (
-        (again, ("rows 9 and 64", "taken as repeats", "repeat another row", "row 65")),
+        (again, ("row 9, 64", "taken as repeats", "repeat another row", "row 65")),
         (broken(2, test_nll="").drop(columns="status"), ("row 3", "column test_nll")),
         (crashed, ("1 run(s)", "row 6")),
     ):
