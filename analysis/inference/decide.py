@@ -159,6 +159,11 @@ class Verdict:
     """Units still needed for a decision; None: unknown, or too many. `plain` leaves it out."""
 
     @property
+    def is_better(self) -> bool:
+        """Whether the claim is refuted by a result better than claimed."""
+        return self.why.endswith(BETTER)
+
+    @property
     def is_withdrawn(self) -> bool:
         """Whether the sweep's file says that the answer does not count."""
         return any(g.code == GateCode.WITHDRAWN for g in self.gates)

@@ -355,7 +355,7 @@ def _counted(
         if v.is_withdrawn:
             return WITHDRAWN
         if not sentence.get("at_most"):
-            return BETTER if v.why.endswith(BETTER) else v.outcome
+            return BETTER if v.is_better else v.outcome
         e, most = v.estimate, v.margin[1]
         if v.gates or e.low is None or e.high is None or AT_LEAST in e.flags:
             return "UNDECIDED"

@@ -196,7 +196,7 @@ def question_of(
             marks = f"{r.asked.get('source') or 'ours'}{', primary' if v.primary else ''}"
             is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
             notes = [
-                v.why if is_open else BETTER if v.why.endswith(BETTER) else "",
+                v.why if is_open else BETTER if v.is_better else "",
                 f"needs {v.needed}" if is_open and v.needed else "",
                 f"{EXPLORATORY}: {v.exploratory}" if v.exploratory else "",
                 r.at,

@@ -10,7 +10,6 @@ from scipy import optimize, stats
 
 from analysis.inference.code_length import FEWEST, extrapolate
 from analysis.inference.decide import (
-    BETTER,
     LOOK_LEVELS,
     REMEDIES,
     Gate,
@@ -68,7 +67,7 @@ def judged(estimate, log=False, seeds=3, gates=(), level=0.95, name="c", **claim
 )
 def test_the_interval_is_compared_with_the_margin(low, value, high, better, outcome, is_better):
     verdict = judged(Estimate(value, low, high), log=True, better=better)
-    assert verdict.outcome == outcome and verdict.why.endswith(BETTER) == is_better
+    assert verdict.outcome == outcome and verdict.is_better == is_better
     assert bool(verdict.needed) == (outcome == "UNDECIDED")
     gate = Gate(GateCode.TASK, "nearly solved")
     gated = judged(Estimate(value, low, high), log=True, gates=[gate])
