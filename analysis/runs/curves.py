@@ -370,18 +370,14 @@ def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return table, ""
 
 
-def gain_in_noise(start: float, lowest: float, noise: float) -> float:
-    """Return the gain in standard deviations of the difference of two runs; `noise`: of one run."""
-    return (start - lowest) / (math.sqrt(2) * noise) if noise > 0 else math.nan
-
-
 def task_problems(start: float, floor: float, lowest: float, noise: float) -> list[str]:
     """List the reasons why the task cannot separate methods; NaN values are not checked.
 
     All values are in nats. `start`: full fine-tuning's loss before training. `lowest`: the lowest
     loss of all curves. `noise`: standard deviation of one run.
     """
-    if (gain := gain_in_noise(start, lowest, noise)) < MIN_GAIN:
+    gain = (start - lowest) / (math.sqrt(2) * noise) if noise > 0 else math.nan
+    if gain < MIN_GAIN:
         return [
             f"the gain is {gain:.3g} standard deviations of the difference between two runs, "
             f"{MIN_GAIN:g} needed"
