@@ -157,7 +157,7 @@ def rows_in(path: Path) -> Iterator[Row]:
                             raise DataError(f"{where}: not a JSON row ({error}).") from None
                         yield f"{path}:{number}", row
             else:
-                content = _csv_rows(lines) if form == "csv" else parsed(lines.read())
+                content: Any = _csv_rows(lines) if form == "csv" else parsed(lines.read())
                 if isinstance(content, dict):
                     found = [value for value in content.values() if isinstance(value, list)]
                     content = found[0] if len(found) == 1 else None
