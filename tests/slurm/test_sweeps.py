@@ -1,7 +1,10 @@
 """Sweeps and fleets on a cluster from end to end; commands that submit: killed, two at once, refused."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -18,6 +21,7 @@ from tests.slurm.conftest import (
     STEPS,
     ask,
     attempts,
+    command,
     curves,
     jobs_of,
     read_json,
@@ -27,7 +31,7 @@ from tests.slurm.conftest import (
     wait_for,
 )
 from tests.slurm.trainers import GO
-from tests.world import ROOT, cli
+from tests.world import ROOT, cli, environment
 
 TWO_STAGES = (*SMOKE, "sweep.replicate.seeds=[1]", "sweep.replicate.n_lrs=2", "exec.threads=1")
 
@@ -172,3 +176,57 @@ def test_what_the_cluster_cannot_do_is_said_and_not_submitted(slurm, tmp_path):
         with pytest.raises(ClusterError, match=re.escape(message)):
             ask(tmp_path, *SMOKE, *FAST, f"cluster.{given}")
     assert slurm.jobs() == {}
+
+
+@pytest.mark.full
+def test_a_command_killed_at_sbatch_is_put_right_by_the_next_and_a_copy_cancels_nothing(
+    queue, tmp_path
+):
+    """Its jobs are found by their names, fail without submitit's pickle, and are submitted again."""
+    two_jobs, fake = (*SMOKE, *FAST, "cluster.runs_per_job=3"), tmp_path / "bin/sbatch"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"; kill -9 $PPID; exit 1\n')
+    fake.chmod(0o755)
+    with queue.closed():
+        path = f"{fake.parent}:{os.environ['PATH']}"
+        process = start(tmp_path, *two_jobs, trainer=STEPS, PATH=path)
+        assert (process.communicate()[0], process.returncode)[1] == -signal.SIGKILL
+        assert re.search("submitted [34] runs|6 runs queued", ask(tmp_path, *two_jobs))
+        jobs = queue.jobs().keys()
+        shutil.copytree(tmp_path / "runs", tmp_path / "copy/runs", symlinks=True)
+        assert "nothing to cancel" in ask(tmp_path / "copy", *two_jobs, "action=cancel")
+        assert queue.jobs().keys() == jobs and len(jobs) == 3  # and the one that follows
+    queue.drain()
+    assert len(results(tmp_path)) == 6 and len(submitted(tmp_path)) == 3
+    assert all(ends == {1: None} for ends in attempts(tmp_path).values())
+
+
+def test_two_users_who_ask_at_once_submit_one_sweep(queue, tmp_path):
+    with queue.closed():  # a job that starts at once would be reported as running, not as queued
+        both = [start(tmp_path, *SMOKE, *FAST, trainer=STEPS) for _ in range(2)]
+        outputs = [process.communicate()[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
+        assert sum("submitted 6 runs" in text for text in outputs) == 1
+        assert all("queued" in text for text in outputs) and len(submitted(tmp_path)) == 1
+    queue.drain()
+    assert len(results(tmp_path)) == 6
+    assert all(ends == {1: None} for ends in attempts(tmp_path).values())
+
+
+@pytest.mark.full
+@pytest.mark.full
+def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
+    """The checkout is broken while the jobs wait."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    for name in ("lorasweep", "analysis", "conf", "sweeps"):  # with what is not committed yet
+        subprocess.run(["cp", "-r", str(ROOT / name), str(clone)], check=True)
+    env = {**environment(tmp_path), "PYTHONPATH": f"{clone}:{ROOT}"}
+    with queue.closed():
+        asked = [sys.executable, *command(*SMOKE, *ALONE, trainer=STEPS)]
+        options = {"capture_output": True, "text": True, "check": True}
+        done = subprocess.run(asked, cwd=clone, env=env, **options)
+        assert re.search(r"code snapshot \w+", done.stderr)
+        (clone / "lorasweep/launch/worker.py").write_text("a syntax error")
+    queue.drain()
+    assert len(results(tmp_path)) == 6
