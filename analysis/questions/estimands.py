@@ -692,11 +692,11 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
         out.append(base.Section.of(t.name, head, rows, text))
     if (pooled := pool_ratios(independent)) is not None:
         ratio, spread = pooled
-        text = (
+        sentence = (
             f"Ratio pooled over {ratio.n} groups (random effects): {base.with_interval(ratio)}. "
             f"Between groups it varies by a factor {number(spread)}."
         )
-        out.append(base.Section("Ratio over all groups", text=[text]))
+        out.append(base.Section("Ratio over all groups", text=[sentence]))
     compared = {
         t.name: {e: [place[id(o)] for o in (*p.of, p.over)] for e, p in t.pairs.items()}
         for t in tasks
