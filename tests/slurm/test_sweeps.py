@@ -201,19 +201,6 @@ def test_a_command_killed_at_sbatch_is_put_right_by_the_next_and_a_copy_cancels_
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
 
 
-def test_two_users_who_ask_at_once_submit_one_sweep(queue, tmp_path):
-    with queue.closed():  # a job that starts at once would be reported as running, not as queued
-        both = [start(tmp_path, *SMOKE, *FAST, trainer=STEPS) for _ in range(2)]
-        outputs = [process.communicate()[0] for process in both]
-        assert [process.returncode for process in both] == [0, 0], outputs
-        assert sum("submitted 6 runs" in text for text in outputs) == 1
-        assert all("queued" in text for text in outputs) and len(submitted(tmp_path)) == 1
-    queue.drain()
-    assert len(results(tmp_path)) == 6
-    assert all(ends == {1: None} for ends in attempts(tmp_path).values())
-
-
-@pytest.mark.full
 @pytest.mark.full
 def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
     """The checkout is broken while the jobs wait."""
