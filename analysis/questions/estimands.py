@@ -672,12 +672,12 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
                 independent.append(ratio_of(p.of, p.over))
         for at, o, name, ratio, lost in rows if of_rates else ():
             rank = None if at is None else base.rank_of(o)
-            row = {"group": t.name, "name": name, "rank": rank, "alpha": o.curve.key.get("alpha")}
-            ratios.append({**row, "ratio": ratio, "regrets": lost, "at": at})
+            of = {"group": t.name, "name": name, "rank": rank, "alpha": o.curve.key.get("alpha")}
+            ratios.append({**of, "ratio": ratio, "regrets": lost, "at": at})
         if is_rewarded(t.optima[0]):
             out.append(_rewarded(t, "rewards.png" if k == 1 else f"rewards_{k}.png"))
             continue
-        rows = []
+        rows, row = [], list[Any]()
         if o := t.whole:
             row = ["full fine-tuning", f"{t.size(o):,}", base.best_lr(o), None, None]
             rows.append([*row, number(o.best_nll, 5), *[None] * 4, gradient_share(t, o)])

@@ -173,20 +173,24 @@ def conditions(table: pd.DataFrame) -> list[Recipes]:
     return [Recipes(f"{table['model'].iloc[0]} on {main}", table, optima + few, optima, few)]
 
 
+def _cost(name: str) -> base.Estimand:
+    """Declare the cost of a recipe."""
+    return base.Estimand(
+        name,
+        lambda c: c.recipes[name].estimate,
+        lambda c: base.gates_on(c.rests),
+        margin_gates=lambda c, high: c.recipes[name].gates(high),
+    )
+
+
 PRETRAINING = "the pretraining task"
 ESTIMANDS = [
-    *(
-        base.Estimand(
-            name,
-            lambda c, name=name: c.recipes[name].estimate,
-            lambda c: base.gates_on(c.rests),
-            margin_gates=lambda c, high, name=name: c.recipes[name].gates(high),
-        )
-        for name in RECIPES
-    ),
+    *map(_cost, RECIPES),
     base.Estimand(
         "small_data_rank",
-        lambda c: rho(*curves_at_best(c.runs, c.few_ends)) if c.few_ends else None,
+        lambda c: (
+            rho((ends := curves_at_best(c.runs, c.few_ends))[0], ends[1]) if c.few_ends else None
+        ),
         lambda c: base.gates_on_speed(c.few_ends),
         absent="two ranks on few rows",
         log=True,
