@@ -16,12 +16,7 @@ def main() -> None:
     Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130 interrupted.
     """
     given = sys.argv[1:]
-    if not given:
-        from lorasweep.cli.actions import MORE, START
-
-        print(f"{START}\n{MORE}\nAll sweeps, actions and settings: python -m lorasweep --help")
-        return
-    if given[0] == "--follow" and len(given) == 2:  # command of a follow-up job
+    if given[:1] == ["--follow"] and len(given) == 2:  # command of a follow-up job
         from lorasweep.follow_up import follow_up
 
         sys.exit(follow_up(given[1]))
@@ -77,9 +72,10 @@ def _compose_and_act(given: list[str]) -> None:
         shown = " ".join(flags) or f"--cfg {named.cfg}"
         _fail(f"{shown} is not supported (several values: +sweep=NAME). See --help, and --cfg job.")
     with composer(*named.config_dir) as compose:
-        if named.help:
+        if named.help or not given:
             groups = sorted({"method", *(p.name for p in conf_dir().iterdir() if p.is_dir())})
-            print(actions.help_page({group: compose.options(group) for group in groups}))
+            page = actions.help_page if named.help else actions.front_page
+            print(page({group: compose.options(group) for group in groups}))
             return
         if named.cfg:
             print(OmegaConf.to_yaml(compose.composed(rest)), end="")

@@ -252,6 +252,13 @@ Your own model and rows
 """
 
 
+def front_page(groups: Mapping[str, Sequence[str]]) -> str:
+    """Return the page that is shown without arguments; `groups`: as of `help_page`."""
+    lists = {"Sweeps": groups["sweep"], "Scales": groups["scale"], "Actions": ACTIONS}
+    filled = [textwrap.fill(f"{k}: {', '.join(v)}", 90) for k, v in lists.items()]
+    return "\n".join([START, *filled, "", MORE, "All settings: python -m lorasweep --help"])
+
+
 def help_page(groups: Mapping[str, Sequence[str]]) -> str:
     """Return the page of --help; `groups`: the options of each group of configuration files."""
     lines = ["Actions (action=NAME)"]
