@@ -45,7 +45,9 @@ def judge(gold: str, answer: str) -> str:
 
 def main(limit_s: float) -> None:
     """Answer until standard input ends. A pair that takes over `limit_s` ends the process."""
-    signal.alarm(START_S)  # without a handler: the kernel ends the process
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])  # a parent may have blocked it
+    signal.alarm(START_S)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries goes to stderr
     logging.disable()  # math-verify warns at every call that no time limit is set

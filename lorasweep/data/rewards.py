@@ -216,7 +216,8 @@ class _Worker:
             if found := process.stdout.readline().strip():
                 return found
             self._process = None
-            if process.wait() == -signal.SIGALRM:
+            self._end()
+            if process.returncode == -signal.SIGALRM:
                 break
         return ""
 
@@ -224,10 +225,18 @@ class _Worker:
         program = str(Path(__file__).with_name("math_worker.py"))
         command, pipe = [sys.executable, "-P", program, str(self._limit_s)], subprocess.PIPE
         how: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, **how, text=True)
-        weakref.finalize(self, self._process.kill)  # at the latest at exit
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != "ready\n":
-            self._process = None
+        process = subprocess.Popen(command, **how, text=True)
+        self._end = weakref.finalize(self, _end, process)  # at the latest at exit
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            self._end()
             raise DataError(f"no process starts that verifies answers: {' '.join(command)}")
-        return self._process
+        self._process = process
+        return process
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a process, and close its pipes: of many that took too long, all files would stay open."""
+    process.kill()
+    with suppress(BrokenPipeError), process:
+        pass

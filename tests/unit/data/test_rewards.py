@@ -146,7 +146,7 @@ def test_a_check_that_hangs_or_crashes_is_ended_and_the_next_one_is_right():
     before = children()
     checks = MathChecks(1, limit_s=5)
     assert checks.check([("2", "2")]) == [1.0]
-    (first,) = children() - before
+    (first,), files = children() - before, len(os.listdir("/proc/self/fd"))
     started = time.monotonic()
     assert checks.check([("7", HANGS), ("4", "4"), ("7", "7"), ("7", HANGS)]) == [None, 1, 1, None]
     assert time.monotonic() - started > 5  # the last one was known
@@ -154,13 +154,15 @@ def test_a_check_that_hangs_or_crashes_is_ended_and_the_next_one_is_right():
     assert second != first
     os.kill(second, 9)
     assert checks.check([("5", "5"), ("7", HANGS)]) == [1.0, None]
+    assert len(os.listdir("/proc/self/fd")) == files  # those of processes that ended are closed
     del checks
     wait_for(lambda: children() == before)
 
 
 def test_processes_end_with_the_one_that_asks_even_while_one_hangs():
-    """Killed, it cannot end them itself: the alarm does."""
+    """Killed, it cannot end them itself: the alarm does, also where a launcher blocks it."""
     code = (
+        "import signal as s\ns.pthread_sigmask(s.SIG_BLOCK, [s.SIGALRM])\n"
         "from lorasweep.data.rewards import MathChecks as M\n"
         "m = M(1, 3.0)\nprint(m.check([('1', '1')]), flush=True)\nm.check([('7', '9^{9^{9^{9}}}')])"
     )
