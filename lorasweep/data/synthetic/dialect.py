@@ -42,7 +42,7 @@ PARAMETERS = {
     "shift_nats": Parameter(0.3, 1e-4),
     "new_exceptions": Parameter(0.3, 0, 1),  # fraction of the exceptions that are replaced
     # seed of the language; another value is another language with its dialect
-    "language": Parameter(0, -math.inf),
+    "language": Parameter(0, -math.inf, whole=True),
 }
 CONTEXT_STEPS = 30
 """Number of symbols after which the context frequencies are stationary, to about 1e-7."""

@@ -56,13 +56,13 @@ FACT = 1 + KEY + VALUE
 FACTS = {
     # number of facts to store; 0: new facts in every row
     "facts": Parameter(512, 0, KEYS**KEY // 2, whole=True),
-    "set": Parameter(0),  # seed of the set of facts
+    "set": Parameter(0, whole=True),  # seed of the set of facts
     # share of training rows with facts that never repeat, to pretrain a base that knows some facts
     "fresh": Parameter(0, 0, 1),
 }
 BANDIT = {
     "contexts": Parameter(64, 1, KEYS**KEY, whole=True),
-    "set": Parameter(0),  # seed of the contexts and their labels
+    "set": Parameter(0, whole=True),  # seed of the contexts and their labels
 }
 
 

@@ -80,9 +80,10 @@ def test_with_draws_by_seed_all_seeds_share_one_fingerprint():
 
 @pytest.mark.parametrize("name", ["dialect_smoke", "facts"])
 def test_wrong_parameters_are_refused(name):
-    given, wrong = {"shift_rank": 2}, "shift_rank=9 shift_rank=1.5 shift=0.5 shift_nats=0"
+    given = {"shift_rank": 2}
+    wrong = "shift_rank=9 shift_rank=1.5 shift=0.5 shift_nats=0 language=1.5"
     if name == "facts":
-        given, wrong = {}, "facts=12 facts=30000 fact=8 fresh=2 max_length=60"
+        given, wrong = {}, "facts=12 facts=30000 fact=8 fresh=2 max_length=60 set=0.5"
     for key, value in (one.split("=") for one in wrong.split()):
         changes = {"generator_params": {**given, key: float(value)}}
         if key == "max_length":
