@@ -1,4 +1,4 @@
-"""Rules of the code: which way rooms depend, which packages they import, docstrings.
+"""Rules of the code: which way rooms depend, which packages they import, docstrings, versions.
 
 A room is a folder of `lorasweep` or `analysis`; `benchmarks` may import both, and only tests import
 it. Every import counts, wherever it stands. So does a module's name that is a string: the argument of
@@ -15,6 +15,10 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 Graph = dict[str, set[str]]
 
@@ -49,7 +53,6 @@ def imported(tree: ast.Module, top_only: bool = False) -> set[str]:
 
 
 def packages(tree: ast.Module, top_only: bool = False) -> set[str]:
-    """Top-level packages that a file imports."""
     return {name.split(".")[0] for name in imported(tree, top_only)}
 
 
@@ -80,6 +83,7 @@ def check_no_circle(graph: Graph, group=lambda module: module) -> None:
 
 
 ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FILES = [
     p for h in ("lorasweep", "analysis", "benchmarks") for p in sorted((ROOT / h).rglob("*.py"))
 ]
@@ -201,6 +205,29 @@ def test_modules_are_described_and_named_by_what_they_hold_and_rooms_re_export_n
 
 def test_the_packages_are_no_longer_than_agreed():
     """Raising the number needs an entry in DECISIONS.md that says what the new lines replaced."""
-    agreed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["lorasweep"]["lines"]
+    agreed = PYPROJECT["tool"]["lorasweep"]["lines"]
     ours = [ROOT / path for module, path in PATHS.items() if house(module) != "benchmarks"]
     assert sum(len(p.read_text().splitlines()) for p in ours) <= agreed
+
+
+def versions(name):
+    """Name -> version of a file of constraints; each line is one and nothing else."""
+    lines = (ROOT / "constraints" / name).read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    found = {canonicalize_name(package): Version(version) for package, version in pairs}
+    assert len(found) == len(pairs) and not any(version.local for version in found.values())
+    return found
+
+
+def test_the_lowest_versions_are_the_lower_bounds_and_the_tested_ones_within_all_ranges():
+    project, tested = PYPROJECT["project"], versions("tested.txt")
+    direct = [Requirement(line) for line in project["dependencies"]]
+    of = [(canonicalize_name(r.name), s) for r in direct for s in r.specifier]
+    bounds = {name: Version(s.version) for name, s in of if s.operator == ">="}
+    assert versions("lowest.txt") == bounds
+    assert bounds.keys() == {canonicalize_name(r.name) for r in direct}
+    extras = [Requirement(r) for lines in project["optional-dependencies"].values() for r in lines]
+    for r in [*direct, *extras]:
+        if r.name != "lorasweep":
+            assert r.specifier.contains(tested[canonicalize_name(r.name)]), r
+    assert "lorasweep" not in tested

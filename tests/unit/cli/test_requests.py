@@ -1,19 +1,32 @@
-"""The command line in this process: refused requests, help, users' own files, actions, advice."""
+"""The command line in this process: refused requests, help, users' own files, advice; packages that are
+missing; keys of `format=json`. After a change of those that is wanted, delete the golden file: a test
+writes it, and fails once."""
 
 import json
 import re
+import sys
 from pkgutil import resolve_name
 from unittest.mock import Mock
 
 import pytest
 
+from analysis.__main__ import main as analysis
+from analysis.report.report import judge_and_report
+from analysis.runs.table import read
+from lorasweep.__main__ import main as lorasweep
 from lorasweep.cli import runs
-from lorasweep.cli.actions import ACTIONS
-from lorasweep.errors import ClusterError
+from lorasweep.cli.actions import ACTIONS, act
+from lorasweep.data import sources
+from lorasweep.errors import ClusterError, SpecError
+from lorasweep.models.describe import describe_model
+from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.store.run_store import RunStore
-from tests.world import ROOT, compose_request, write_splits
+from tests.conftest import FakeTrainer
+from tests.customers import make_base, write_rows
+from tests.planted import Valley
+from tests.world import ROOT, compose_request, write_json, write_splits
 
-FLEET = "action=fleet customers=customers.csv"
+OF_FLEET = "action=fleet customers=customers.csv"
 
 
 def refused(done, *words):
@@ -49,13 +62,13 @@ def refused(done, *words):
         ("action=measure data=no.jsonl", "no file"),
         ("action=measure cluster=slurm", "srun python -m"),
         ("action=measure dataset=facts model=tiny64-facts batch_size=1000", "has 64 rows"),
-        (f"{FLEET} exec.world_size=2", "in one process"),
-        (f"{FLEET} early_stopping=2 objective=policy_gradient", "objective=sft"),
-        (f"{FLEET} rates=many", "rates='many'"),
+        (f"{OF_FLEET} exec.world_size=2", "in one process"),
+        (f"{OF_FLEET} early_stopping=2 objective=policy_gradient", "objective=sft"),
+        (f"{OF_FLEET} rates=many", "rates='many'"),
         ("action=fleet", "customers=FILE"),
-        *((f"{FLEET} rates={rates}", "3 to 9") for rates in (2, 10)),
-        (f"{FLEET} instead_of_full=yes", "Allowed: lora"),
-        (f"{FLEET} method.rank=4", "method.rank has no effect"),
+        *((f"{OF_FLEET} rates={rates}", "3 to 9") for rates in (2, 10)),
+        (f"{OF_FLEET} instead_of_full=yes", "Allowed: lora"),
+        (f"{OF_FLEET} method.rank=4", "method.rank has no effect"),
         ("+sweep=lr_ratio sweep.axes.batch_size=[4]", "To add it: +sweep.axes.batch_size=[4]"),
         ("+sweep=lr_ratio sweep.arms.lra.rank=[4]", "Did you mean 'sweep.arms.lora'"),
         ("+sweep=lr_ratio sweep.arms.lora.rank=[64]", "and 2 other runs: method.rank=64"),
@@ -109,9 +122,7 @@ def test_every_action_has_a_function_and_stands_in_the_help(command, tmp_path):
 
 def own(folder, name, text):
     """Write a user's configuration file; return the options that include it."""
-    path = folder / "mine" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_json(folder / "mine" / name, [text])
     return "--config-dir", folder / "mine"
 
 
@@ -175,10 +186,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(command, tm
 
 
 def test_quotes_of_a_name_and_a_folder_are_no_part_of_it(command, tmp_path):
-    folder = tmp_path / "it's" / "sweep"
-    folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text((ROOT / "sweeps/layers.yaml").read_text())
-    two = ["--config-dir", str(folder.parent), "--config-dir", str(tmp_path)]  # both are read
+    mine = own(tmp_path / "it's", "sweep/mine.yaml", (ROOT / "sweeps/layers.yaml").read_text())
+    two = (*mine, "--config-dir", str(tmp_path))  # both are read
     assert command(*two, "+sweep=mine", "scale=smoke", "action=plan").returncode == 0
     done = command(*two, "+sweep='lr_ratio'", "scale=smoke", "action=status")
     assert done.returncode == 0 and done.stdout.startswith("lr_ratio at scale smoke")
@@ -214,3 +223,124 @@ def test_a_table_is_answered_in_text_with_a_page_and_as_a_list(command, tmp_path
     done = command("action=plan", f"customers={table}", "format=json")
     (only,) = json.loads(done.stdout)
     assert done.returncode == 1 and only["name"] == "bad" and "row 2" in only["error"]
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make packages look as if they were not installed."""
+
+    def block(*packages):
+        for name in [m for m in sys.modules if m.split(".")[0] in packages]:
+            monkeypatch.delitem(sys.modules, name)
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+
+    return block
+
+
+HUB = DatasetSpec(name="rows", source="hub", location="org/rows", format="text")
+NEEDED = {
+    "wandb": ("mirror=wandb", lambda: act(compose_request(["scale=smoke", "mirror=wandb"]))),
+    "submitit": ("cluster=slurm", lambda: act(compose_request(["scale=smoke", "cluster=slurm"]))),
+    "gguf": ("some.gguf", lambda: describe_model("some.gguf")),
+    "datasets": ("rows", lambda: sources.of_hub(HUB, False)),
+}
+
+
+@pytest.mark.parametrize("package", NEEDED)
+def test_what_needs_a_package_is_refused_before_it_trains(without, tmp_path, monkeypatch, package):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    without(package)
+    what, ask = NEEDED[package]
+    with pytest.raises(SpecError, match=f"(?s){what}.*pip install {package} .*make wheelhouse"):
+        ask()
+    assert not list(tmp_path.glob("runs/*/spec.json"))
+
+
+def test_a_python_without_the_environment_is_named(without, monkeypatch, capsys):
+    without("hydra", "pandas")
+    monkeypatch.setattr(sys, "argv", ["lorasweep", "+sweep=lr_ratio"])
+    with pytest.raises(SystemExit) as end:
+        lorasweep()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and sys.executable in said and "activate" in said
+    assert analysis(["lr_ratio"]) == 2 and sys.executable in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("absent", [(), ("matplotlib",), ("plotly", "jinja2")])
+def test_a_report_without_a_package_is_the_same_answer_without_pages(without, tmp_path, absent):
+    """The pages of an earlier report are gone, so that none is older than the answer beside it."""
+    folder, pages = ROOT / "analysis/results/lr_ratio-tiny", {"report.md", "report.html"}
+    asked = json.loads((folder / "question.json").read_text())
+    for old in (*pages, "own.png"):
+        (tmp_path / old).write_text("old")
+    without(*absent)
+    text = judge_and_report(read(folder / "table.parquet"), asked, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["verdicts"]
+    there = {p.name for p in tmp_path.iterdir()}
+    assert "expected" in text and (tmp_path / "own.png").read_text() == "old"
+    assert ("left out: " in text) == bool(absent) == (not pages & there)
+    assert all(package in text for package in absent) and ("lr_nll.png" in there) == (not absent)
+
+
+FILE = ROOT / "tests/golden/json_keys.json"
+SWEEP = ("+sweep=lr_ratio", "scale=smoke")
+VALLEY = Valley(10, noise=0.05)
+RATES = ("sweep.replicate.seeds=[1,2]", *VALLEY.rates("6e-4,1.2e-3,2.4e-3"))
+STUDY = ("+sweep=study", "scale=smoke", "sweep.parts=[lr_ratio,rank]")
+ROWS = "name,model,task,examples,data\nann,./base/config.json,sft,,ann.jsonl\n"
+FLEET = ("customers=fleet.csv", "rates=advised", "precision=fp32", "exec.workers=1")
+
+CASES = {  # in this order: later cases read what earlier ones leave
+    "run alone": ("scale=smoke", "method=lora", "lr=5e-3"),
+    "plan alone": ("scale=smoke", "action=plan"),
+    "verify": ("scale=smoke", "method=lora", "lr=5e-3", "action=verify", "sample=1"),
+    "layers": ("scale=smoke", "action=layers"),
+    "plan": (*SWEEP, "action=plan"),
+    "plan gpus": (*SWEEP, "action=plan", "hardware=h100"),
+    "plan study": (*STUDY, "action=plan"),
+    "plan slurm": (*SWEEP, "action=plan", "hardware=h100", "cluster=slurm"),
+    "plan search": ("+sweep=tune", "scale=smoke", "model=./base", "dataset=ann.jsonl", "action=plan"),
+    "status": (*SWEEP, *RATES, "action=status"),
+    "extend": (*SWEEP, *RATES, "action=extend"),
+    "export": (*SWEEP, *RATES, "action=export", "table=runs.csv"),
+    "cancel": (*SWEEP, "action=cancel"),
+    "status study": (*STUDY, "action=status"),
+    "advise": ("action=advise", "customers=advised.csv"),
+    "advise why": ("action=advise", "customers=advised.csv", "why=ann"),
+    "fleet plan": (*FLEET, "action=plan"),
+    "fleet": (*FLEET, "action=fleet"),
+    "fleet status": (*FLEET, "action=status"),
+    "verify_served": (*FLEET, "action=verify_served"),
+    "measure": ("action=measure", "data=ann.jsonl", "model=./base", "rates=1", "batch_size=4", "steps=5"),
+}  # fmt: skip
+
+
+def keys(value, path=""):
+    """Return the paths of all values, as text; the entries of a list have one path."""
+    if isinstance(value, dict) and value:
+        return set().union(*(keys(v, f"{path}.{k}" if path else k) for k, v in value.items()))
+    if isinstance(value, list):
+        return set().union({f"{path}[]"}, *(keys(v, f"{path}[]") for v in value))
+    return {path}
+
+
+@pytest.mark.slow
+def test_the_keys_of_json_are_kept(command, compose, capsys, tmp_path):
+    make_base(tmp_path / "base")
+    write_rows(tmp_path / "ann.jsonl", 40, "ann {k}")
+    (tmp_path / "advised.csv").write_text(f"{ROWS}big,llama-3.1-8b,rl,900,\nbad,gpt-9,sft,10,\n")
+    (tmp_path / "fleet.csv").write_text(ROWS)
+    now = {}
+    asked = compose(*SWEEP, *RATES, "format=json")  # planted, so that the answer has all its parts
+    assert act(asked, FakeTrainer(VALLEY.nll)) == 0
+    now["run"] = sorted(keys(json.loads(capsys.readouterr().out)))
+    for name, arguments in CASES.items():
+        done = command(*arguments, "format=json")
+        assert done.returncode == (name == "advise"), (name, done.stderr)  # a wrong row
+        now[name] = sorted(keys(json.loads(done.stdout)))
+    if not FILE.exists():
+        FILE.write_text(json.dumps(now, indent=1) + "\n")
+        pytest.fail(f"{FILE} is written anew: commit it")
+    assert now == json.loads(FILE.read_text())

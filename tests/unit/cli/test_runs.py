@@ -29,9 +29,8 @@ def numbers_only(monkeypatch):
 
 
 @pytest.mark.slow  # fits hundreds of curves
-@pytest.mark.usefixtures("numbers_only")
-def test_fresh_seeds_are_trained_and_failed_runs_wait_for_retry(compose, capsys, fake_trainer):
-    trainer = fake_trainer(Valley(3).nll)
+def test_fresh_seeds_are_trained_and_failed_runs_wait_for_retry(compose, capsys, numbers_only):
+    trainer = FakeTrainer(Valley(3).nll)
     act(compose(*SMOKE, "sweep.replicate.seeds=[5,6]", FIVE), trainer)
     assert len(trainer.trained) == 5 + 3 + 2 * 3 * 2  # at the three best rates of each arm
     trainer.fail = lambda s: s.method.name == "lora" and s.lr == 5e-3
@@ -48,13 +47,12 @@ def test_fresh_seeds_are_trained_and_failed_runs_wait_for_retry(compose, capsys,
 
 @pytest.mark.full
 @pytest.mark.slow
-@pytest.mark.usefixtures("numbers_only")
-def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, fake_trainer):
+def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, numbers_only):
     """An open claim, its suggested runs as round 2, and no fourth look."""
     valley = Valley(10, noise=0.05)
     grid = ("sweep.arms.lora.rank=[4,8]", "sweep.replicate.seeds=[1,2,3]", "sweep.rounds=3")
     base = [*SMOKE, "format=json", *grid, *valley.rates()]
-    trainer = fake_trainer(valley.nll)
+    trainer = FakeTrainer(valley.nll)
     run, extend = compose(*base), compose(*base, "action=extend")
     assert act(run, trainer) == 0
     first = json.loads(capsys.readouterr().out)
@@ -81,38 +79,34 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
         act(extend, trainer)
 
 
-REWARD = {"name": "reward", "higher_is_better": True, "label": "reward"}
-
-
-def trained(compose, fake_trainer, nll, reward, *overrides):
+def trained(compose, nll, reward, *overrides):
     """A sweep whose runs are finished, with rewards beside their NLLs; and its store."""
     request = compose(*SMOKE, *overrides)
     store = RunStore(request.exec.runs_dir)
-    trainer = fake_trainer(nll, more=lambda s: {"metric": REWARD, "reward": reward(s)})
+    metric = {"name": "reward", "higher_is_better": True, "label": "reward"}
+    trainer = FakeTrainer(nll, more=lambda s: {"metric": metric, "reward": reward(s)})
     local.run_points(request.points, store, request.exec, lambda event: None, trainer)
     return request, store
 
 
-def test_the_highest_reward_is_the_best_and_its_noise_is_the_metrics(compose, fake_trainer):
+def test_the_highest_reward_is_the_best_and_its_noise_is_the_metrics(compose):
     """The NLLs of these runs would choose the other end of the rates."""
     how = (lambda s: 1 + s.lr, lambda s: 100 * s.lr, "sweep.replicate.seeds=[7]", FIVE)
-    request, store = trained(compose, fake_trainer, *how)
-    fresh = {
-        p.spec.lr for p in all_points(request, store) if p.spec.seed == 7 and p.arm == "fullft"
-    }
-    assert fresh == {1.2e-3, 2.4e-3, 4.8e-3}
+    request, store = trained(compose, *how)
+    full = [p.spec for p in all_points(request, store) if p.arm == "fullft"]
+    assert {s.lr for s in full if s.seed == 7} == {1.2e-3, 2.4e-3, 4.8e-3}
     now = status(request, store)
     best = {a["arm"]: a["best"] for a in now.value["arms"]}["fullft"]
     assert best["reward"] == 100 * 4.8e-3 and "test_nll" not in best
     assert "0.4800" in now.as_text()
     seeds = ("sweep.axes.seed=[0,1]", "sweep.arms.fullft.lr=[1e-3]", "~sweep.arms.lora")
-    request, store = trained(compose, fake_trainer, lambda s: 1.0, lambda s: 2.0 * s.seed, *seeds)
+    request, store = trained(compose, lambda s: 1.0, lambda s: 2.0 * s.seed, *seeds)
     assert noise_floor(request.points, store) == 2**0.5
 
 
-def test_a_run_is_not_trained_again_on_other_data(compose, fake_trainer):
-    request, store = trained(compose, fake_trainer, lambda s: 2.0, lambda s: 1.0)
-    other = fake_trainer(lambda s: 2.0, more=lambda s: {"data_sha256": "other"})
+def test_a_run_is_not_trained_again_on_other_data(compose):
+    request, store = trained(compose, lambda s: 2.0, lambda s: 1.0)
+    other = FakeTrainer(lambda s: 2.0, more=lambda s: {"data_sha256": "other"})
     with pytest.raises(TrainingError, match=r"other data \(fingerprint planted\).*\(other\)"):
         train_again(request.points[0].spec, store, request.exec, other)
 
@@ -120,20 +114,12 @@ def test_a_run_is_not_trained_again_on_other_data(compose, fake_trainer):
 TUNE = ("+sweep=tune", "scale=smoke", "steps=64")
 
 
-class Slow(Valley):
-    """A short run's loss is half way to that of the full run."""
-
-    def nll(self, spec):
-        return super().nll(spec) + (0.5 if spec.steps < 64 else 0.0)
-
-
 @pytest.fixture
-def tune(compose, capsys, fake_trainer):
-    """Run the search; returns its answer, its runs and the trainer."""
+def tune(compose, capsys):
 
     def run(world, *arguments, trainer=None):
         request = compose(*TUNE, *arguments)
-        trainer = trainer or fake_trainer(world.nll)
+        trainer = trainer or FakeTrainer(world.nll)
         capsys.readouterr()
         assert act(request, trainer) == 0
         store = RunStore(request.exec.runs_dir)
@@ -145,6 +131,10 @@ def tune(compose, capsys, fake_trainer):
 
 @pytest.mark.slow
 def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(tune, compose):
+    class Slow(Valley):  # a short run's loss is half way to that of the full run
+        def nll(self, spec):
+            return super().nll(spec) + (0.5 if spec.steps < 64 else 0.0)
+
     world, request = Slow(10, noise=2e-4), compose(*TUNE)
     text, _, points, _ = tune(world)
     _, base, full, lora, gap, use, left = text.splitlines()
@@ -201,16 +191,11 @@ class Hurt(Valley):
         return 3.0 + self.by[spec.steps < 64] * (spec.lr + abs(math.log(spec.lr / 1e-3)) / 1e6)
 
 
-@pytest.mark.parametrize(
-    "world, budget, arms",
-    [
-        (Hurt(), "60runs", "[]"),
-        (Hurt(short=-1.0), "9runs", "[]"),  # the full runs overfit
-        (Hurt(math.nan, math.nan), "60runs", "[]"),
-    ],
+@pytest.mark.parametrize(  # with -1.0 the full runs overfit
+    "world, budget", [(Hurt(), 60), (Hurt(short=-1.0), 9), (Hurt(math.nan, math.nan), 60)]
 )
-def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budget, arms):
-    arguments = (f"budget={budget}", f"arms={arms}", f"out={tmp_path}/best")
+def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budget):
+    arguments = (f"budget={budget}runs", "arms=[]", f"out={tmp_path}/best")
     text = tune(world, *arguments)[0]
     assert "no learning rate trains" in text and "use: the base as it is" in text
     found = json.loads(tune(world, *arguments, "format=json")[0])["answer"]
@@ -242,19 +227,12 @@ def test_a_rewarded_search_is_answered_in_rewards_and_a_plan_says_what_one_takes
         ((*TUNE, "action=extend"), "a search adds runs itself"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_refused(compose, fake_trainer, tmp_path, monkeypatch, asked, says):
+def test_wrong_settings_are_refused(compose, tmp_path, monkeypatch, asked, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/own.txt").touch()
     with pytest.raises(SpecError, match=says):
-        act(compose(*asked), fake_trainer(Valley(10).nll))
-
-
-def arm(rank, loss):
-    rate = {"value": 1e-3, "low": 9e-4, "high": 1.1e-3}
-    named = {"method": "lora" if rank else "fullft", "rank": rank, "best_tried": 1e-3, "flags": []}
-    found = {"best_lr": rate, "loss": loss, "gap_percent": None, "regret_percent": 0.5}
-    return {**named, **found, "known": True}
+        act(compose(*asked), FakeTrainer(Valley(10).nll))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +251,12 @@ def arm(rank, loss):
 )
 def test_what_is_used_is_what_was_measured(compose, losses, outcome, lowest, method, open_, why):
     verdicts = [{"outcome": outcome, "needed": "4 seeds", "why": ""}] if outcome else []
-    results = {"arms": [arm(*a) for a in losses.items()], "best_rank": 8 if losses else None}
+    rate = {"value": 1e-3, "low": 9e-4, "high": 1.1e-3}
+    known = {"best_tried": 1e-3, "flags": [], "best_lr": rate, "known": True}
+    known |= {"gap_percent": None, "regret_percent": 0.5}
+    methods = {None: "fullft", 8: "lora"}
+    arms = [{**known, "method": methods[r], "rank": r, "loss": x} for r, x in losses.items()]
+    results = {"arms": arms, "best_rank": 8 if losses else None}
     results |= {"start": 2.0, "allowed": 0.05, "verdicts": verdicts, "chosen_on": "validation"}
     found = runs.conclude(compose(*TUNE), results, lowest)
     assert (found["method"], found["lr"] is None) == (method, method is None)

@@ -20,8 +20,8 @@ from tests.world import write_json
 RUN = ("method.rank=1", "steps=2", "batch_size=2")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+@pytest.fixture
+def here(tmp_path_factory, monkeypatch):
     """A folder with a model and rows, beside which commands are given."""
     folder = tmp_path_factory.mktemp("mine")
     make_base(folder / "support-model")
@@ -29,13 +29,8 @@ def made(tmp_path_factory):
     same = {"prompt": "So?", "completion": "Yes"}
     rows = [{"frage": f"So? {k}", "antwort": f"Yes {k}", **same} for k in range(60)]
     write_json(folder / "deutsch.jsonl", rows)
+    monkeypatch.chdir(folder)
     return folder
-
-
-@pytest.fixture
-def here(made, monkeypatch):
-    monkeypatch.chdir(made)
-    return made
 
 
 def test_a_folder_and_a_file_are_a_model_and_a_data_set(compose, here):
@@ -86,24 +81,19 @@ def test_a_search_takes_what_the_command_line_says(compose, here):
 def test_a_search_takes_the_chat_template_of_the_base(compose, here):
     chats = make_base(here / "chat-model")
     (chats / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    asked = ("+sweep=tune", "dataset=rows.jsonl")
-    forms = [
-        {(d.render, d.template, d.bos) for d in (p.spec.dataset for p in compose(*given).points)}
-        for given in (
-            (*asked, "model=./chat-model"),
-            (*asked, "model=./support-model"),
-            (*asked, "model=./chat-model", "dataset.render=role_eos"),
-        )
-    ]
-    plain = {("role_eos", "{prompt}\n", True)}
-    assert forms == [{("chat_template", "{prompt}", False)}, plain, plain]
+    plain, chat = ("role_eos", "{prompt}\n", True), ("chat_template", "{prompt}", False)
+    for form, *given in (
+        (chat, "model=./chat-model"),
+        (plain, "model=./support-model"),
+        (plain, "model=./chat-model", "dataset.render=role_eos"),
+    ):
+        data = [p.spec.dataset for p in compose("+sweep=tune", "dataset=rows.jsonl", *given).points]
+        assert {(d.render, d.template, d.bos) for d in data} == {form}
 
 
 def test_the_counts_are_those_of_training(compose, here):
-    rows = [
-        {"prompt": f"So? {k}" + " late" * 90 * (k % 4 == 0), "completion": "Y"} for k in range(80)
-    ]
-    write_json(here / "long.jsonl", rows)
+    asked = [f"So? {k}" + " late" * 90 * (k % 4 == 0) for k in range(80)]
+    write_json(here / "long.jsonl", [{"prompt": prompt, "completion": "Y"} for prompt in asked])
     given = ("model=./support-model", "dataset=long.jsonl", *RUN)
     for sweep in ((), ("+sweep=tune",)):
         asked = compose(*given[:2], *sweep, "dataset.max_length=48")
@@ -133,10 +123,8 @@ def test_configuration_files_win(compose, here, tmp_path):
     make_base(here / "tiny64")
     assert not compose("model=tiny64").described
     assert compose("model=./tiny64", "dataset=rows.jsonl").points[0].spec.model.location == "tiny64"
-    (tmp_path / "dataset").mkdir()
-    (tmp_path / "dataset/rows.jsonl.yaml").write_text(
-        "name: rows.jsonl\nsource: synthetic\nlocation: skills\n"
-    )
+    own = "name: rows.jsonl\nsource: synthetic\nlocation: skills"
+    write_json(tmp_path / "dataset/rows.jsonl.yaml", [own])
     found = compose_request(["dataset=rows.jsonl"], str(tmp_path))
     assert found.points[0].spec.dataset.location == "skills" and not found.described
 

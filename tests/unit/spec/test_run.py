@@ -8,6 +8,7 @@ import pickle
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,13 +38,11 @@ def test_golden_ids():
 
 
 def test_kept_results_have_the_ids_of_their_specs():
-    pd = pytest.importorskip("pandas")
     tables = list((ROOT / "analysis" / "results").glob("*/table.parquet"))
     assert tables
     for path in tables:
-        table = pd.read_parquet(path)
-        for rid, text in zip(table["run_id"], table["spec"]):
-            assert spec_from(json.loads(text)).id == rid, path
+        for row in pd.read_parquet(path).itertuples():
+            assert spec_from(json.loads(row.spec)).id == row.run_id, path
 
 
 def test_key_order_and_types_of_numbers_keep_the_id_and_other_values_do_not():
@@ -115,8 +114,7 @@ def test_stored_keys_are_those_of_the_configuration():
     ("change", "word"),
     [
         *(({"lr": lr}, "lr") for lr in (0.0, -1e-3, 1e6, float("nan"), float("inf"))),
-        *(({name: 0}, name) for name in ("steps", "batch_size")),
-        ({"seed": -1}, "seed"),
+        *(({name: value}, name) for name, value in (("steps", 0), ("batch_size", 0), ("seed", -1))),
         ({"precision": "fp8"}, "fp32"),
         ({"clip_norm": -1.0}, "clip_norm"),
         ({"steps": 1.5}, r"steps=1\.5: expected a whole number"),
@@ -126,8 +124,7 @@ def test_stored_keys_are_those_of_the_configuration():
         ({"group_size": 8}, "group_size=8: .* objective=sft"),
         ({"test_rows": False}, "test_rows"),
         ({"early_stopping": 2}, "early_stopping=2: .* validation rows"),
-        ({"method": {"rank": 0}}, "rank"),
-        ({"method": {"rank": 65}}, "rank"),
+        *(({"method": {"rank": rank}}, "rank") for rank in (0, 65)),
         ({"method": {"alpha": 0}}, "alpha"),
         ({"method": {"scaling_by": "root"}}, r"method\.scaling_by"),
         ({"method": {"random_factor": "c"}}, r"method\.start"),
@@ -149,9 +146,8 @@ def test_stored_keys_are_those_of_the_configuration():
         ({"model": {"source": "hub", "recipe": None}}, "location"),
         ({"dataset": {"held_out_by": "row"}}, "held_out_by='row': .* source=synthetic"),
         ({"dataset": {"exact_loss": True, "location": "skills"}}, "exact_loss"),
-        ({"dataset": {"source": "csv", "holdout": 9}}, "holdout=9"),
         ({"dataset": {"render": "role_colon"}}, "render"),
-        ({"dataset": {"source": "csv", "n_retain": 9}}, "n_retain=9"),
+        *(({"dataset": {"source": "csv", k: 9}}, f"{k}=9") for k in ("holdout", "n_retain")),
         ({"dataset": {"source": "csv", "test_revision": "x"}}, "test_revision='x'"),
     ],
 )
@@ -175,51 +171,40 @@ def test_axes_are_looked_up_in_method_then_spec():
         assert not {f.name for f in dataclasses.fields(cls)} & of_spec
 
 
-PARAMETERS = {
-    "llama-3.2-1b": 1_235_814_400,
-    "llama-3.2-3b": 3_212_749_824,
-    **dict.fromkeys(("llama-3.1-8b", "llama-3.1-8b-instruct"), 8_030_261_248),
-    **dict.fromkeys(("llama-3.1-70b", "llama-3.3-70b-instruct"), 70_553_706_496),
-    "qwen3-4b-instruct-2507": 4_022_468_096,
-    **dict.fromkeys(("qwen3-8b", "qwen3-8b-base"), 8_190_735_360),
-    "qwen3-32b": 32_762_123_264,
-    **{f"qwen3-30b-a3b{kind}": 30_532_122_624 for kind in ("", "-base", "-instruct-2507")},
-    "qwen3-235b-a22b-instruct-2507": 235_093_634_560,
+MODELS = {
+    "llama-3.2-1b": (1_235_814_400, (491_520, 212_992, 130_304)),
+    "llama-3.2-3b": (3_212_749_824, (946_176, 573_440, 131_328)),
+    "llama-3.1-8b": (8_030_261_248, (1_769_472, 851_968, 132_352)),
+    "llama-3.1-8b-instruct": (8_030_261_248, ()),
+    "llama-3.1-70b": (70_553_706_496, (8_847_360, 4_096_000, 136_448)),
+    "llama-3.3-70b-instruct": (70_553_706_496, ()),
+    "qwen3-4b-instruct-2507": (4_022_468_096, (1_327_104, 737_280, 154_496)),
+    "qwen3-8b": (8_190_735_360, (1_769_472, 958_464, 156_032)),
+    "qwen3-8b-base": (8_190_735_360, ()),
+    "qwen3-32b": (32_762_123_264, ()),
+    "qwen3-30b-a3b": (30_532_122_624, (6_488_064, 835_584, 153_984)),
+    **{f"qwen3-30b-a3b-{kind}": (30_532_122_624, ()) for kind in ("base", "instruct-2507")},
+    "qwen3-235b-a22b-instruct-2507": (235_093_634_560, ()),
 }
-"""The fourteen models of the study's fit of learning rates, with the sizes that the hub shows."""
-
-PER_RANK = {
-    "llama-3.2-1b": (491_520, 212_992, 130_304),
-    "llama-3.2-3b": (946_176, 573_440, 131_328),
-    "llama-3.1-8b": (1_769_472, 851_968, 132_352),
-    "llama-3.1-70b": (8_847_360, 4_096_000, 136_448),
-    "qwen3-4b-instruct-2507": (1_327_104, 737_280, 154_496),
-    "qwen3-8b": (1_769_472, 958_464, 156_032),
-    "qwen3-30b-a3b": (6_488_064, 835_584, 153_984),
-}
-"""Trained parameters a unit of rank for mlp, attention and unembedding: the table of the study's
-team, but for the experts of the last, which it counts with shared factors. Theirs is the study's
-text: an adapter an expert, of rank / 8."""
+"""The fourteen models of the study's fit of learning rates, with the sizes that the hub shows, and the
+trained parameters a unit of rank for mlp, attention and unembedding: the table of the study's team,
+but for the experts, which it counts with shared factors. Theirs is its text: adapters of rank / 8."""
 
 
 def model_of(name):
     return compose_request([f"model={name}", "dataset=gsm8k_hub"]).points[0].spec.model
 
 
-@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
-def test_a_model_has_its_published_size_and_is_pinned(name, count):
-    model = model_of(name)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_has_its_published_size_is_pinned_and_lora_trains_the_published_number(name):
+    model, rank, (count, per_rank) = model_of(name), 8, MODELS[name]
     assert model.n_params == count
     assert model.location.split("/")[1].lower() == model.name == name
     assert not is_unpinned(model) and model.problem is None
-
-
-@pytest.mark.parametrize(("name", "counts"), PER_RANK.items())
-def test_lora_trains_the_published_number_of_parameters(name, counts):
-    model, rank = model_of(name), 8
-    sets = ("mlp", "attention", "unembedding")
-    assert [LoRA(rank=rank, layers=s).n_trainable(model) / rank for s in sets] == list(counts)
-    assert LoRA(rank=rank).n_trainable(model) == rank * sum(counts)
+    if per_rank:
+        sets = ("mlp", "attention", "unembedding")
+        assert [LoRA(rank=rank, layers=s).n_trainable(model) / rank for s in sets] == [*per_rank]
+        assert LoRA(rank=rank).n_trainable(model) == rank * sum(per_rank)
 
 
 def test_tokens_pass_through_the_active_experts_only():
@@ -246,11 +231,14 @@ class Settings:
     other: Any = None
 
 
-def test_values_are_converted_in_place():
+def test_values_are_converted_in_place_and_all_problems_are_yielded():
     values = {"name": "a", "rank": 8.0, "beta": None, "flags": (1.0,), "named": {1: 2}, "other": {}}
     assert list(problems_of(Settings, values)) == []
     assert repr(values["rank"]) == "8" and values["flags"] == [1] and values["named"] == {"1": 2.0}
     assert list(misfits(Settings("a"))) == []
+    # all problems are yielded
+    assert len(list(problems_of(Settings, {"rank": 0, "beta": "x", "odd": 1}))) == 4
+    assert len(list(misfits(Settings("a", rank=0, kind="fll")))) == 2
 
 
 @pytest.mark.parametrize(
@@ -271,8 +259,3 @@ def test_a_wrong_value_is_named_with_what_is_expected(values, said):
     given = {"name": "a"} if values else {}
     (problem,) = problems_of(Settings, given | values, "column ")
     assert said in problem
-
-
-def test_all_problems_are_yielded():
-    assert len(list(problems_of(Settings, {"rank": 0, "beta": "x", "odd": 1}))) == 4
-    assert len(list(misfits(Settings("a", rank=0, kind="fll")))) == 2
