@@ -135,7 +135,8 @@ def within_limit(request: Request) -> Request:
     kept = Planner(hardware_of(request), request.exec).without_too_large(request.points)
     if gone := len(request.points) - len(kept):
         where = f"{request.title}: " * (request.sweep_name is not None)
-        notifier(request)(f"{where}{gone} runs need more than exec.max_gpus={most} GPUs: left out")
+        warn = notifier(request, always=True)
+        warn(f"{where}{gone} runs need more than exec.max_gpus={most} GPUs: left out")
     return dataclasses.replace(request, points=kept)
 
 

@@ -277,13 +277,13 @@ class Composer:
 
     # ------------------------------------------------------------ the request
 
-    def __call__(self, typed: Sequence[str]) -> Request:
-        """Return the request of a command line.
+    def __call__(self, typed: Sequence[str], whole: str = "") -> Request:
+        """Return the request of a command line; `whole`: the sweep whose part it is.
 
         Raises:
             SpecError: the configuration or a run of the sweep is not valid.
         """
-        request = self._request(typed)
+        request = self._request(typed, whole)
         for own in self._own_of(request.points):
             key = "models_dir" if isinstance(own.spec, ModelSpec) else "data_dir"
             dirs = dict.fromkeys([*getattr(request.exec, key), *filter(None, [own.folder])])
@@ -292,7 +292,7 @@ class Composer:
             request.described.append(own.spec.name)
         return request
 
-    def _request(self, typed: Sequence[str]) -> Request:
+    def _request(self, typed: Sequence[str], whole: str) -> Request:
         config = _plain(self.composed(typed))
         for key, default in SCHEMA.items():
             if isinstance(default, dict) and not isinstance(config[key], dict):
@@ -342,10 +342,14 @@ class Composer:
             return request
         request.sweep = sweep = _sweep(sweep_name, config, self.options("model"))
         if sweep.parts:
+            if whole:
+                raise SpecError(f"sweep {sweep_name!r} has parts: it can be no part of {whole!r}.")
             rest = [o for o in typed if not o.startswith(("+sweep=", "sweep.parts="))]
             for name in sweep.parts:
                 with suppress(NotAtScale):
-                    request.parts.append(self([*rest, f"+sweep={name}"]))
+                    request.parts.append(self([*rest, f"+sweep={name}"], sweep_name))
+            if not request.parts:
+                raise NotAtScale(f"no part of sweep {sweep_name!r} has scale {request.scale!r}.")
             if any(p.changed for p in request.parts) or "sweep.parts" in given:
                 titles = "\n".join(p.title for p in request.parts)
                 request.changed = hashlib.sha256(titles.encode()).hexdigest()[:HASH_DIGITS]

@@ -315,7 +315,7 @@ class Planner:
             raise SpecError(
                 "these runs do not fit with the given settings, and nothing was started:\n"
                 + "".join(f"  {w.why}. It fits with {w.remedy}.\n" for w in misfits)
-                + "  Or choose larger GPUs (hardware=...), or leave the runs out: exec.max_gpus=N, "
+                + "  Or choose larger GPUs (hardware=...), or leave the runs out: "
                 "~sweep.arms.NAME or sweep.axes.model=[...]."
             )
         names = ("world_size", "pack_size", "micro_batch_size", "activation_checkpointing")

@@ -145,15 +145,18 @@ def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_
 
 
 def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere):
+    few = command(*CLUSTER, "action=plan", "format=json", "exec.max_gpus=1")
+    assert "runs need more than exec.max_gpus=1 GPUs: left out" in few.stderr
     plan = json.loads(command(*CLUSTER, "action=plan", "format=json").stdout)
     needed = [(j["nodes"], j["gpus"], j["workers"]) for j in plan["queue"]["jobs"]]
     assert sorted(needed) == [(1, 1, 1), (1, 4, 1)]
     assert plan["queue"]["to_submit"] <= plan["sweeps"][0]["runs"]
     plan = command(*CLUSTER, "hardware.gpu_memory_gib=4", "action=plan")
     assert plan.returncode == 0 and "does not fit: fullft of llama-3.1-8b" in plan.stdout
-    done = command(*CLUSTER, "hardware.gpu_memory_gib=4")
+    done = command(*CLUSTER, "hardware.gpu_memory_gib=4", "exec.max_gpus=1")
     assert done.returncode == 2 and "nothing was started" in done.stderr
     assert "fullft of llama-3.1-8b takes" in done.stderr and "It fits with" in done.stderr
+    assert "exec.max_gpus" not in done.stderr  # which leaves out no run that does not fit
 
 
 def test_the_hours_of_sampling_are_named(command, nowhere):

@@ -74,6 +74,8 @@ def refused(done, *words):
         ("+sweep=lr_ratio sweep.arms.lora.rank=[64]", "and 2 other runs: method.rank=64"),
         ("+sweep=lr_ratio +sweep.arms.lora.rnak=[1]", "Did you mean 'rank'"),
         ("+sweep=large_batches scale=paper", "no scale 'paper'. Its file has: smoke, tiny"),
+        ("+sweep=study sweep.parts=[study]", "no part of 'study'"),
+        ("+sweep=study sweep.parts=[large_batches] scale=paper", "no part of sweep 'study'"),
         ("action=go", "Available: adapter"),
         ("+sweep=lr_ratio scale=small exec.models_dir=[/no]", "make weights"),
         ("dataset=gsm8k exec.data_dir=[/no]", "exec.data_dir"),
