@@ -1,5 +1,6 @@
 """The data set of a run: its rows, their split and form, and the tokens that count in the loss."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -19,6 +20,8 @@ OF_TEXT = (
 OF_COMPLETION = (
     "answer_field to be completion_field, out of which the gold answer is read, or empty"
 )
+NO_PINS = re.compile(r"sha256:(?![^=,]+=[^=,]+(,[^=,]+=[^=,]+)*$)")
+"""A revision that says to pin files, but not as SPLIT=DIGITS,SPLIT=DIGITS."""
 IMPLIED = ("unseen_rows", "unseen_prompts")
 """What `held_out_by` implies."""
 
@@ -128,6 +131,7 @@ class DatasetSpec(Value):
             ("verifier", self.verifier and self.answer_field not in answers, OF_COMPLETION),
             ("test_location", self.test_location and not with_hub, "source=hub without a holdout"),
             ("test_revision", self.test_revision and not self.test_location, "a test_location"),
+            ("revision", NO_PINS.match(self.revision), "sha256:SPLIT=DIGITS,... for local files"),
             (
                 "location",
                 not self.location,
