@@ -65,6 +65,8 @@ TWICE, NAMED = (
 )
 THREE = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "completion", "completion"])
 parquet.write_table(THREE, in_parquet := io.BytesIO())
+DAYS = pa.array([2**31 - 1], pa.int32()).cast(pa.date32())  # beyond the year 9999
+parquet.write_table(pa.table({"day": DAYS}), too_late := io.BytesIO())
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "héllo"}]}
 
 
@@ -84,6 +86,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
         ("rows.parquet", in_parquet.getvalue(), NAMED),
         ("rows.json", '{"a": [], "b": []}', "an object with one list"),
         ("rows.parquet", "PAR", "not parquet"),
+        ("rows.parquet", too_late.getvalue(), "not parquet"),
         ("rows.txt", "a", "in no known form"),
         ("gone.csv", None, "is no file"),
     ],
