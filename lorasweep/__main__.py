@@ -5,7 +5,7 @@ import importlib.util
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lorasweep.errors import LorasweepError
 
@@ -29,6 +29,8 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    stdout: Any = sys.stdout  # escapes what it cannot hold, as half of an emoji in a column's name
+    stdout.reconfigure(errors="backslashreplace")
     # signals act like Ctrl-C: workers write a checkpoint, then stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup

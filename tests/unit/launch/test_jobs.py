@@ -106,10 +106,12 @@ def test_settings_without_a_meaning_are_refused(compose, given):
         compose("+sweep=lr_ratio", "cluster=slurm", f"cluster.{given}")
 
 
-def test_the_profiles_compose(tmp_path):
+def test_the_profiles_compose_and_letters_that_stdout_lacks_are_escaped(tmp_path):
+    how = {"cwd": tmp_path, "env": {"PYTHONIOENCODING": "ascii"}}
     for path in sorted((ROOT / "slurm/cluster").glob("*.yaml")):
         given = ("--config-dir", ROOT / "slurm", "+sweep=lr_ratio", f"cluster={path.stem}")
-        assert f"name: {path.stem}" in cli(*given, "--cfg", "job", cwd=tmp_path).stdout
+        said = cli(*given, "--cfg", "job", "cluster.account='é'", **how).stdout
+        assert f"name: {path.stem}" in said and "account: \\xe9" in said
 
 
 def test_a_run_of_a_machine_that_died_is_found_by_watching(tmp_path, compose, monkeypatch):
