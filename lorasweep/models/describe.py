@@ -206,9 +206,9 @@ def _without_weights(spec: ModelSpec, config: Any) -> tuple[Any, Callable[[str],
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=False
             )
+        stated = [str(name) for name in getattr(config, "architectures", None) or ()]
     except Exception as error:  # of any type, as above
         raise refused(f"transformers cannot build it: {_first_line(error)}") from error
-    stated = [str(name) for name in getattr(config, "architectures", None) or ()]
     if stated and not any(n == type(model).__name__ or n.endswith(CAUSAL) for n in stated):
         raise refused(f"its config.json says {', '.join(stated)}")
     if model.config.get_text_config() is not model.config:

@@ -141,7 +141,8 @@ def weight_files(folder: Path) -> list[str]:
     if not (folder / SINGLE).is_file():  # transformers reads it, even beside an index
         # an unreadable index counts as none
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            names = json.loads((folder / INDEX).read_text())["weight_map"].values()
+            return sorted({*map(str, names)})
     return [SINGLE]
 
 

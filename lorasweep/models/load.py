@@ -144,7 +144,11 @@ def model_at(spec: ModelSpec, place: Path | str, **more: Any) -> Any:
 
     more |= {"dtype": torch.float32, "trust_remote_code": False}
     more |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
-    model, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(place, **more)
+    try:
+        model, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(place, **more)
+    except (KeyError, TypeError) as error:  # such as an index without metadata
+        why = f"transformers cannot read its weights ({type(error).__name__}: {error})"
+        raise ModelError(f"model {spec.name!r}: {why}. Get the complete files.") from error
     wrong = [f"{len(keys)} {kind}: {min(map(str, keys))}" for kind, keys in loaded.items() if keys]
     if wrong:
         raise ModelError(

@@ -314,6 +314,7 @@ def test_other_architectures_are_refused_by_name(tmp_path, family, shape, says):
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
         ({"num_attention_heads": 0}, "cannot|expected at least 1"),
+        ({"architectures": 5}, "cannot build it"),
     ],
 )
 def test_configs_of_other_models_are_refused(llama, changes, says):
@@ -367,11 +368,13 @@ def test_weights_that_do_not_fit_are_refused_in_the_plan_and_before_training(lla
         models.load(by_file, [str(llama.parent)])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": null}'])
-def test_an_index_that_names_no_files_counts_as_none(llama, content):
-    (llama / "model.safetensors").unlink()
-    (llama / "model.safetensors.index.json").write_text(content)
+@pytest.mark.parametrize("names", ["{", "[]", "null", '{"a": 5}'])
+def test_an_index_that_names_no_files_counts_as_none(llama, names):
+    (llama / "model.safetensors").rename(llama / "0")
+    (index := llama / "model.safetensors.index.json").write_text(f'{{"weight_map": {names}}}')
     assert "0 of 1 files of weights" in refusal(llama)
+    index.write_text('{"weight_map": {"a": "0"}}')  # which transformers does not read
+    assert "KeyError: 'metadata'" in refusal(llama)
 
 
 def test_a_tied_head_may_be_stored_or_not(tmp_path):
