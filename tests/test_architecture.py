@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -201,6 +202,23 @@ def test_modules_are_described_and_named_by_what_they_hold_and_rooms_re_export_n
         rest = [n for n in tree.body[1:] if module != "lorasweep" or not isinstance(n, ast.Assign)]
         found += [module] if rest and PATHS[module].endswith("__init__.py") else []
     report(found)
+
+
+def test_the_graph_sees_every_kind_of_import():
+    texts = {
+        "a.top": "from a.low import x",
+        "a.low": "def f():\n    importlib.import_module(f'a.plug.{f}')",
+        "a.plug.one": "REGISTRY = {'two': 'a.plug.two:make'}",
+        "a.plug.two": "subprocess.run(['python', '-m', 'a.top'])",
+        "a.types": "if TYPE_CHECKING:\n    from a.top import y",
+        "a.free": "'a.top is only prose here'",
+    }
+    graph = graph_of({name: ast.parse(text) for name, text in texts.items()})
+    assert graph["a.low"] == {"a.plug.one", "a.plug.two"} and graph["a.plug.two"] == {"a.top"}
+    assert graph["a.types"] == graph["a.free"] == set() and graph["a.plug.one"] == {"a.plug.two"}
+    for group in (str, lambda module: module.rpartition(".")[0]):
+        with pytest.raises(graphlib.CycleError):
+            check_no_circle(graph, group)
 
 
 def test_the_packages_are_no_longer_than_agreed():

@@ -88,3 +88,19 @@ def test_rewards_are_drawn_as_rewards_upwards_and_on_one_scale(drawn):
     arrows = [a.xyann for a in ax.get_children() if isinstance(a, Annotation)]
     assert arrows == [(plots.ARROW, 0)] * 2
     assert all("best > " in t.get_text() for t in ax.get_legend().get_texts())
+
+
+def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(drawn):
+    """One run of three at the fourth rate of six: the best rates are beyond it, and have no line."""
+    one = runs().query("method == 'lora'").drop_duplicates("lr").sort_values("lr")
+    rates, losses = 1e-4 * 2.0 ** np.arange(6), np.array([3.0, 2.6, 2.3, 2.1, 2.0, 2.05])
+    table = pd.concat([one.iloc[[0]]] * 18, ignore_index=True)
+    table = table.assign(lr=rates.repeat(3), seed=[0, 1, 2] * 6, test_nll=losses.repeat(3))
+    table["test_nll"] += 0.01 * table["seed"]
+    table.loc[10, ["status", "test_nll"]] = ["diverged", None]
+    (ax,) = drawn(plots.lr_against_nll, fit_all(lr_curves(table)))
+    (fitted,) = [line for line in ax.lines if len(line.get_xdata()) == 200]
+    assert max(fitted.get_xdata()) == pytest.approx(rates[2])
+    lines = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    hollow = {round(x, 8) for line in lines for x in line.get_xdata()}
+    assert hollow == set(np.round(rates[3:], 8))
