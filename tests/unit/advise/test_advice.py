@@ -1,6 +1,5 @@
 """The whole answer: every column counts, every number is traced, habits are flagged, pages are safe; the
-rules and costs against published counts, planted regrets, identities and sums by hand.
-"""
+rules and costs against published counts, planted regrets, identities and sums by hand."""
 
 import csv
 import dataclasses
@@ -22,12 +21,13 @@ from lorasweep.spec.run import RunSpec
 from tests.customers import advice, known, write_json
 from tests.world import ROOT
 
+SHAPE = {"hidden_size": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8, "head_size": 128}
+SHAPE |= {"mlp_size": 3072, "vocab_size": 32_000, "tied": False}
 SFT = {
     "name": "acme", "model": "mine", "task": "sft", "examples": 20_000, "tokens_per_example": 200,
     "bits_per_token": 1.0, "max_length": 1024, "batch_size": 64, "hardware": "h100", "gpus": 4,
     "price_per_gpu_h": 2.0, "adapters_served": 3, "max_regret": 2, "layers": "all", "rank": 16,
-    "lr": 2e-4, "epochs": 1, "hidden_size": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8,
-    "head_size": 128, "mlp_size": 3072, "vocab_size": 32_000, "tied": False,
+    "lr": 2e-4, "epochs": 1, **SHAPE,
 }  # fmt: skip
 MOVES = {
     "model": "my-qwen", "task": "rl", "examples": 40_000, "tokens_per_example": 300,
@@ -65,21 +65,21 @@ def test_every_column_moves_an_answer_but_the_name(column):
     assert said(name="a") == said(name="b")
 
 
-CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x" * 800}]
-
-
 @pytest.fixture
 def rows_file(tmp_path):
-    return write_json(tmp_path / "train.jsonl", [{"messages": CHAT}] * 7)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x" * 800}]
+    return write_json(tmp_path / "train.jsonl", [{"messages": chat}] * 7)
 
 
-def test_data_are_counted_instead_of_stated(rows_file):
+def test_data_are_counted_instead_of_stated_and_a_wrong_row_is_an_error_of_its_own(rows_file):
     free = {"examples": None, "batch_size": None, "data": str(rows_file)}
     assert said(**free)["bits"] == 7 * 200
     found = advice(**{**SFT, **free, "tokens_per_example": ""})
     assert found.tokens == 800 / 4
     assert found.reasons["tokens_per_example"].sure is Sure.ASSUMED
-    other, gone = answers_to({"data": str(rows_file), "examples": 9}, {"data": "no"})
+    moe = {"model": "qwen3-30b-a3b", **dict.fromkeys(SHAPE), "rank": 3}
+    other, gone, odd = answers_to({"data": str(rows_file), "examples": 9}, {"data": "no"}, moe)
+    assert "column rank: rank=3" in odd.error and "multiple of 8" in odd.error
     assert "9 stated" in other.error and "has 7 rows" in other.error
     assert "column data: " in gone.error
     of_hub = " ".join(advice(data="openai/gsm8k", examples=100).warnings)
@@ -150,12 +150,6 @@ def test_every_number_has_its_source_and_conditions_are_met_missed_or_unknown():
     assert states() == ["unknown", "met", "unknown", "met", "unknown"]
 
 
-def test_a_plan_that_the_model_cannot_have_is_an_error_of_the_row():
-    moe = {"model": "qwen3-30b-a3b", "task": "sft", "examples": 20_000}
-    (odd,) = answers(check_rows([("row 2", {"name": "a", **moe, "rank": 3})]), known())
-    assert "column rank: rank=3" in odd.error and "multiple of 8" in odd.error
-
-
 HOSTILE = '<img src=x onerror="alert(1)">|`*_'
 
 
@@ -176,8 +170,6 @@ def test_the_portfolio_counts_and_sums():
     adapters = 3 * a.lora.file_mib + b.lora.file_mib
     assert t["serving_gib_lora"] == pytest.approx((a.full.file_mib + adapters) / 1024)
 
-
-# ---------------------------------------------------------------- the rules and costs
 
 LLAMA = known().models["llama-3.1-8b"]()
 MOE = {"n_experts": 64, "n_active_experts": 6, "n_kv_heads": 16, "head_size": 128}
@@ -282,12 +274,10 @@ def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else
     assert (a.by, a.method) == ("measured regret", "lora")
 
 
-LAWS = ((2.86e-4, "llama", 4096), (4.91e-4, "llama", 2048), (4.73e-4, "qwen", 4096))
-
-
 def test_the_published_law_gives_its_published_rates():
     """tinker-cookbook's get_lr: 2.86e-4 for Llama-3.1-8B, 4.91e-4 for 3.2-1B, 4.73e-4 for Qwen3-8B."""
-    for rate, family, hidden in LAWS:
+    laws = ((2.86e-4, "llama", 4096), (4.91e-4, "llama", 2048), (4.73e-4, "qwen", 4096))
+    for rate, family, hidden in laws:
         found = [rules.law_rate(texts("published"), family, hidden, m) for m in ("lora", "full")]
         assert found == pytest.approx([rate, rate / 10], rel=5e-3)
 
@@ -387,22 +377,23 @@ CUSTOMERS = ROOT / "docs/customers.csv"
 KEPT = ROOT / "tests/golden/advice.csv"
 
 
-def table_of(found):
-    return [list(pages.HEAD), *(pages.cells(a) for a in found)]
+def answered():
+    found = answers(read_customers(CUSTOMERS), known())
+    return found, [list(pages.HEAD), *(pages.cells(a) for a in found)]
 
 
 def test_the_answers_for_many_and_varied_customers_are_those_kept():
     """To keep others: python -m tests.unit.advise.test_advice."""
-    found = answers(read_customers(CUSTOMERS), known())
+    found, table = answered()
     assert len(found) >= 100 and not [a.error for a in found if isinstance(a, RowError)]
     assert len({(a.method, a.by, a.customer.task) for a in found}) > 4
     with CUSTOMERS.open() as text:
         filled = {k for row in csv.DictReader(text) for k, v in row.items() if v}
     assert COLUMNS.keys() - filled == {"data", "validation", "n_experts", "n_active_experts"}
     with KEPT.open(newline="") as text:
-        assert list(csv.reader(text)) == table_of(found)
+        assert list(csv.reader(text)) == table
 
 
 if __name__ == "__main__":
     with KEPT.open("w", newline="") as file:
-        csv.writer(file).writerows(table_of(answers(read_customers(CUSTOMERS), known())))
+        csv.writer(file).writerows(answered()[1])

@@ -108,9 +108,6 @@ def test_yaml_holds_a_list_and_an_entry_that_is_none_is_an_error_of_its_own(tmp_
         read_customers(tmp_path / "f.csv")
 
 
-NO_PATHS = {"~nosuchuser/model": "model", "x" * 300: "model", "~nosuchuser/rows.jsonl": "data"}
-
-
 def test_a_wrong_row_does_not_affect_others(tmp_path):
     rows = ("a,qwen3-8b,sft,1000,", "b,qwen9,sft,1000,", "c,qwen3-8b,sft,1000,h1000")
     rows += ("d,qwen3-8b,sft,1000,,,3", "a,qwen3-8b,sft,1000,", "e,qwen3-8b,rl,1000,a100")
@@ -121,16 +118,15 @@ def test_a_wrong_row_does_not_affect_others(tmp_path):
     says = ("row 3: column model: model 'qwen9'", "row 4: column hardware: hardware 'h1000'")
     says += ("row 5: 7 cells under 5 columns", "row 6: column name: an earlier row has 'a'")
     assert all(errors[k].startswith(text) for k, text in enumerate(says, 1))
-    odd = [(c, {**ROW, "name": f"{k}", c: g}) for k, (g, c) in enumerate(NO_PATHS.items())]
+    no_paths = (("~no/model", "model"), ("x" * 300, "model"), ("~no/rows.jsonl", "data"))
+    odd = [(c, {**ROW, "name": f"{k}", c: g}) for k, (g, c) in enumerate(no_paths)]
     *wrong, right = answers(read.check_rows([*odd, ("last", ROW)]), known())
     assert [a.error.split(": ")[1] for a in wrong] == [f"column {where}" for where, _ in odd]
     assert right.name == "acme"
 
 
-SHAPE = {
-    "hidden_size": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8, "head_size": 128,
-    "mlp_size": 3072, "vocab_size": 151936, "tied": True,
-}  # fmt: skip
+SHAPE = {"hidden_size": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8, "head_size": 128}
+SHAPE |= {"mlp_size": 3072, "vocab_size": 151936, "tied": True}
 
 
 def shape(**columns):
@@ -151,8 +147,7 @@ def test_a_model_is_known_by_its_name_and_by_the_hubs_or_by_columns():
 
 
 def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
-    path = tmp_path / "mine" / "config.json"
-    path.parent.mkdir()
+    path = tmp_path / "config.json"
     config = {
         "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,

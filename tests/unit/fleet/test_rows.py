@@ -40,7 +40,6 @@ def turns(*said, weights=()):
 
 
 def texts(spec):
-    """The texts of the rows that are trained on, and of the held-out ones."""
     return [
         [tuple(messages.read(spec, row, where).messages) for where, row in source.rows()]
         for source in load.sources_of(spec, ["."])
@@ -100,9 +99,8 @@ def test_duplicates_stay_in_one_split(tmp_path):
 MANY = [row for n in range(5) for row in pairs(40, "How many? {}", f"Yes {n}")]
 NOTES = pairs(100, "Write a note.", "Yes {}")
 ASKED = pairs(70, "How many? {}", "No")
-UNEVEN = [
-    row for k in range(120) for row in pairs(12 if k % 7 == 0 else 1, f"How many? {k}", "Yes {}")
-]
+TIMES = [(k, 12 if k % 7 == 0 else 1) for k in range(120)]
+UNEVEN = [row for k, n in TIMES for row in pairs(n, f"How many? {k}", "Yes {}")]
 DIVIDED = {  # training file, test file, sizes of the parts, (same_prompt, left_out, repeated), by
     "forty prompts": (MANY, [], (160, 20, 20), (160, 0, 0), "prompt"),
     "one prompt": (NOTES, [], (80, 10, 10), (99, 0, 0), "row"),
@@ -129,9 +127,8 @@ def test_no_prompt_is_in_two_splits_unless_there_are_too_few(tmp_path, case):
     if len(train) + len(test) > 40 and each:  # rows by name, too
         spec, folder, _ = named_rows(str(tmp_path if test else tmp_path / "train.jsonl"), {})
         each.append(prompts(spec, folder))
-        assert spec.revision.count("=") == 1 + bool(test) and (
-            train is UNEVEN or len(each[1][1]) == len(each[1][2])
-        )
+        assert spec.revision.count("=") == 1 + bool(test)
+        assert train is UNEVEN or len(each[1][1]) == len(each[1][2])
     for parts in each:
         assert len(set().union(*parts)) == sum(len(set(part)) for part in parts)
 
@@ -266,19 +263,18 @@ def test_the_example_has_nothing_of_the_rows_nor_of_their_tools(tmp_path):
     assert found.end.endswith(chat.eos_token)
 
 
-COMMIT = "0123456789abcdef" * 2 + "01234567"
 SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"
 
 
 def test_rows_of_the_hub_are_pinned_and_divided(tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
-    given = {"source": "hub", "revision": COMMIT}
+    given = {"source": "hub", "revision": small_hub.COMMIT}
     named = DatasetSpec(name="a", location=SCHOOL, config="main", **given)
     small_hub.make(tmp_path, [], [named, DatasetSpec(name="b", location=TULU, **given)])
-    found, tulu = read(f"{SCHOOL}:main"), read(f"{TULU}@{COMMIT}")
+    found, tulu = read(f"{SCHOOL}:main"), read(f"{TULU}@{small_hub.COMMIT}")
     spec = found.dataset
     where = (spec.source, spec.location, spec.config, spec.revision, spec.prompt_field)
-    assert where == ("hub", SCHOOL, "main", COMMIT, "question")
+    assert where == ("hub", SCHOOL, "main", small_hub.COMMIT, "question")
     data = load.load(spec, [], llama_like())
     sizes = (data.n_train, len(data.validation), len(data.test))
     assert sizes == counts(found) == (4, 10, 10)  # 20 of 24 are in both
@@ -294,14 +290,12 @@ def test_a_template_that_breaks_on_a_row_and_one_that_servers_could_not_use(tmp_
     rows[27] = {"messages": [{"role": "system", "content": "Say yes."}, *rows[27]["messages"]]}
     path = write_json(tmp_path / "my.jsonl", rows)
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    breaking, served = (
-        with_chat(t, llama_like) for t in (no_system + CHAT_TEMPLATE, CHAT_TEMPLATE)
-    )
+    breaking = with_chat(no_system + CHAT_TEMPLATE, llama_like)
     with pytest.raises(DataError, match=r"my.jsonl:28: the tokenizer's chat template .*no system"):
         fitted(path, tokenizer=breaking)
     monkeypatch.setattr(text, "_extended", lambda spec, given: f"!{given}")
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers gives '!<user"):
-        fitted(path, tokenizer=served)
+        fitted(path, tokenizer=with_chat(CHAT_TEMPLATE, llama_like))
 
 
 EOS, ENDS = llama_like().eos_token, CHAT_TEMPLATE.replace("{{ eos_token }}", "<|end|>\n")
@@ -323,9 +317,7 @@ def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(
     tokenizer = with_chat(template, llama_like)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     found, _ = fitted(write_rows(tmp_path / "my.jsonl", 30, "Yes {k}"), rules, tokenizer)
-    texts = [
-        "".join(t for t, in_loss in found.example if in_loss == part) for part in (False, True)
-    ]
+    texts = ["".join(t for t, in_loss in found.example if in_loss == k) for k in (False, True)]
     assert found.stop == stop and texts == [prompt or texts[0], learned or texts[1]]
     assert [m["content"] for m in found.messages] == ["{prompt}", "{completion}"]
     text.save_tokenizer(text.with_template(found.dataset, tokenizer), found.stop, tmp_path)

@@ -1,6 +1,5 @@
 """Customers become runs; which runs a customer still needs, and what is chosen, from planted losses on
-validation rows; the fleet's page and the cards.
-"""
+validation rows; the fleet's page and the cards."""
 
 import dataclasses
 import json
@@ -35,33 +34,27 @@ from tests.small_hub import llama_like
 from tests.world import ROOT, compose_request, tiny_spec
 
 
-@pytest.fixture(scope="module")
-def row(tmp_path_factory):
-    """The columns that all customers share: a small base, and the task."""
-    base = make_base(tmp_path_factory.mktemp("base"))
-    return {"model": str(base / "config.json"), "task": "sft"}
-
-
 @pytest.fixture
 def data(tmp_path):
-    """Write so many rows with a name; returns the columns name and data."""
 
-    def write(name, count):
+    row = {"model": f"{make_base(tmp_path / 'base')}/config.json", "task": "sft"}
+
+    def write(name, count, **more):
         path = write_rows(tmp_path / f"{name}.jsonl", count, "Yes {k}")
-        return {"name": name, "data": str(path)}
+        return {**row, "name": name, "data": str(path), **more}
 
     return write
-
-
-def runs_of(customers, request, rules, world=None):
-    return build_runs(customers, world or known(None), request, rules, lambda model: llama_like())
 
 
 def plan(rows, rates=3, instead_of_full="", world=None, **fields):
     point = Point("lora", tiny_spec(**{"method": LoRA(rank=16), **fields}))
     asked = {"points": [point], "rates": rates, "instead_of_full": instead_of_full}
     customers = check_rows([(f"row {k}", r) for k, r in enumerate(rows, 2)])
-    return runs_of(customers, dataclasses.replace(compose_request([]), **asked), Rules(), world)
+    request, tokenizer = (
+        dataclasses.replace(compose_request([]), **asked),
+        lambda model: llama_like(),
+    )
+    return build_runs(customers, world or known(None), request, Rules(), tokenizer)
 
 
 def test_one_name_one_folder_whatever_the_name(tmp_path):
@@ -74,16 +67,15 @@ def test_one_name_one_folder_whatever_the_name(tmp_path):
         assert (tmp_path / folder).parent == tmp_path and len(folder) <= 64 and folder.islower()
 
 
-def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
-    good, few = {**row, **data("good", 40)}, {**row, **data("few", 4)}
-    member, small = plan([{**good, "epochs": 4}, few])
+def test_a_customer_becomes_a_run_for_each_learning_rate(data):
+    member, small = plan([data("good", 40, epochs=4), data("few", 4)])
     low, middle, high = (p.spec.lr for p in member.points)
     assert [low, high] == pytest.approx([middle / 3, 3 * middle], rel=0.01)
     spec = member.points[0].spec
     assert (spec.batch_size, spec.steps) == (8, 16) and spec.dataset.n_validation == 4
     assert spec.method.rank == member.advised["rank"] and spec.method.alpha == 32
     assert len(small.points) == 1 and not small.rows.held_out
-    assert [len(m.points) for m in plan([good], rates=1)] == [1]
+    assert [len(m.points) for m in plan([data("good", 40)], rates=1)] == [1]
 
 
 WRONG = {  # columns beside those of a good customer -> the problem
@@ -104,7 +96,7 @@ WRONG = {  # columns beside those of a good customer -> the problem
 }
 
 
-def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch):
+def test_a_wrong_customer_affects_no_other(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "silent.jsonl", 40, "Yes {k}", question="How many? " * 40)
     write_rows(tmp_path / "long.jsonl", 40, "Yes " * 99)
@@ -117,7 +109,7 @@ def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch):
     for name, odd in (("brackets", "[" * 100_000), ("digits", "9" * 5000)):
         path = write_rows(tmp_path / f"{name}.jsonl", 40, "Yes {k}")
         path.write_text(path.read_text() + odd + "\n")
-    good = {**row, **data("good", 40)}
+    good = data("good", 40)
     first, *found = plan([good, *({**good, "name": k, **WRONG[k]} for k in WRONG)])
     assert len(first.points) == 3 and not first.problem
     for k, (says, wrong) in enumerate(zip(WRONG, found, strict=True)):
@@ -127,10 +119,9 @@ def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch):
     assert asked.advised["method"] == "full" and asked.points[0].spec.method.name == "lora"
 
 
-def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(row, data):
-    table = [data("good", 40) | {"epochs": 4}, data("few", 4), data("short", 40) | {"steps": 3}]
-    table.append(data("wrong", 40) | {"task": "rl"})
-    found = plan([{**row, **columns} for columns in table], early_stopping=2)
+def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(data):
+    table = [data("good", 40, epochs=4), data("few", 4), data("short", 40, steps=3)]
+    found = plan([*table, data("wrong", 40, task="rl")], early_stopping=2)
     good, few, short, _ = found
     assert {p.spec.early_stopping for p in good.points} == {2} and not good.not_early
     assert {p.spec.early_stopping for m in (few, short) for p in m.points} == {0}
@@ -139,8 +130,8 @@ def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(
     assert planned(values, [p for m in found for p in m.points]) == found
 
 
-def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
-    small = {**row, **data("small", 40)}
+def test_a_base_of_more_than_one_gpu_is_its_customers_error(data):
+    small = data("small", 40)
     on_h100 = dataclasses.replace(known(None), hardware=known(None).machines["h100"]())
     large = {**small, "name": "large", "model": "llama-3.1-70b"}
     fits, refused = plan([small, large], world=on_h100, precision="bf16")
@@ -152,7 +143,6 @@ GOLDEN = json.loads((ROOT / "tests/golden/fleet_ids.json").read_text())
 
 @pytest.fixture
 def customers(tmp_path, monkeypatch):
-    """The table whose runs GOLDEN names."""
     monkeypatch.chdir(tmp_path)
     write_rows(Path("ann.jsonl"), 40, "357 in all {k}")
     prompts = [f"Is it late? {k % 40}" for k in range(200)]
@@ -175,7 +165,8 @@ def test_runs_keep_their_ids(customers, scale, kind):
     """By the rules of new fleets, and of those whose folder says less; at every scale the same."""
     rules = Rules(answers="all", whole_prompt=True) if kind == "new" else Rules()
     options = ["action=fleet", "customers=c.csv", f"scale={scale}", "precision=fp32"]
-    found = runs_of(customers, compose_request(options), rules)
+    request, tokenizer = compose_request(options), lambda model: llama_like()
+    found = build_runs(customers, known(None), request, rules, tokenizer)
     assert {m.name: [p.id for p in m.points] for m in found} == GOLDEN[kind]
 
 
@@ -196,9 +187,7 @@ def test_the_rules_are_kept_in_the_folder_and_earlier_ones_said_less(tmp_path):
 
 # Rates are counted in steps of APART from the advised one, which is 0.
 ADVISED = 1e-3
-DATA = DatasetSpec(
-    name="ann", source="jsonl", location="ann", n_validation=4, n_test=4, n_test_curve=4
-)
+DATA = DatasetSpec("ann", source="jsonl", location="ann", n_validation=4, n_test=4, n_test_curve=4)
 
 
 def place(spec):
@@ -281,11 +270,8 @@ def test_a_diverged_rate_is_worse_than_any_and_of_equal_losses_the_lower_rate_is
 )
 def test_no_lower_rate_is_tried_where_training_hurts_at_every_rate(store, slope, bend, hurts):
     """Loss 2 + slope * lr + bend * lr^2 in units of the lowest rate: lower ones only train less."""
-
-    def loss(k):
-        return 2.0 + slope * 3.0 ** (k + 1) + bend * 9.0 ** (k + 1)
-
-    points, _ = played(store, loss, start=2.0)
+    losses = {k: 2.0 + slope * 3.0 ** (k + 1) + bend * 9.0 ** (k + 1) for k in range(-9, 9)}
+    points, _ = played(store, losses.get, start=2.0)
     found = outcome(points, store)
     assert found.hurts == found.facts()["hurts"] == hurts and found.facts()["edge"] == ""
     assert len(found.tried) == (3 if hurts else 6)
@@ -376,12 +362,10 @@ def exported(found, folder, check=lambda *form: None):
         return adapters.export(found, store, folder, "title", save, lambda model: llama_like())
 
 
-GAINS = [0.1, -0.3, 0.5, None, 0.001, 0.5, -0.002]
-
-
 def test_the_page_has_a_row_and_a_folded_card_for_each_customer(tmp_path):
     failed = dataclasses.replace(with_gain(7, 0.1), spec=None, result={}, problem="it diverged")
-    exported([*(with_gain(k, gain) for k, gain in enumerate(GAINS)), failed], tmp_path)
+    gains = (0.1, -0.3, 0.5, None, 0.001, 0.5, -0.002)
+    exported([*(with_gain(k, gain) for k, gain in enumerate(gains)), failed], tmp_path)
     page = (tmp_path / adapters.PAGE).read_text()
     cards = re.findall(r'<details class="card">.*?</details>', page, re.DOTALL)
     assert len(cards) == 8 and "<script" not in page and "it diverged" in cards[7]
@@ -397,13 +381,11 @@ def test_the_head_of_a_card_names_license_and_data_sets_of_the_hub(tmp_path):
     hub = dataclasses.replace(here.spec.model, source="hub", location="o/base", recipe=None)
     data = dataclasses.replace(here.spec.dataset, source="hub", location="o/rows", revision="ab")
     spec = dataclasses.replace(here.spec, model=hub, dataset=data)
-    rows = dataclasses.replace(
-        here.member.rows, dataset=data, example=[["```", False], ["x", True]]
-    )
+    example = [["```", False], ["x", True]]
+    rows = dataclasses.replace(here.member.rows, dataset=data, example=example)
     license = {"license": "other", "license_name": "my-own", "license_link": "LICENSE"}
-    member = dataclasses.replace(
-        here.member, folder="a--b-", rows=rows, points=[Point("a", spec)], license=license
-    )
+    named = {"folder": "a--b-", "rows": rows, "points": [Point("a", spec)], "license": license}
+    member = dataclasses.replace(here.member, **named)
     exported([here, dataclasses.replace(here, member=member, spec=spec)], tmp_path)
     common = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]}
     named = {"base_model": "o/base", **license, "datasets": ["o/rows"], **common}
@@ -423,15 +405,13 @@ def test_without_a_form_for_servers_a_customer_has_an_error_and_no_folder(tmp_pa
 
 
 def test_the_license_is_that_on_the_bases_card(tmp_path, monkeypatch):
-    import huggingface_hub
-
     spec = ModelSpec(name="my", source="folder", location="base")
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, tmp_path / "base/model.safetensors")
     assert license_of(spec, [str(tmp_path)]) == {}
     card, link = tmp_path / "base/README.md", "https://huggingface.co/o/base/blob/main/LICENSE"
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *name, revision: str(card))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *name, revision: str(card))
     for head, found in (
         ("license: Apache-2.0", {"license": "apache-2.0"}),
         ("license: other\nlicense_name: own", {"license": "other", "license_name": "own"}),

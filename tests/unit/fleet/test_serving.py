@@ -13,27 +13,12 @@ from lorasweep.cli.runs import write_adapter
 from lorasweep.config import catalogue
 from lorasweep.data.examples import Example
 from lorasweep.errors import SpecError
-from lorasweep.fleet.serving import (
-    ADAPTER,
-    ANOTHERS,
-    CONFIG,
-    DIFFERS,
-    KEY,
-    NOT_APPLIED,
-    OF_CHANGE,
-    PEFT,
-    SERVED,
-    TOO_SMALL,
-    Server,
-    adapted,
-    judge,
-    problems,
-)
+from lorasweep.fleet import serving
+from lorasweep.fleet.serving import ADAPTER, CONFIG, KEY, OF_CHANGE, PEFT, Server, adapted, problems
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
-from tests.answering import answering, vllm
-from tests.customers import CONF
+from tests.customers import CONF, answering, vllm
 from tests.world import tiny_spec
 
 PROFILES = {name: read() for name, read in catalogue.profiles(CONF).items()}
@@ -191,7 +176,7 @@ def planted(seed, change=0.5, customers=5, noise=NOISE):
 
 def judged(base, trained, served, served_base, name="c0", noise=NOISE):
     common = {n: v[:COMMON] for n, v in trained.items()}
-    return judge(name, base, trained[name], served_base, served, common, noise)
+    return serving.judge(name, base, trained[name], served_base, served, common, noise)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -204,12 +189,12 @@ def test_each_fault_has_its_verdict_and_a_right_adapter_none(seed, change):
     # an adapter of another base, or of nobody here
     stranger = base + 3 * change * np.random.default_rng(seed + 99).normal(size=base.shape)
     for served, verdict, factor in (
-        (own + error() + rough, SERVED, 1),
-        (served_base.copy(), NOT_APPLIED, 0),
-        (trained["c3"] + error() + rough, ANOTHERS, None),
-        (2 * own - base + error(), DIFFERS, 2),
-        ((own + base) / 2 + error(), DIFFERS, 0.5),
-        (stranger + error(), DIFFERS, None),
+        (own + error() + rough, serving.SERVED, 1),
+        (served_base.copy(), serving.NOT_APPLIED, 0),
+        (trained["c3"] + error() + rough, serving.ANOTHERS, None),
+        (2 * own - base + error(), serving.DIFFERS, 2),
+        ((own + base) / 2 + error(), serving.DIFFERS, 0.5),
+        (stranger + error(), serving.DIFFERS, None),
     ):
         found = judged(base, trained, served, served_base)
         assert found["verdict"] == verdict and found["nearest"] in trained, found
@@ -224,11 +209,11 @@ def test_what_is_smaller_than_the_noise_is_neither_right_nor_a_fault(seed):
     # a large change under the name is a fault nevertheless
     big = {**trained, "c1": base + 0.5 * np.random.default_rng(seed).normal(size=base.shape)}
     for own, served, verdict in (
-        (trained, trained["c0"] + error(), TOO_SMALL),
-        (trained, trained["c1"] + error(), TOO_SMALL),
-        (trained, served_base.copy(), TOO_SMALL),
-        (big, big["c1"] + error(), ANOTHERS),
-        (trained, big["c1"] + error(), DIFFERS),
+        (trained, trained["c0"] + error(), serving.TOO_SMALL),
+        (trained, trained["c1"] + error(), serving.TOO_SMALL),
+        (trained, served_base.copy(), serving.TOO_SMALL),
+        (big, big["c1"] + error(), serving.ANOTHERS),
+        (trained, big["c1"] + error(), serving.DIFFERS),
     ):
         assert judged(base, own, served, served_base)["verdict"] == verdict
     # two customers with the same rows are both served
@@ -236,17 +221,15 @@ def test_what_is_smaller_than_the_noise_is_neither_right_nor_a_fault(seed):
     twins = {**trained, "c1": trained["c0"] + NOISE / 10 * error()}
     for name in ("c0", "c1"):
         found = judged(base, twins, twins["c0"] + error(), base + error(), name)
-        assert found["verdict"] == SERVED
+        assert found["verdict"] == serving.SERVED
 
 
 def test_an_exact_server_and_an_adapter_that_learnt_nothing_are_no_division_by_zero():
     base, trained, _ = planted(0)
-    assert judged(base, trained, trained["c0"], base, noise=0.0)["verdict"] == SERVED
+    assert judged(base, trained, trained["c0"], base, noise=0.0)["verdict"] == serving.SERVED
     nothing = {"c0": base.copy()}
-    assert judged(base, nothing, base, base, noise=NOISE)["verdict"] == TOO_SMALL
+    assert judged(base, nothing, base, base, noise=NOISE)["verdict"] == serving.TOO_SMALL
 
-
-# ---------------------------------------------------------------- the server
 
 ROWS = [
     Example(np.array([5, 6, 7, 8]), np.array([False, False, True, True])),
@@ -255,7 +238,6 @@ ROWS = [
 
 
 def log_p_of(model, tokens):
-    """Planted: log p of all tokens but the first."""
     return [-(len(model) + sum(tokens[:t]) + 10 * t) / 7 for t in range(2, len(tokens) + 1)]
 
 

@@ -9,17 +9,10 @@ import pytest
 from analysis.inference import decide
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
+from lorasweep.sweep import search as of_sweep
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Search
-from lorasweep.sweep.search import (
-    LOWEST,
-    MIN_SEEDS,
-    check_search,
-    full_runs,
-    is_short,
-    next_lrs,
-    search,
-)
+from lorasweep.sweep.search import LOWEST, check_search, full_runs, next_lrs, search
 from tests.world import tiny_spec
 
 HOW, ONE_SEED = Search(), Search(seeds=0)
@@ -33,11 +26,8 @@ def lora(rank, **changes):
     return start(method=LoRA(rank=rank), **changes)
 
 
-def valley(best, cliff=math.inf, curvature=0.03):
-    def loss(lr):
-        return math.inf if lr > cliff * best else 1 + curvature * math.log(lr / best) ** 2
-
-    return loss
+def valley(best, cliff=math.inf):
+    return lambda lr: math.inf if lr > cliff * best else 1 + 0.03 * math.log(lr / best) ** 2
 
 
 def run(starts, world, how=HOW, may_begin=lambda known, new: True, look=lambda _: (False, {})):
@@ -70,15 +60,13 @@ def test_the_range_is_found_from_any_start_and_never_ends_at_an_edge(best, cliff
 
 def test_a_short_run_is_the_beginning_of_a_long_one_counts_once_and_may_have_another_optimum():
     points, _ = run([start()], lambda p: valley(1e-3)(p.spec.lr), ONE_SEED)
-    short, full = ([p for p in points if is_short(p, points) == kind] for kind in (True, False))
+    short, full = ([p for p in points if of_sweep.is_short(p, points) == k] for k in (True, False))
     begun = {p.spec.lr for p in short} & {p.spec.lr for p in full}
     assert len(begun) == HOW.n_lrs
     assert full_runs(points, 64) == len(full) + (len(short) - len(begun)) / 8
-
-    def world(p):
-        return valley(1e-3 if p.spec.steps == 64 else 1.6e-2)(p.spec.lr)
-
-    full = [world(p) for p in run([start()], world, ONE_SEED)[0] if p.spec.steps == 64]
+    best = {64: 1e-3, 8: 1.6e-2}
+    points, _ = run([start()], lambda p: valley(best[p.spec.steps])(p.spec.lr), ONE_SEED)
+    full = [valley(1e-3)(p.spec.lr) for p in points if p.spec.steps == 64]
     assert min(full) < 1 + 0.03 * math.log(2) ** 2
 
 
@@ -108,10 +96,8 @@ def test_all_arms_get_fresh_seeds_at_their_best_rates_up_to_the_limit():
 
 
 def test_a_search_ends_before_runs_that_the_budget_does_not_allow():
-    def may_begin(known, new):
-        return full_runs([*known, *new], 64) <= 6
-
-    points, _ = run([start()], lambda p: valley(1e-3)(p.spec.lr), may_begin=may_begin)
+    allowed = {"may_begin": lambda known, new: full_runs([*known, *new], 64) <= 6}
+    points, _ = run([start()], lambda p: valley(1e-3)(p.spec.lr), **allowed)
     assert 4 < full_runs(points, 64) <= 6
 
 
@@ -148,11 +134,9 @@ def test_a_search_is_about_one_model_and_file_at_a_constant_rate_and_arms_differ
 
 def test_a_search_with_narrow_steps_ends():
     """Full runs want a higher rate than short ones, and short rates near it were tried in full."""
-
-    def loss(p):
-        return math.log(p.spec.lr / (4e-3 if p.spec.steps == 64 else 1e-3)) ** 2
-
-    points, _ = run([lora(2)], loss, Search(wide=1.4, fine=2), look=lambda _: (True, {}))
+    losses = {True: valley(4e-3), False: valley(1e-3)}
+    world, how = lambda p: losses[p.spec.steps == 64](p.spec.lr), Search(wide=1.4, fine=2)
+    points, _ = run([lora(2)], world, how, look=lambda _: (True, {}))
     assert len({p.id for p in points}) == len(points) < 200
 
 
@@ -161,4 +145,4 @@ def test_a_run_too_short_to_have_a_beginning_is_refused(steps, prefix):
     """No run would count as short, and the search would ask for the same ones for ever."""
     with pytest.raises(SpecError, match=f"steps={steps}"):
         run([start(steps=steps)], lambda _: 1.0, Search(prefix=prefix))
-    assert MIN_SEEDS == decide.MIN_SEEDS  # the search looks when the analysis judges
+    assert of_sweep.MIN_SEEDS == decide.MIN_SEEDS  # the search looks when the analysis judges
