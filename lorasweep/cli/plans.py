@@ -17,7 +17,7 @@ from lorasweep.cli.answer import all_points
 from lorasweep.cli.printed import Answer, duration, notifier, table
 from lorasweep.data import load, messages, rewards, sources, text
 from lorasweep.data.synthetic.generators import generator
-from lorasweep.errors import LorasweepError, SpecError
+from lorasweep.errors import DataError, LorasweepError, SpecError
 from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
 from lorasweep.launch.slurm import queue as slurm
@@ -437,7 +437,9 @@ def understood(request: Request) -> list[str]:
 
 def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> Iterator[str]:
     train, _ = load.sources_of(spec, exec_.data_dir)
-    where, row = next(train.rows())
+    where, row = next(train.rows(), ("", None))
+    if row is None:
+        raise DataError(f"dataset {spec.name!r}: no row is left for training. Hold fewer out.")
     columns = messages.columns(spec)
     read = (*columns, messages.TOOLS) if spec.format == "messages" else columns
     others = ", ".join(str(name) for name in row if name not in read)

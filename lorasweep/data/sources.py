@@ -165,7 +165,7 @@ def rows_in(path: Path) -> Iterator[Row]:
                     raise ValueError("expected a list of rows, or an object with one list")
                 for number, row in enumerate(content, start=1):
                     yield f"{path} row {number}", row
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # of any type, as of a date beyond the year 9999 in Parquet
         raise DataError(f"{path}: not {form} in UTF-8 ({error}). Correct the file.") from None

@@ -131,6 +131,7 @@ class DatasetSpec(Value):
             ("verifier", self.verifier and self.answer_field not in answers, OF_COMPLETION),
             ("test_location", self.test_location and not with_hub, "source=hub without a holdout"),
             ("test_revision", self.test_revision and not self.test_location, "a test_location"),
+            ("template", "{prompt}" not in self.template, "a text with {prompt}, the row's prompt"),
             ("revision", NO_PINS.match(self.revision), "sha256:SPLIT=DIGITS,... for local files"),
             (
                 "location",

@@ -108,6 +108,8 @@ def test_the_counts_are_those_of_training(compose, here):
         write_json(here / "long.jsonl", [{"prompt": "So?", "completion": "Y"}, *rows])
         with pytest.raises(DataError, match=says):
             understood(compose(*given, "dataset.max_length=64"))
+    with pytest.raises(DataError, match="no row is left for training"):
+        understood(compose(*given, "dataset.holdout=81"))
 
 
 def test_columns_can_be_named_and_other_fields_set(compose, here):

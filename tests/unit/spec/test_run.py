@@ -150,6 +150,7 @@ def test_stored_keys_are_those_of_the_configuration():
         *(({"dataset": {"source": "csv", k: 9}}, f"{k}=9") for k in ("holdout", "n_retain")),
         ({"dataset": {"source": "csv", "test_revision": "x"}}, "test_revision='x'"),
         ({"dataset": {"source": "csv", "revision": "sha256:12"}}, "SPLIT=DIGITS"),
+        ({"dataset": {"source": "csv", "template": "{question}"}}, "template='{question}'"),
     ],
 )
 def test_bad_values_are_refused_with_what_is_allowed(change, word):
