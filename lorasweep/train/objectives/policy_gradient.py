@@ -12,6 +12,7 @@ of a completion is predicted.
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -121,16 +122,18 @@ class PolicyGradient(Objective):
         first = runs[0]  # the shape of an update is the same for all runs of a pack
         n_prompts = first.batch_size // first.group_size
         rows_N = [self._data[r.id].train(r.seed, step * n_prompts, n_prompts) for r in runs]
-        shape = (first.batch_size, first.max_new_tokens)
+        started, shape = time.perf_counter(), (first.batch_size, first.max_new_tokens)
         prompts = [[prompt_of(row) for row in rows] for rows in rows_N]
         uniforms = np.stack([stream("sample", r.seed, step).random(shape) for r in runs])
         how = (self._data[first.id].rewards.ends, self._precision, self._mesh, self._forward_parts)
         completions_N = self._mesh.run(sample, model, prompts, uniforms, *how)
+        n_sampled = sum(len(t) for own in completions_N for t in own.tokens)
+        speed = {"sampled_tokens_per_s": n_sampled / (time.perf_counter() - started)}
         some, kept_N = list[Group](), []
         for run, rows, completions in zip(runs, rows_N, completions_N):
             rewards = self._rewards_of(run)
             groups, record = reward_groups(rows, completions, rewards, run.reward_scale)
-            self._signals[run.id].note(record, run.batch_size)
+            self._signals[run.id].note({**record, **speed}, run.batch_size)
             some = some or groups[:1]
             kept_N.append([g for g in groups if any(c.advantage for c in g.completions)])
         if not any(kept_N):
