@@ -53,7 +53,7 @@ def append(
 ) -> int:
     """Record the runs added for one more look, under a lock; return the number of that look.
 
-    `known`: all runs of the sweep so far.
+    `known`: all runs of the sweep so far, as this command has seen them.
 
     Raises:
         SpecError: no look so far, all planned looks are used, the claims were changed since the
@@ -63,7 +63,8 @@ def append(
     if first_claims(path) is None:
         raise SpecError("the sweep has no answer yet. Run it first, without action=extend.")
     with files.locked(path.parent / ".lock", LOCK_S):
-        number, record = len(read(path)) + 2, json.loads(path.read_text())
+        before, record = read(path), json.loads(path.read_text())
+        number, known = len(before) + 2, [*known, *added_points(before, known)]
         record["rounds"].append({"round": number, "runs": list(runs)})
         if record["claims_hash"] != claims_hash:
             raise SpecError(

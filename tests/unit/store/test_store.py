@@ -227,7 +227,10 @@ def test_rounds_added_at_the_same_time_are_all_recorded(tmp_path):
     def add(seed):
         looks.append(path, [{"like": known[0].id, "lr": 1e-3, "seed": 1 + seed}], "hash", known)
 
-    at_once(4, add)
+    add(0)
+    with pytest.raises(SpecError, match="nothing to add"):
+        add(0)  # by a command that did not see the first one's runs
+    at_once(3, lambda number: add(1 + number))
     rounds = looks.read(path)
     assert [r["round"] for r in rounds] == [2, 3, 4, 5]
     assert {r["runs"][0]["seed"] for r in rounds} == {1, 2, 3, 4}
