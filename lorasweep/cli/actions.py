@@ -208,7 +208,7 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
         print(json.dumps(values))
     elif studied and name == "run" and status < runs.STOPPED and request.cluster.kind == "local":
         command = f"python -m analysis study --reports-dir {request.exec.reports_dir} --out FOLDER"
-        print(f"all answers in a table and pages: {command}")
+        print(f"a table and pages of these answers and the kept ones: {command}")
     return status
 
 

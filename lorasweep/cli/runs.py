@@ -264,7 +264,7 @@ def cancel_jobs(request: Request, store: RunStore) -> Answer:
 
 def export(request: Request, store: RunStore) -> Answer:
     """Write the finished runs of the sweep, or without a sweep of the store, as a table."""
-    path = Path(request.table)
+    path = Path(request.table).expanduser()
     if path.suffix not in (".parquet", ".csv"):
         raise SpecError(f"table={request.table!r}: expected a file name in .parquet or .csv.")
     ids = [p.id for p in judged(request, all_points(request, store))] if request.sweep else None
@@ -273,15 +273,16 @@ def export(request: Request, store: RunStore) -> Answer:
         raise SpecError(f"no finished runs in {store.root}. Run a sweep, or set exec.runs_dir.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        found.to_parquet(path, index=False, compression="zstd", compression_level=12)
+        content = found.to_parquet(index=False, compression="zstd", compression_level=12)
     else:
-        found.to_csv(path, index=False)
+        content = found.to_csv(index=False).encode()
+    files.write_atomic(path, content)  # a full disk leaves an earlier table as it is
     return Answer(text=f"{len(found)} runs written to {path}")
 
 
 def import_(request: Request, store: RunStore) -> Answer:
     """Add the runs of an exported table to the store."""
-    new = import_table(request.exec.runs_dir, request.table)
+    new = import_table(request.exec.runs_dir, Path(request.table).expanduser())
     return Answer(text=f"{new} runs imported into {request.exec.runs_dir}")
 
 

@@ -125,6 +125,8 @@ def exec_of(values: dict[str, Any], given: Collection[str] = ()) -> Exec:
         set_to, many = os.environ.get(f"LORASWEEP_{name.upper()}"), isinstance(value, list)
         if value == default and set_to and f"exec.{name}_dir" not in given:
             value = set_to.split(os.pathsep) if many else set_to
+        if not all(value if many else [value]):
+            raise SpecError(f"exec.{name}_dir={value!r}: expected a folder; . is the current one.")
         paths = [str(Path(p).expanduser().absolute()) for p in (value if many else [value])]
         folders[f"{name}_dir"] = paths if many else paths[0]
     return dataclasses.replace(exec_, **folders)
@@ -466,6 +468,8 @@ def _at_scale(name: str, cfg: DictConfig) -> dict[str, Any]:
     """Return what a sweep's file says at the scale of `cfg`, with all its keys."""
     values: Any = OmegaConf.to_container(cfg.sweep, resolve=False)
     if blocks := values.pop("scales", None):
+        if not isinstance(blocks, dict) or {*map(type, blocks.values())} - {dict, type(None)}:
+            raise SpecError(f"sweep {name!r}, scales: expected SCALE: {{KEY: VALUE}} for each.")
         scales = [scale for scale in (cfg.scale.extends, cfg.scale.name) if scale in blocks]
         if not scales:
             raise NotAtScale(

@@ -114,9 +114,10 @@ def write_atomic(path: Path, content: bytes) -> None:
     try:
         _write_new(partial, content)
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             os.unlink(partial)
+        error.filename = str(path)  # which a full disk does not say
         raise
     sync(path.parent)
 

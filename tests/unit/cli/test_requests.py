@@ -20,6 +20,7 @@ from lorasweep.data import sources
 from lorasweep.errors import ClusterError, SpecError
 from lorasweep.models.describe import describe_model
 from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from tests.conftest import FakeTrainer
 from tests.customers import make_base, write_rows
@@ -76,6 +77,7 @@ def refused(done, *words):
         ("+sweep=large_batches scale=paper", "no scale 'paper'. Its file has: smoke, tiny"),
         ("+sweep=study sweep.parts=[study]", "no part of 'study'"),
         ("+sweep=study sweep.parts=[large_batches] scale=paper", "no part of sweep 'study'"),
+        ("+sweep=lr_ratio exec.runs_dir=", "expected a folder"),
         ("action=go", "Available: adapter"),
         ("+sweep=lr_ratio scale=small exec.models_dir=[/no]", "make weights"),
         ("dataset=gsm8k exec.data_dir=[/no]", "exec.data_dir"),
@@ -144,6 +146,8 @@ def test_a_users_sweep_and_model_come_in_by_config_dir_and_wrong_ones_are_named(
         ("arm", f"{scale}{{armz: {{}}}}\n", "sweep 'arm'", "at scale tiny", "armz"),
         ("round", f"{scale}{{rounds: two}}\n", "sweep 'round'", "at scale tiny", "roun"),
         ("empty", f"{scale}\n", "sweep 'empty'"),
+        ("number", f"{scale}3\n", "sweep 'number', scales"),
+        ("listed", scale.replace("\n  tiny: ", " [tiny]\n"), "sweep 'listed', scales"),
     ):
         own(tmp_path, f"sweep/{name}.yaml", body)
         refused(command(*mine, f"+sweep={name}", "action=plan"), *says)
@@ -326,6 +330,16 @@ def keys(value, path=""):
     if isinstance(value, list):
         return set().union({f"{path}[]"}, *(keys(v, f"{path}[]") for v in value))
     return {path}
+
+
+def test_a_full_disk_leaves_an_earlier_table_and_is_named(compose, tmp_path, monkeypatch):
+    assert act(compose(*SWEEP, *RATES), FakeTrainer(VALLEY.nll)) == 0
+    (tmp_path / "runs.csv").write_text("earlier")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(files, "_write_new", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(OSError, match=r"runs\.csv"):
+        act(compose(*SWEEP, *RATES, "action=export", "table='~/runs.csv'"))
+    assert (tmp_path / "runs.csv").read_text() == "earlier"
 
 
 @pytest.mark.slow
