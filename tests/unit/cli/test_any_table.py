@@ -7,6 +7,8 @@ import math
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorasweep.cli import answer
 from lorasweep.cli.actions import act
@@ -31,6 +33,7 @@ KEPT = {
     "no lora": lambda specs: [s for s in specs if s.method.name != "lora"],
 }
 GOOD = {"fullft": "good", "lora": "good"}
+ENDS = ("good", "hurt", "diverged", "nan", "none", "infinite")
 
 
 def result_of(spec, end="good", curve="whole"):
@@ -71,17 +74,31 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:2]))
-def test_a_table_that_once_ended_in_a_traceback_is_answered(case, tmp_path):
-    sweep, kept, ends, curve = case
-    request, pages = compose_request([f"+sweep={sweep}", "scale=smoke"]), sweep == "lr_ratio"
+def judge(sweep, kept, ends, curve, folder=None):
+    request = compose_request([f"+sweep={sweep}", "scale=smoke"])
     three = [(p.spec, p.spec.seed + k) for k in range(3) for p in request.points]
     specs = {s.id: s for s in (dataclasses.replace(spec, seed=seed) for spec, seed in three)}
     chosen = KEPT[kept]([*specs.values()])
     rows = [table_row(s.plain(), result_of(s, ends[s.method.name], curve)) for s in chosen]
     table, asked = pd.DataFrame(rows), question(request)
-    answers(answer.judge, table, asked, tmp_path if pages else None, not pages)
+    answers(answer.judge, table, asked, folder, folder is None)
     answers(answer.next_round, table, asked)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:2]))
+def test_a_table_that_once_ended_in_a_traceback_is_answered(case, tmp_path):
+    judge(*case, tmp_path if case[0] == "lr_ratio" else None)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(("rank", "rl", "tune")),
+    st.sampled_from(sorted(KEPT)),
+    st.fixed_dictionaries(dict.fromkeys(GOOD, st.sampled_from(ENDS))),
+    st.sampled_from(("whole", "start", "none")),
+)
+def test_any_planted_table_is_answered(sweep, kept, ends, curve):
+    judge(sweep, kept, ends, curve)
 
 
 @pytest.mark.parametrize("action", ["status", "plan", "export", "extend"])
