@@ -60,7 +60,8 @@ def read_question(folder: Path) -> dict[str, Any]:
     """Read question.json of a report; TableError if it is broken."""
     try:
         found: dict[str, Any] = json.loads((folder / "question.json").read_text())
-    except ValueError as error:
+        _ = found["name"], found["scale"], found["claims"], found["analysis"], found["question"]
+    except (ValueError, LookupError, TypeError) as error:
         raise TableError(f"{folder / 'question.json'} is broken: {error}") from None
     return found
 

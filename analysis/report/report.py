@@ -8,6 +8,7 @@ import importlib.resources
 import json
 import math
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ def judge_and_report(
 ) -> str:
     """Judge the runs, write the report into `folder`, and return the answer for the terminal.
 
-    Writes report.md, report.html, figures, results.json, question.json and table.parquet. Without
-    a package of NEEDED, the pages and figures are left out, and the answer says so.
+    Writes report.md, report.html, figures, results.json, question.json and table.parquet, which
+    replace earlier ones once all can be written. Without a package of NEEDED, the pages and figures
+    are left out, and the answer says so.
 
     Args:
         folder: None: write nothing.
@@ -65,14 +67,19 @@ def judge_and_report(
     results, left_out = results_of(found, question, table), ""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / "question.json") as part:
-            part.write_text(json.dumps(question, indent=1) + "\n")
-        write(table, folder / "table.parquet")
-        left_out = write_answer(found, table, question, folder)
-        if not left_out:
-            title = f"{question['name']} at scale {question['scale']}: {question['question']}"
-            shown = (found.optima, found.ratios, found.verdicts)
-            write_html(folder / "report.html", title, as_losses(table), *shown)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
+            new = Path(made)
+            (new / "question.json").write_text(json.dumps(question, indent=1) + "\n")
+            write(table, new / "table.parquet")
+            if left_out := write_answer(found, table, question, new):
+                for page in ("report.md", "report.html"):  # they may be of earlier runs
+                    (folder / page).unlink(missing_ok=True)
+            else:
+                title = f"{question['name']} at scale {question['scale']}: {question['question']}"
+                shown = (found.optima, found.ratios, found.verdicts)
+                write_html(new / "report.html", title, as_losses(table), *shown)
+            for file in [*new.iterdir()]:
+                file.replace(folder / file.name)
     if as_json:
         report = None if folder is None or left_out else str(folder / "report.md")
         left = [left_out] if left_out else []
@@ -104,8 +111,6 @@ def write_answer(
     text = json.dumps(results_of(found, question, table), indent=1) + "\n"
     (folder / "results.json").write_text(text)
     if why := missing("the report", *NEEDED):
-        for page in ("report.md", "report.html"):  # they may be of earlier runs
-            (folder / page).unlink(missing_ok=True)
         return why
     (folder / "report.md").write_text(render(found, question, table))
     from analysis.report import plots
@@ -400,4 +405,5 @@ def write_html(
         for name in ("report.css", "report.js")
     )
     page = rendered("report.html", data=data, style=style, code=code, library=library)
-    path.write_text(page)
+    with whole(path) as part:
+        part.write_text(page)

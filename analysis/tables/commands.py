@@ -118,6 +118,7 @@ def run(argv: Sequence[str]) -> None:
             what = f"kept answer, as {args.reports_dir} has none of your own"
             print(f"{what}; {page}", file=sys.stderr)
         to = args.out or (None if is_kept else folder)  # kept reports: study --write
+        _check_free(args.out, "question.json")
         print(judge_and_report(runs, question, to, args.json, KEPT))
 
 
@@ -126,10 +127,13 @@ def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
     reading = read_any(args.name, mapping, args.higher)
     for note in reading.notes:
         print(f"note: {note}", file=sys.stderr)
+    out = args.out or (args.name.with_suffix(".html") if args.command == "html" else None)
+    if out and out.resolve() == args.name.resolve():
+        raise TableError(f"{out} is the table itself: name another file with --out")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.command == "html":
-        out, optima = args.out or args.name.with_suffix(".html"), optima_of(reading)
+        optima = optima_of(reading)
         ratios = [
             (group, o.curve.name, ratio_of([o], full))
             for group, lora, full in arms_of(optima)
@@ -153,12 +157,19 @@ def _study(args: argparse.Namespace) -> None:
         from analysis.report.study import page
     if args.write:
         return page.render_all(KEPT, ROOT / "README.md")
+    _check_free(args.out, "study.md")
     found = answers.read_answers([args.reports_dir, KEPT])
     head, *rows = answers.claims_table(found)
     if args.out:
         page.write(found, args.out / "study.md")
     objects = [dict(zip(head, row)) for row in rows]
     print(json.dumps(objects, indent=1) if args.json else "\n".join(aligned([head, *rows])))
+
+
+def _check_free(folder: Path | None, ours: str) -> None:
+    """Raise TableError if a folder has files, but not `ours`: they are somebody else's."""
+    if folder and folder.is_dir() and any(folder.iterdir()) and not (folder / ours).is_file():
+        raise TableError(f"{folder} has files, and no {ours}: name another folder with --out.")
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:

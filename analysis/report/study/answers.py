@@ -136,7 +136,7 @@ def read_answers(folders: Sequence[Path]) -> list[Answer]:
                     answer = Answer(path.parent, results, question)
                     _ = answer.scale, answer.rows  # reads all of its files
                     found[path.parent.name] = answer
-                except (OSError, ValueError, LookupError) as error:  # the others still count
+                except (OSError, ValueError, LookupError, TypeError) as error:  # others count
                     print(f"left out: {path.parent}: {error!r}", file=sys.stderr)
 
     def place(a: Answer) -> tuple[int, str, str]:

@@ -79,18 +79,19 @@ def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
     """
     folder, texts = path.parent, pages(answers, path, kept)
     (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as drawn:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
+        (new := Path(made)).joinpath(QUESTIONS).mkdir()
         for name, draw in figures_of(answers).items():
-            draw(Path(drawn) / name, inputs_hash(answers))
+            draw(new / name, inputs_hash(answers))
+        for name, text in texts.items():
+            (new / name).write_text(text)
         for name in FIGURES:
             (folder / name).unlink(missing_ok=True)
-        for figure in Path(drawn).iterdir():
-            figure.replace(folder / figure.name)
-    for old in (folder / QUESTIONS).glob("*.md"):
-        if "](../ledger.md" in old.read_text(errors="replace"):  # a page of ours
-            old.unlink()
-    for name, text in texts.items():
-        (folder / name).write_text(text)
+        for old in (folder / QUESTIONS).glob("*.md"):
+            if "](../ledger.md" in old.read_text(errors="replace"):  # a page of ours
+                old.unlink()
+        for file in filter(Path.is_file, [*new.rglob("*")]):
+            file.replace(folder / file.relative_to(new))
 
 
 def inputs_hash(answers: Sequence[Answer]) -> str:

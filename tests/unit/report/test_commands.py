@@ -5,6 +5,8 @@ import math
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from analysis.tables.commands import KEPT
 from tests.tables import planted, run, write
@@ -67,6 +69,7 @@ def test_ratio_and_drift_come_back(asked):
         ({"ranks": (None,)}, ("--drift",), "no lora run"),
         ({}, ("--higher", "test_nl"), "Did you mean 'test_nll'?"),
         ({}, ("--out", "runs.csv/fits.json"), "runs.csv"),  # cannot be written
+        ({}, ("--out", "runs.csv"), "is the table itself"),
     ],
 )
 def test_what_a_command_needs_is_named(tmp_path, capsys, monkeypatch, table, options, word):
@@ -130,7 +133,7 @@ def test_names_are_data_on_the_page_and_never_markup(tmp_path, capsys):
     assert "<img src" not in text and "<b>" not in text and "\\u003cimg src=x" in text
 
 
-def test_a_kept_answer_is_printed_and_not_written(tmp_path, capsys):
+def test_a_kept_answer_is_printed_and_not_written(tmp_path, capsys, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in (KEPT / "lr_ratio-tiny").iterdir()}
     code, text, err = run(capsys, "lr_ratio", "--reports-dir", tmp_path)
     assert code == 0 and "REFUTED: ratio" in text and "none of your own" in err
@@ -139,3 +142,36 @@ def test_a_kept_answer_is_printed_and_not_written(tmp_path, capsys):
     again = ("--table", KEPT / "lr_ratio-tiny" / "table.parquet", "--out", tmp_path / "again")
     assert run(capsys, "lr_ratio", "--reports-dir", tmp_path, *again)[0] == 0
     assert "**REFUTED**" in (tmp_path / "again" / "report.md").read_text()
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "again").iterdir()}
+    monkeypatch.setattr("analysis.report.report.write_html", lambda *given: 1 / 0)  # a full disk
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, "lr_ratio", "--reports-dir", tmp_path, *again)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "again").iterdir()} == written
+
+
+@pytest.mark.parametrize("command", ["study", "lr_ratio"])
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path, capsys, command):
+    (mine := tmp_path / "map.png").write_text("mine")
+    code, _, err = run(capsys, command, "--reports-dir", tmp_path, "--out", tmp_path)
+    assert code == 2 and "has files" in err and [*tmp_path.iterdir()] == [mine]
+
+
+CELLS = ("", "nan", "inf", "-1", "0", "1e-4", "2e-4", "1e-3", "2.5", "done", "x")
+COLUMNS = {
+    **{"model": ("m", "n"), "rank": ("", "4", "16"), "seed": ("0", "1")},
+    "lr": ("1e-4", "2e-4", "4e-4", "8e-4", *CELLS),
+    **{"test_nll": ("1.0", "1.1", "1.3", *CELLS), "nll_start": ("2.0", "0.5", "")},
+    **{"status": ("done", "diverged", ""), "hidden_size": ("64", "128", "")},
+}
+ROW = st.fixed_dictionaries({name: st.sampled_from(cells) for name, cells in COLUMNS.items()})
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(ROW, max_size=12))
+def test_any_table_is_answered_or_refused_in_a_line(tmp_path, capsys, rows):
+    path = write(tmp_path, pd.DataFrame(rows, columns=list(COLUMNS)))
+    for flags in ((), ("--ratio",), ("--drift",), ("--law",)):
+        code, _, err = run(capsys, "fit", path, *flags)
+        lines = err.splitlines()
+        assert any(v.startswith("analysis:") for v in lines) == (code == 2)
+        assert code in (0, 2) and len(lines) <= 6

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 
 import pandas as pd
 import pytest
@@ -113,7 +114,8 @@ def test_pages_replace_earlier_ones_once_all_of_them_can_be_written(reports, tmp
     (tmp_path / "questions").mkdir()
     for name, text in before.items():
         (tmp_path / name).write_text(text)
-    for broken in ("ledger", "plots_study.forest"):  # a text that cannot be made, and a figure
+    # a text that cannot be made, a figure, and a full disk
+    for broken in ("ledger", "plots_study.forest", "Path.write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(f"analysis.report.study.page.{broken}", lambda *given: 1 / 0)
             with pytest.raises(ZeroDivisionError):
@@ -134,11 +136,12 @@ def test_pages_replace_earlier_ones_once_all_of_them_can_be_written(reports, tmp
             assert target.startswith("http") or there, (name, target)
 
 
+@pytest.mark.parametrize("content", ["{", "[]"])
 @pytest.mark.parametrize("name", ["table.parquet", "results.json", "question.json"])
-def test_a_broken_report_leaves_the_others(tmp_path, capsys, name):
+def test_a_broken_report_leaves_the_others(tmp_path, capsys, name, content):
     for sweep in ("recipes-tiny", "invariance-tiny"):
         shutil.copytree(KEPT / sweep, tmp_path / sweep)
-    (tmp_path / "recipes-tiny" / name).write_text("{")
+    (tmp_path / "recipes-tiny" / name).write_text(content)
     assert [a.sweep for a in read_answers([tmp_path])] == ["invariance"]
     assert "left out" in capsys.readouterr().err
     page.write([], tmp_path / "none" / "study.md")  # all of a study's parts may be broken
@@ -322,6 +325,29 @@ def test_a_finding_is_marked_filled_and_stale_once_an_outcome_or_a_number_change
     ):
         with pytest.raises(TableError, match=words):
             made(v, *texts)
+
+
+def test_every_number_that_a_finding_writes_out_is_one_of_its_rows():
+    """Numbers of places stand in the text: ranks, updates, batches, alphas, widths and counts."""
+    found = read_answers([KEPT])
+    rows, texts = page.rows_of(found), yaml.safe_load(answers.TEXTS.read_text())
+    # ahead; bits a parameter, margins, the post's ratio, the first evaluation, points, exp(0.15)
+    constants = {"0", "2", "3", "5", "0.9", "15", "64", "100", "1.16"}
+    for text, made in zip(texts, answers.findings(rows), strict=True):
+        mine = {(r.sweep, r.scale) for r in made.used}
+        near = [r for r in rows if (r.sweep, r.scale) in mine]
+        known = {getattr(r, k) for r in near for k in ("rank", "updates", "batch_size", "alpha")}
+        known = {f"{v:g}" for v in known if v is not None} | constants
+        known |= {f"{h:g}" for a in found if (a.sweep, a.scale) in mine for h in a.runs.hidden_size}
+        counts = [Counter((r.sweep, r.quantity) for r in of) for of in (near, made.used)]
+        counts = (str(n) for count in counts for n in count.values())
+        words = " ".join([*(r.at + r.data + r.base for r in near), *counts])
+        known |= set(re.findall(r"\d+(?:\.\d+)?", words))
+        known |= {str(len(outcomes)) for outcomes in text.get("rests", {}).values()}
+        said = " ".join(str(text.get(k, "")) for k in ("lead", "said", "more"))
+        bare = re.sub(r"\{.*?\}|\b(tiny\d+(-\w+)?|SmolLM2)\b", "", said)
+        written = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", bare))
+        assert written <= known, (text["lead"], written - known)
 
 
 # ---------------------------------------------------------------- golden pages
