@@ -349,7 +349,7 @@ def count_data(a: Advice) -> None:
         a.note("tokens_per_example", tokens, "measured", where=measured["where"])
     elif tokens is None and counted is not None:
         tokens = counted.answer_bytes / BYTES_PER_TOKEN / counted.rows
-        inputs = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
+        inputs: dict[str, Any] = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
         a.note("tokens_per_example", tokens, "counted", inputs, bytes_per_token=BYTES_PER_TOKEN)
     if length is None:
         length = LENGTH if tokens is None else rounded(tokens / TEXT_FILL)
@@ -412,8 +412,9 @@ def count_data(a: Advice) -> None:
             if a.examples is not None and seen < a.examples:
                 of = f"rows trained on ({seen:,.0f} of {a.examples:,.0f} examples)"
             losses = "; ".join(f"{e['data']} {e['nats'] / math.log(2):.2f}" for e in entries)
-            inputs = {"examples": a.examples, "rows_trained_on": seen, "tokens_per_example": tokens}
-            inputs |= {"bits_per_token": middle, "lowest": min(known), "highest": max(known)}
+            inputs = {"examples": a.examples, "rows_trained_on": seen}
+            inputs |= {"tokens_per_example": tokens, "bits_per_token": middle}
+            inputs |= {"lowest": min(known), "highest": max(known)}
             form = "stated" if c.bits_per_token else "assumed"
             a.note("bits", total, form, inputs, counted=of, losses=losses)
         if counted is not None:

@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -88,8 +88,7 @@ def later(value: Any) -> Any:
     return dataclasses.field(default=value, metadata={"added": value})
 
 
-@cache
-def fields(cls: type) -> tuple[Field, ...]:
+def _fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
     Metadata of a field: `key` and `stored` if they differ from its name; `added`: see `later`.
@@ -109,6 +108,9 @@ def fields(cls: type) -> tuple[Field, ...]:
         required = f.default is f.default_factory is dataclasses.MISSING
         found.append(Field(f.name, key, stored, kind, optional, required, allowed, means, past))
     return tuple(found)
+
+
+fields: Callable[[type], tuple[Field, ...]] = cache(_fields)  # stated, because `cache` hides it
 
 
 def _converted(value: Any, kind: Any) -> Any:
