@@ -1,25 +1,25 @@
-"""What is kept is what today's code makes of the kept tables: verdicts, numbers, pages, figures.
+"""What is kept is what today's code makes of the kept tables: verdicts, numbers, pages, figures, notebooks.
+Words are compared exactly, numbers to a tolerance: the last digits differ between processors."""
 
-Words are compared exactly, numbers to a tolerance: the last digits differ between processors.
-"""
-
+import ast
 import json
 import math
 import re
-from functools import cache
 from pathlib import Path
 
+import nbformat
 import pytest
 from PIL import Image
 
 from analysis.measures.rows import csv_of
 from analysis.questions.registry import analyse
-from analysis.report import report
+from analysis.report import notebook, report
 from analysis.report.plots import INPUTS
 from analysis.report.study import answers, page
 from analysis.report.text import text_hash
 from lorasweep.cli.answer import KEPT
 from tests import planted
+from tests.world import ROOT
 
 SLOW = re.compile(r"_(s1|128)$|^(batch_size|regime)-tiny$")
 ANSWERS = [
@@ -32,13 +32,6 @@ ROUNDED = 1.01
 """Printed numbers may differ by one in the last digit that both print."""
 
 pytestmark = pytest.mark.xdist_group("freshness")
-
-
-@cache
-def fresh(folder):
-    """Return a kept table, its question, and what today's code makes of them; once a session."""
-    table, question = planted.kept_answer(folder)
-    return table, question, analyse(table, question, KEPT)
 
 
 def _unit(number):
@@ -79,7 +72,8 @@ def differing(a, b, where=""):
 
 @pytest.mark.parametrize("folder", ANSWERS)
 def test_kept_answers_reports_and_figures_are_what_their_tables_say_today(folder):
-    table, question, analysis = fresh(folder)
+    table, question = planted.kept_answer(folder)
+    analysis = analyse(table, question, KEPT)
     today = json.loads(json.dumps(report.results_of(analysis, question, table)))
     results = (folder / "results.json").read_text()
     assert differing(today, json.loads(results)) == []
@@ -122,3 +116,34 @@ def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers()
     assert wanted == kept_ones
     inputs = page.inputs_hash(answers.read_answers([KEPT]))
     assert {_inputs(KEPT / name) for name in wanted} == {inputs}
+
+
+NOTEBOOKS = sorted((ROOT / "analysis" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_is_thin_and_runs_and_shows_something_in_every_cell_that_should(
+    path, tmp_path, monkeypatch
+):
+    """IPython in this process shows values as a notebook does, and starts no kernel."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    monkeypatch.chdir(tmp_path)
+    shell = InteractiveShell.instance()
+    shell.reset()
+    for cell in (c for c in nbformat.read(path, 4).cells if c.cell_type == "code"):
+        assert cell.outputs == [] and cell.execution_count is None
+        nodes = list(ast.walk(ast.parse(cell.source)))
+        mathematics = ast.BinOp | ast.For | ast.While | ast.FunctionDef | ast.comprehension
+        assert not any(isinstance(n, mathematics) for n in nodes)
+        imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert {a.name for n in imports for a in n.names} <= {"notebook"}
+        with capture_output() as out:
+            done = shell.run_cell(cell.source)
+        done.raise_error()
+        is_shown = done.result is not None or bool(out.outputs)
+        assert is_shown == ("= " not in cell.source.splitlines()[-1]) and out.stderr == ""
+    InteractiveShell.clear_instance()
+    with pytest.raises(KeyError, match="tiny128 on dialect_shift"):  # a folder may be a text
+        notebook.section(notebook.answer(str(notebook.kept("lr_ratio-tiny"))), "ratios")

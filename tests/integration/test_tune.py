@@ -3,7 +3,6 @@ again, and its adapter in PEFT; and a `python -m lorasweep` that a message recom
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -19,14 +18,12 @@ from tests.world import cli, start, wait_for
 pytestmark = pytest.mark.slow
 SMALL = ("dataset.max_length=64", "exec.workers=1", "exec.threads=1", "batch_size=4")
 TUNE = ("+sweep=tune", "scale=smoke", "model=./base", "dataset=rows.csv", "steps=32", *SMALL)
-ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
 
 
 @pytest.fixture
 def home(tmp_path):
     make_base(tmp_path / "base")
-    draw = random.Random(0)
-    sums = [(draw.randint(0, 9), draw.randint(0, 9)) for _ in range(80)]
+    sums = [(7 * k // 3 % 10, 3 * k // 7 % 10) for k in range(80)]
     lines = [f"Case {k}: {a} + {b}?,It is {a + b}" for k, (a, b) in enumerate(sums)]
     (tmp_path / "rows.csv").write_text("\n".join(["instruction,output", *lines]))
     return tmp_path
@@ -93,12 +90,11 @@ def test_full_fine_tuning_alone_is_written_and_a_users_files_stay(home, command)
     assert (folder / "notes.txt").read_text() == "mine" and "[" not in refused.stdout
 
 
-OWN = ("+sweep=tune", "scale=smoke", "model=./base", "dataset=rows.jsonl", "steps=16", *SMALL)
-SEARCH = (*OWN, "budget=8runs", "out=best", "arms=fullft")
+SEARCH = (*TUNE, "steps=16", "budget=8runs", "out=best", "arms=fullft")
 FLEET = ("action=fleet", "customers=customers.csv", "rates=advised", "exec.threads=1")
 
 
-@pytest.mark.parametrize(("asked", "file"), [(SEARCH, FULL), (FLEET, ADAPTER)])
+@pytest.mark.parametrize(("asked", "file"), [(SEARCH, ""), (FLEET, "adapter_")])
 def test_weights_that_were_not_kept_come_from_the_recommended_command(
     command, home, monkeypatch, asked, file
 ):
@@ -114,7 +110,7 @@ def test_weights_that_were_not_kept_come_from_the_recommended_command(
     where = (f"out={home}/out", f"exec.runs_dir={home}/runs")
     cli(*said[1].split()[:2], *where, cwd=home / "elsewhere")
     monkeypatch.undo()
-    trained = load_file(home / "out" / file)
-    if file == FULL:
+    trained = load_file(home / f"out/{file}model.safetensors")
+    if not file:
         weights = checkpoint.load_weights(home / "runs" / said[2])
         assert weights and all(torch.equal(trained[n], t) for n, t in weights.items())

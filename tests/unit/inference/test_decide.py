@@ -8,33 +8,11 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from analysis.inference import decide
+from analysis.inference import estimate as estimates
 from analysis.inference.code_length import FEWEST, extrapolate
-from analysis.inference.decide import (
-    LOOK_LEVELS,
-    REMEDIES,
-    Gate,
-    GateCode,
-    gate_of,
-    holm,
-    judge,
-    outlook,
-    p_value,
-    remedy,
-)
-from analysis.inference.estimate import (
-    SEEDS,
-    Estimate,
-    Part,
-    Spread,
-    censored_slope,
-    from_draws,
-    from_sample,
-    meta_regression,
-    needed,
-    pooled_variance,
-    pseudo_values,
-    within_groups,
-)
+from analysis.inference.decide import LOOK_LEVELS, REMEDIES, Gate, GateCode, holm, outlook, p_value
+from analysis.inference.estimate import Estimate, Part, from_draws, from_sample, meta_regression
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.next_runs import suggest
 from analysis.optimum.fit import fit_all
@@ -42,15 +20,13 @@ from analysis.runs.curves import lr_curves
 from tests.tables import GRID, table
 
 
-def draws(centre, sd, stream, n=4000):
-    return centre + sd * np.random.default_rng(stream).standard_normal(n)
+def draws(centre, sd, stream):
+    return centre + sd * np.random.default_rng(stream).standard_normal(4000)
 
 
-CLAIM = {"estimand": "lr_ratio", "expected": 10, "margin": [7.1, 14.1], "primary": True}
-
-
-def judged(estimate, log=False, seeds=3, gates=(), level=0.95, name="c", **claim):
-    return judge(name, {**CLAIM, **claim}, "g", estimate, gates, seeds, log, level)
+def judged(estimate, log=False, gates=(), level=0.95, name="c", **claim):
+    said = {"estimand": "lr_ratio", "expected": 10, "margin": [7.1, 14.1], "primary": True}
+    return decide.judge(name, said | claim, "g", estimate, gates, 3, log, level)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +63,8 @@ def test_looks_are_judged_at_pococks_levels_and_p_is_the_level_at_which_it_is_de
 
 
 def test_holm_corrects_primary_claims_only():
-    def verdict(name, sd, primary=True):
-        estimate = from_draws(np.exp(draws(math.log(10), sd, 5)), 9)
-        return judged(estimate, log=True, name=name, primary=primary)
+    def verdict(name, sd, **more):
+        return judged(from_draws(np.exp(draws(math.log(10), sd, 5)), 9), True, name=name, **more)
 
     sure, close = verdict("sure", 0.05), verdict("close", 0.16)
     aside = verdict("aside", 0.16, primary=False)
@@ -117,21 +92,17 @@ def test_a_run_without_a_value_decides_nothing_and_makes_no_other_claim_easier()
     assert verdict.outcome == "UNDECIDED" and verdict.needed == REMEDIES["unread_at_likely_rates"]
 
 
-def supported(n, sd, margin, level):
-    """Share of planted samples of n seeds about 0 whose Student's interval lies in the margin."""
-    x = sd * np.random.default_rng(n).standard_normal((8000, n))
-    half = stats.t.ppf(0.5 + level / 2, n - 1) * x.std(1, ddof=1) / math.sqrt(n)
-    return float(((margin[0] <= x.mean(1) - half) & (x.mean(1) + half <= margin[1])).mean())
-
-
 @pytest.mark.parametrize("rounds", [1, 3, 5])
 @pytest.mark.parametrize("margin", [(-1, 1), (-1000, 1)])
 @pytest.mark.parametrize("sd", [0.25, 0.4, 0.7, 1.0, 1.5])
 def test_the_seeds_that_are_named_decide_in_four_cases_of_five(sd, margin, rounds):
     """The promise is 80% at the smallest number of seeds; with few seeds one more can be too many.
     The approximation in `spread.needed` costs up to 5 points at four and five seeds."""
-    found = outlook("c", 0, margin, sd, 6, rounds=rounds)
-    share = [supported(n, sd, margin, found.level) for n in (found.needed, found.needed - 1)]
+    found, share = outlook("c", 0, margin, sd, 6, rounds=rounds), []
+    for n in (found.needed, found.needed - 1):  # planted samples of n seeds about 0
+        x = sd * np.random.default_rng(n).standard_normal((8000, n))
+        half = stats.t.ppf(0.5 + found.level / 2, n - 1) * x.std(1, ddof=1) / math.sqrt(n)
+        share.append(((margin[0] <= x.mean(1) - half) & (x.mean(1) + half <= margin[1])).mean())
     assert share[0] > 0.74 and share[1] < 0.82
     if found.needed >= 8:
         assert 0.77 < share[0] < 0.88
@@ -169,11 +140,9 @@ def test_intervals_over_three_seeds_cover_and_are_at_least_students(spreads, sha
     rng, inside, n = np.random.default_rng(7), np.zeros(len(spreads)), 500
     for _ in range(n):
         common = rng.standard_normal(3)
-        samples = [
-            s * (math.sqrt(shared) * common + math.sqrt(1 - shared) * rng.standard_normal(3))
-            for s in spreads
-        ]
-        pooled = pooled_variance(samples)
+        parts = (math.sqrt(shared) * common, math.sqrt(1 - shared))
+        samples = [s * (parts[0] + parts[1] * rng.standard_normal(3)) for s in spreads]
+        pooled = estimates.pooled_variance(samples)
         for k, s in enumerate(samples):
             e, alone = from_sample(s, pooled=pooled), from_sample(s)
             assert e.high - e.low >= (alone.high - alone.low) * (1 - 1e-9)
@@ -199,9 +168,9 @@ def test_seeds_that_are_needed_narrow_the_interval_and_not_an_error_that_all_sha
     assert verdict.needed == "about 9 seeds at each optimum (now 3)" and verdict.missing == 6
     found = {}
     for shared in (0.0, 0.03, 0.06):
-        spread = Spread(3, parts=(Part(0.05, 2),), shared=shared)
+        spread = estimates.Spread(3, parts=(Part(0.05, 2),), shared=shared)
         half, _, _ = spread.at(3, 0.95)
-        found[shared] = needed(spread, 0.1, (0.1 - half, 0.1 + half), (-9, 0), 0.95)
+        found[shared] = estimates.needed(spread, 0.1, (0.1 - half, 0.1 + half), (-9, 0), 0.95)
     assert found[0.0] < found[0.03] and found[0.06] is None
     spread = from_sample([1.0, 1.01, 0.99], pooled=Part(0.1, 8)).spread
     half, error, df = spread.at(6, 0.95)
@@ -211,13 +180,13 @@ def test_seeds_that_are_needed_narrow_the_interval_and_not_an_error_that_all_sha
 
 
 def test_what_is_counted_are_the_units_of_the_interval():
-    trace = within_groups([[(0, 0.1), (1, 0.9), (2, 0.5)]] * 4, "layer sets")
+    trace = estimates.within_groups([[(0, 0.1), (1, 0.9), (2, 0.5)]] * 4, "layer sets")
     bases = meta_regression(np.array([0.1, 0.4, 0.2]), np.full(3, 0.01), np.ones((3, 1))).term(0)
     fit = Estimate(1.0, 0.85, 1.15, 40)  # of a fit: 40 runs, 3 seeds at the optimum
     for e, margin, unit in (
         (trace, [-1, 0.4], "layer sets"),
         (bases, [-9, 0.2], "bases"),
-        (fit, [0.9, 1.11], f"{SEEDS} (now 3)"),
+        (fit, [0.9, 1.11], f"{estimates.SEEDS} (now 3)"),
     ):
         verdict = judged(e, expected=1, margin=margin)
         assert verdict.outcome == "UNDECIDED" and unit in verdict.needed
@@ -226,16 +195,17 @@ def test_what_is_counted_are_the_units_of_the_interval():
     rng, held = np.random.default_rng(1), 0
     for _ in range(600):
         pairs = rng.multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], (4, 3))
-        e = within_groups(pairs + rng.standard_normal((4, 1, 2)), "pairs")
+        e = estimates.within_groups(pairs + rng.standard_normal((4, 1, 2)), "pairs")
         held += e.low <= 0.786 <= e.high  # Spearman's correlation of the centred pairs
     assert 0.935 < held / 600 < 0.99
-    assert within_groups([[(0, 0), (1, 1)]] * 2, "pairs").value is None  # no degree of freedom
+    assert (
+        estimates.within_groups([[(0, 0), (1, 1)]] * 2, "pairs").value is None
+    )  # no degree of freedom
 
 
 BY_SEEDS = {
-    *("FEW_SEEDS", "FEW_SEEDS_AT_BEST", "FEW_SEEDS_AT_RECIPE", "FEW_SEEDS_OF_BOTH", "FLAGGED"),
-    *("FEW_SEEDS_AS_GOOD", "RECIPE_OUTSIDE", "RECIPE_BY_A_CLIFF", "ONLY_A_BOUND", "ONLY_BOUNDS"),
-    "BY_TASK",
+    *("RECIPE_OUTSIDE", "RECIPE_BY_A_CLIFF", "ONLY_A_BOUND", "ONLY_BOUNDS", "BY_TASK", "FLAGGED"),
+    *("FEW_SEEDS", *(f"FEW_SEEDS_{of}" for of in ("AT_BEST", "AT_RECIPE", "OF_BOTH", "AS_GOOD"))),
 }
 """Codes that more seeds open; all others name another remedy."""
 MORE_SEEDS = "about 33 seeds at each optimum (now 3)"
@@ -256,7 +226,7 @@ def test_every_gate_forbids_a_verdict_and_names_what_opens_it(code):
     assert ("flat, other" in verdict.why) == ("{1}" in code)
     assert verdict.needed == (MORE_SEEDS if code.name in BY_SEEDS else REMEDIES[code])
     (written,) = json.loads(json.dumps(verdict.plain()))["gates"]
-    assert written["code"] == code.name and gate_of(written) == gate
+    assert written["code"] == code.name and decide.gate_of(written) == gate
 
 
 def test_the_remedy_follows_from_the_flags_and_from_what_more_runs_do_not_open():
@@ -272,16 +242,13 @@ def test_the_remedy_follows_from_the_flags_and_from_what_more_runs_do_not_open()
     solved, rank = Gate(GateCode.TASK, "nearly solved"), Gate(GateCode.ONE_RANK)
     verdict = gated(edge, rank, solved)
     assert verdict.why == "; ".join(g.sentence for g in (edge, rank, solved))
-    assert verdict.needed == remedy([solved]) and verdict.gates == (edge, rank, solved)
+    assert verdict.needed == decide.remedy([solved]) and verdict.gates == (edge, rank, solved)
 
 
 def test_runs_are_suggested_as_many_as_the_claim_lacks_unless_none_opens_the_gate():
-    rng = np.random.default_rng(0)
-
-    def loss(lr, seed):
-        return 2 + 0.1 * math.log(lr / 8e-4) ** 2 + 1e-3 * rng.standard_normal()
-
-    optima = {"g": fit_all(lr_curves(table(loss, seeds=(0, 1, 2))))}
+    noise = np.random.default_rng(0).standard_normal
+    runs = table(lambda lr, seed: 2 + 0.1 * math.log(lr / 8e-4) ** 2 + 1e-3 * noise(), (0, 1, 2))
+    optima = {"g": fit_all(lr_curves(runs))}
 
     def asked(verdict, of_rates=False):
         return suggest(SimpleNamespace(verdicts=[verdict], members=optima, of_rates=of_rates))
@@ -300,8 +267,8 @@ def test_runs_are_suggested_as_many_as_the_claim_lacks_unless_none_opens_the_gat
 
 def test_a_slope_through_bounds_is_the_maximum_of_the_likelihood():
     x, y = [0, 1, 2, 3, 1, 2], [0.1, 0.9, 2.3, 2.8, 1.2, 1.9]
-    assert censored_slope(x, y, y) == pytest.approx(np.polyfit(x, y, 1)[0])
-    assert math.isnan(censored_slope([0, 0, 1], [1.0, 1.1, 2.0], [1.0, 1.1, math.inf]))
+    assert estimates.censored_slope(x, y, y) == pytest.approx(np.polyfit(x, y, 1)[0])
+    assert math.isnan(estimates.censored_slope([0, 0, 1], [1.0, 1.1, 2.0], [1.0, 1.1, math.inf]))
     # three values are known to be at least 2.2, one at most 0.7
     x = np.array([0, 1, 2, 3, 0, 1, 2, 3], float)
     value = np.array([1.0, 1.3, 2.0, 2.2, 0.7, 1.6, 2.2, 2.2])
@@ -314,15 +281,15 @@ def test_a_slope_through_bounds_is_the_maximum_of_the_likelihood():
         return -np.where(below, stats.norm.logcdf(value, at, sd), log).sum()
 
     best = optimize.minimize(loss, [1, 0.5, -1], method="Nelder-Mead", options={"xatol": 1e-8})
-    assert censored_slope(x, low, high) == pytest.approx(best.x[1], abs=1e-3)
+    assert estimates.censored_slope(x, low, high) == pytest.approx(best.x[1], abs=1e-3)
     # Pseudo-values of slopes over units that share abscissas are the units' slopes.
     x, rng = np.arange(4.0), np.random.default_rng(0)
     ys = [x + rng.standard_normal(4) for _ in range(3)]
 
     def slope(of):
-        return censored_slope(np.tile(x, len(of)), *[np.concatenate(of)] * 2)
+        return estimates.censored_slope(np.tile(x, len(of)), *[np.concatenate(of)] * 2)
 
-    own = pseudo_values(slope(ys), [slope([*ys[:k], *ys[k + 1 :]]) for k in range(3)])
+    own = estimates.pseudo_values(slope(ys), [slope([*ys[:k], *ys[k + 1 :]]) for k in range(3)])
     assert own == pytest.approx([slope([y]) for y in ys])
 
 
