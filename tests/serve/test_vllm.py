@@ -23,6 +23,8 @@ from tests.customers import make_base, write_rows
 from tests.world import ROOT, cli, wait_for
 
 PYTHON = Path(os.environ.get("LORASWEEP_SERVE_PYTHON", ROOT / ".venv-serve/bin/python"))
+MODELS = Path(os.environ.get("LORASWEEP_MODELS", ROOT / "models"))
+SMOLLM2 = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = [
     pytest.mark.full,
     pytest.mark.xdist_group("serve"),
@@ -36,23 +38,27 @@ ANIMALS = "ant bee cat dog eel fox gnu hen ibis jay koi lark mole newt owl pig q
 
 
 class Fleet:
-    """A table of customers, and the commands on it."""
+    """A table of customers, and the commands on it; `real`: the base is SmolLM2."""
 
-    def __init__(self, home, names, tied):
+    def __init__(self, home, names, tied, real=False):
         self.home, self.names = home, names
         self.base = make_base(home / "base", **LLAMA, tie_word_embeddings=tied)
+        model, epochs = ("smollm2-135m-instruct", 2) if real else (f"{self.base}/config.json", 4)
         self.folder = home / "reports/fleet-customers"
         lines = ["name,model,task,data,epochs"]
         for k, name in enumerate(names):
             other = names[(7 * k + 3) % len(names)]
             write_rows(home / f"{name}.jsonl", 24, f"{name} {{k}} {other}", "How many? {k}")
-            lines.append(f"{name},{self.base}/config.json,sft,{name}.jsonl,4")
+            lines.append(f"{name},{model},sft,{name}.jsonl,{epochs}")
         (home / "customers.csv").write_text("\n".join(lines))
         done = self.act("fleet", "exec.workers=1")
         assert done.returncode == 0, done.stderr
+        if real:  # the folder in transformers' format that lorasweep made of the GGUF file
+            self.base = next(MODELS.glob(f"{SMOLLM2.stem}-*"))
 
     def act(self, action, *more):
-        settings = ("customers=customers.csv", "serve=vllm", "rates=advised")
+        models = f"exec.models_dir=[{MODELS}]"
+        settings = ("customers=customers.csv", "serve=vllm", "rates=advised", models)
         return cli(f"action={action}", *settings, *more, cwd=self.home, timeout=1200, check=False)
 
     def verified(self, url):
@@ -114,7 +120,8 @@ def load(url, name, folder):
 
 
 def test_three_customers_are_served_and_faults_of_the_server_are_found(tmp_path):
-    three, another = Fleet(tmp_path, ["maths", "shout", "refuse"], True), "another customer's"
+    three = Fleet(tmp_path, ["maths", "shout", "refuse"], True, real=SMOLLM2.is_file())
+    another = "another customer's"
     with three.served() as url:
         verdicts, found, status = three.verified(url)
         assert status == 0 and set(verdicts.values()) == {"served"}, found
