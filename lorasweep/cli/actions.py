@@ -84,7 +84,7 @@ ACTIONS = {
     "check_gpu": Action(
         "check:check_gpu",
         "compare this machine's GPU with the plan, and write a page and a hardware file; the same "
-        "command goes on where it was. With cluster=slurm: as a job. Without a GPU: small shapes",
+        "command goes on where it was. In a Slurm job: with srun. Without a GPU: small shapes",
         more="hardware",
         about="one machine",
     ),
@@ -117,7 +117,7 @@ ACTIONS = {
     "verify_served": Action(
         "customers:verify_served",
         "check the folders of a fleet's adapters, and with url=http://host:port (or a list) ask "
-        "a server of the OpenAI API whether each adapter does there what it did in training",
+        "vLLM whether each adapter does there what it did in training",
         "customers=FILE url=URL",
         FLEET_SETTINGS,
         about="customers",
