@@ -45,6 +45,7 @@ COMMON_ROWS, OWN_ROWS, TOKENS = 8, 2, 5
 """Rows that all adapters of a base are asked, further rows of each customer, and answer tokens of a
 row: 50 tokens an adapter, so 50 requests to vLLM for it, and 50 for its base."""
 FITS, REFUSED, MISSING, NONE = "folder is right", "folder refused", "missing", "no adapter"
+SILENT = "no answer"
 SERVED_COLUMNS = ("name", "verdict", "change", "distance", "bound", "factor", "notes")
 
 
@@ -176,7 +177,7 @@ def measure(request: Request, store: RunStore) -> Answer:
             by_step = {record["step"]: record["train_nll"] for record in store.records(run.id)}
             codes.append((run, [by_step[k] * batch.tokens for k, batch in enumerate(losses, 1)]))
     if not codes:
-        raise TrainingError(f"all {len(points)} runs diverged. Set lr below {spec.lr:g}.")
+        raise TrainingError(f"all {len(points)} runs diverged. Set lr below {rates[0]:g}.")
     shortest, nats = min(codes, key=lambda code: sum(code[1]))
     rows, tokens = spec.steps * spec.batch_size, sum(b.tokens for b in losses)
     all_tokens = None  # endless generated data
@@ -252,10 +253,12 @@ def fleet(request: Request, store: RunStore, trainer: Trainer | str | None = Non
         from lorasweep.tracking.wandb import mirror
 
         mirror(chosen, store, request.sweep_name or "")
-    facts = [o.facts() for o in outcomes]
-    lines = [sent.as_text()] if sent else []
-    head = adapters.HEAD
-    lines += table([dict(zip(head, adapters.cells(p))) for p in facts], *head)
+    facts, head = [o.facts() for o in outcomes], adapters.HEAD
+    rows = [dict(zip(head, adapters.cells(p))) for p in facts]
+    for row, m in zip(rows, (o.member for o in outcomes)):
+        if m.problem:  # printed before training
+            row["notes"] = f"{m.where}: see above"
+    lines = [*([sent.as_text()] if sent else []), *table(rows, *head)]
     lines += ["", *adapters.summary_lines(outcomes)]
     lines += [f"adapters, cards and the page: {folder / adapters.PAGE}"]
     value = sent.plain() if sent else facts
@@ -418,10 +421,14 @@ def verify_served(request: Request, store: RunStore) -> Answer:
         n_common = sum(int(row.loss.sum()) for row in common)
         shared = {name: values[:n_common] for name, values in trained.items()}
         for name in (n for n in there if n in trained):
-            answers = there[name].log_p(name, asked[name])
+            row = rows[name]
+            try:
+                answers = there[name].log_p(name, asked[name])
+            except SpecError as error:  # such as an adapter that the server cannot load
+                row["verdict"], row["notes"] = SILENT, [*row["notes"], str(error)]
+                continue
             logs = (here[name], trained[name], base[name], answers)
-            row, judged = rows[name], serving.judge(name, *logs, shared, noise)
-            row["found"] = judged
+            row["found"] = judged = serving.judge(name, *logs, shared, noise)
             if row["verdict"] == FITS:
                 row["verdict"] = judged["verdict"]
             if judged["verdict"] == serving.ANOTHERS:

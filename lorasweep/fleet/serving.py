@@ -315,12 +315,15 @@ class Server:
             answers = list(pool.map(lambda one: self._call("completions", fixed | one), asked))
         try:
             found = [a["choices"][0]["logprobs"]["token_logprobs"][0] for a in answers]
-            return np.array([float(value) for value in found])
+            values = np.array([float(value) for value in found])
+            if np.isfinite(values).all():  # else no distance would be too large
+                return values
         except (KeyError, TypeError, ValueError, IndexError):
-            raise SpecError(
-                f"url={self.url}: the server returns no log-probabilities of given tokens "
-                "(/v1/completions with allowed_token_ids and logprobs=1)."
-            ) from None
+            pass
+        raise SpecError(
+            f"url={self.url}: the server returns no log-probabilities of given tokens "
+            "(/v1/completions with allowed_token_ids and logprobs=1)."
+        )
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the JSON answer to a GET, or with `body` to a POST."""

@@ -491,8 +491,10 @@ def fleet(tmp_path_factory):
     return home, lambda *more: world.run(*settings, *more, action="verify_served")
 
 
-def peft_server(base, folders):
-    """Answers that PEFT computes from the folders, in fp32 with a little noise of its own."""
+def peft_server(base, folders, broken=""):
+    """Answers that PEFT computes from the folders, in fp32 with a little noise of its own.
+
+    `broken`: the name of an adapter that is answered with an error."""
     torch.manual_seed(1)
     models = {"its-base": None} | dict.fromkeys(folders, "its-base")
     loaded = {"its-base": AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
@@ -507,7 +509,12 @@ def peft_server(base, folders):
         found = found.gather(1, ids[0, 1:, None])[:, 0]
         return (found + 1e-3 * torch.randn_like(found)).tolist()
 
-    return answering(vllm(models, log_p))
+    reply = vllm(models, log_p)
+    return answering(
+        lambda path, body, headers: (
+            (500, "no") if body and body["model"] == broken else reply(path, body, headers)
+        )
+    )
 
 
 def verdicts(capsys):
@@ -547,6 +554,11 @@ def test_another_base_is_an_error_and_without_a_server_folders_are_checked(fleet
         pytest.raises(SpecError, match=r"'its-base' is another base than .*Serve the base"),
     ):
         check(f"url={url}")
+    with peft_server(home / "base", {n: home / f"out/{n}" for n in NAMES}, broken="bob") as url:
+        assert check(f"url={url}", "format=json") == 1
+    found = verdicts(capsys)
+    assert [found[n]["verdict"] for n in NAMES] == ["served", "no answer", "served"]
+    assert "500: no" in found["bob"]["notes"][0]
     assert check("format=json") == 0
     assert {row["verdict"] for row in verdicts(capsys).values()} == {"folder is right"}
     path = home / "out/bob/adapter_model.safetensors"

@@ -281,6 +281,7 @@ WRONG = [  # status and text of the list of models, text of a completion, messag
     (200, LISTED.replace("vllm", "sglang"), "", "no list of vLLM's models"),
     (200, LISTED, '{"choices": [{"text": "x"}]}', NO_NUMBERS),
     (200, LISTED, '{"choices": [{"logprobs": {"token_logprobs": [null]}}]}', NO_NUMBERS),
+    (200, LISTED, '{"choices": [{"logprobs": {"token_logprobs": [NaN]}}]}', NO_NUMBERS),
 ]
 
 
