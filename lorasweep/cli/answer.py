@@ -165,7 +165,8 @@ def outlooks(
     Each entry names a scale: the first of `scales` for which the claim states a standard deviation
     between seeds. `points`: the runs of the first stage.
     """
-    if sweep is None or sweep.search is not None:  # a search ends when its claim is decided
+    # a search ends when its claim is decided; all runs may need more GPUs than exec.max_gpus
+    if sweep is None or sweep.search is not None or not points:
         return []
     from analysis.inference.decide import outlook
 

@@ -245,7 +245,7 @@ class Composer:
         known = self.options(group)
         if given.removesuffix(".yaml") in known:
             return given
-        if group not in GROUPS:
+        if group not in GROUPS or not given:  # an empty path would be the current folder
             raise SpecError(
                 f"{unknown(group, given, known)} A file of your own, DIR/{group}/{given}.yaml, is "
                 "found with --config-dir DIR."

@@ -162,8 +162,10 @@ def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_
 
 
 def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere):
-    few = command(*CLUSTER, "action=plan", "format=json", "exec.max_gpus=1")
-    assert "runs need more than exec.max_gpus=1 GPUs: left out" in few.stderr
+    small = ("hardware.gpu_memory_gib=60", "exec.max_gpus=1")  # for all runs of one part
+    study = ("+sweep=study", "sweep.parts=[batch_size,experts]", "scale=paper")
+    few = command(*study, *ASKED, *small)
+    assert few.returncode == 0 and "experts-paper: 49 runs need more than" in few.stderr
     plan = json.loads(command(*CLUSTER, "action=plan", "format=json").stdout)
     needed = [(j["nodes"], j["gpus"], j["workers"]) for j in plan["queue"]["jobs"]]
     assert sorted(needed) == [(1, 1, 1), (1, 4, 1)]

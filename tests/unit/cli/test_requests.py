@@ -78,6 +78,7 @@ def refused(done, *words):
         ("+sweep=study sweep.parts=[study]", "no part of 'study'"),
         ("+sweep=study sweep.parts=[large_batches] scale=paper", "no part of sweep 'study'"),
         ("+sweep=lr_ratio exec.runs_dir=", "expected a folder"),
+        ("model= dataset=dialect", "model '' not found"),
         ("action=go", "Available: adapter"),
         ("+sweep=lr_ratio scale=small exec.models_dir=[/no]", "make weights"),
         ("dataset=gsm8k exec.data_dir=[/no]", "exec.data_dir"),
