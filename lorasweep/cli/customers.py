@@ -367,7 +367,8 @@ def verify_served(request: Request, store: RunStore) -> Answer:
             verdict = REFUSED if notes else FITS
             groups.setdefault((spec.model, spec.precision), {})[member.folder] = spec
         row = {"name": member.name, "folder": member.folder, "verdict": verdict, "notes": notes}
-        rows[member.folder] = {**row, "found": None}
+        # a wrong row may have the name of another
+        rows[member.folder if spec else member.where] = {**row, "found": None}
     urls = [request.url] if isinstance(request.url, str) else request.url
     servers = [Server(str(url)) for url in urls if url]
     at = {name: s for s in servers for name in s.bases if name in rows}

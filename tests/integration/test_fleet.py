@@ -568,6 +568,11 @@ def test_another_base_is_an_error_and_without_a_server_folders_are_checked(fleet
     path.write_bytes(kept)
     found = verdicts(capsys)["bob"]
     assert found["verdict"] == "folder refused" and "truncated" in found["notes"][0]
+    table = json.loads((home / "customers.yaml").read_text())
+    (home / "customers.yaml").write_text(json.dumps([*table, table[0]]))  # a name twice
+    assert check("format=json") == 1
+    found = [row["verdict"] for row in json.loads(capsys.readouterr().out)]
+    assert found == [*3 * ["folder is right"], "no adapter"]
 
 
 # ---------------------------------------------------------------- action=measure
