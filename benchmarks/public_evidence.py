@@ -98,6 +98,7 @@ def _drift(sweep: Reading) -> dict[str, Any]:
             slopes, design = np.array([r["slope"] for r in rows_of]), np.ones((len(rows_of), 1))
             fit = meta_regression(slopes, np.array(errors) ** 2, design)
             e, verdict = fit.term(0), "across the edge of"
+            assert e.low is not None and e.high is not None
             if max(-e.low, e.high) <= DRIFT_MARGIN:
                 verdict = "inside"
             elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
