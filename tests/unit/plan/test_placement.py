@@ -117,6 +117,8 @@ def test_a_run_gets_the_fewest_gpus_that_hold_it_and_what_fits_nowhere_says_what
     found = place(spec_of(method=FullFT(), dataset=long, batch_size=12))
     assert "fullft of llama-3.1-8b takes" in found.why
     assert "max_length below 2000000" in found.remedy and "(12 given" in found.remedy
+    for name in ("a100", "h100", "h200", "l40s"):  # the study has runs in each precision
+        assert [*card(name).matmul_flops_s] == ["bf16", "fp32", "fp64"]
     hardware = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e14})
     with pytest.raises(SpecError, match=r"matmul_flops_s\.fp32"):
         Planner(hardware, Exec()).kind(spec_of(precision="fp32"))
