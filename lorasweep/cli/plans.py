@@ -211,7 +211,8 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
     jobs = table(queue.get("jobs", ()), *keys)
     lines = [f"  to submit: {queue['to_submit']} runs, in jobs with, per node:"] if jobs else []
     lines += [f"    {line}" for line in jobs]
-    said = {"queued": "{} runs are already queued", "unknown": "queued runs are unknown: {}"}
+    said = {"queued": "{} runs are already queued", "removed": "{}"}
+    said["unknown"] = "queued runs are unknown: {}"
     return [*lines, *(f"  {text.format(queue[k])}" for k, text in said.items() if queue.get(k))]
 
 
@@ -265,7 +266,9 @@ def _on_gpus(
         outlooks = answer.outlooks(part.points, part.sweep, request.scale, *SMALLER)
         sweeps.append({**row, "claims": [{**o.plain(), "spread_from": s} for s, o in outlooks]})
         claims += [
-            f"{part.sweep_name}:{o.line()} (standard deviation at scale {s})" for s, o in outlooks
+            f"{part.sweep_name}: {o.line().strip()}"
+            + f" (standard deviation at scale {s})" * (o.can_decide is not None)
+            for s, o in outlooks
         ]
     names = ("name", "gpus", "price_per_gpu_h")
     found: dict[str, Any] = {

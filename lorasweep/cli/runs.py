@@ -244,8 +244,9 @@ def _submitted(request: Request, work: Work) -> Answer:
             f"{work.queued} runs queued, {work.running} running. Watch them with action=status; "
             "the same command answers when they have finished.",
         ),
+        (work.removed, work.removed),
     )
-    names = ("queued", "refused", "running", "exhausted")
+    names = ("queued", "refused", "running", "exhausted", "removed")
     values: dict[str, Any] = {key: getattr(work, key) for key in names}
     values |= {"submitted": work.n_submitted}
     values["jobs"] = [*work.sent, *filter(None, [work.follow])]

@@ -65,6 +65,8 @@ class Work:
     covered: list[Job]
     """Live jobs with unfinished runs, also jobs of another sweep."""
     exhausted: int
+    removed: str
+    """Which runs wait in jobs of this sweep and are not of this command, in words; else empty."""
     folder: Path = Path()
     """Folder with records and logs of the jobs that were submitted."""
     sent: dict[str, int] = field(default_factory=dict)
@@ -82,12 +84,24 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
     free = [p for p in waiting if p.id not in covered]
     killed = {p.id for p in free if states[p.id] == "interrupted"}
     exhausted = {i for i in killed if store.failures(i) >= request.exec.max_attempts}
+    wanted, family = {p.id for p in now.points}, f"{request.sweep_name}-{request.scale}-"
+    gone, stop = set[str](), dict[str, None]()
+    for s, runs, j in queue.jobs:
+        ours = j.state == "PENDING" and f"{s.sweep}-".startswith(family)
+        if more := {i for i in runs if ours and i not in wanted and store.state(i) == "missing"}:
+            again = [k.label for f, k in queue.follows if f.sweep == s.sweep]
+            gone, stop = gone | more, stop | dict.fromkeys([j.label, *again])
+    said = (
+        f"{len(gone)} queued run(s) of this sweep are not of this command, and will train; to take "
+        f"them back: scancel {' '.join(stop)}, then this command again"
+    )
     return Work(
         todo=[p for p in free if p.id not in exhausted],
         queued=len(waiting) - len(free),
         running=sum(s == "running" for s in states.values()),
         covered=list(dict.fromkeys(covered[p.id] for p in now.todo if p.id in covered)),
         exhausted=len(exhausted),
+        removed=said if gone else "",
     )
 
 
@@ -99,6 +113,7 @@ def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
     queue = slurm.look(store.root)
     work = work_of(request, store, now, queue)
     change: dict[str, Any] = {"queued": work.queued, "to_submit": len(work.todo)}
+    change["removed"] = work.removed
     if queue.unavailable:
         change["unknown"] = queue.unavailable
     if cluster.kind == "slurm" and work.todo:

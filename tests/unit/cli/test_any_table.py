@@ -186,6 +186,7 @@ def test_the_hours_of_sampling_are_named(command, nowhere):
     assert total["gpu_hours"] == pytest.approx(sum(s["gpu_hours"] for s in found["sweeps"]))
     text = command(*study, *ASKED[:2]).stdout
     assert f"{rl['gpu_hours_of_sampling']:,.0f} of the GPU-hours" in text
+    assert "\nrl: claim wider: not known: no standard deviation stated\n" in text
 
 
 @pytest.mark.parametrize(

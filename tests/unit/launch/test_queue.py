@@ -124,10 +124,15 @@ def test_a_command_killed_at_any_sbatch_is_completed_by_the_next(
     assert not cancel.called
     # the follow-up job of another sweep with some of these runs waits for their jobs
     other = compose("+sweep=lr_ratio", "scale=smoke", *given, "~sweep.arms.fullft")
-    submit.submit(dataclasses.replace(other, exec=exec_), store, lambda: other.points, print)
+    left = submit.submit(dataclasses.replace(other, exec=exec_), store, lambda: other.points, print)
     waits = {queue.look(root).covered()[p.id].label for p in other.points}
     after = re.search("--dependency=afterany:(.*)", calls[-1])[1].split(":")
     assert "-follow" in calls[-1] and set(after) == waits and 0 < len(waits) < 6
+    # runs that left the command line are named, with their jobs and what submits them again
+    again = [j.label for s, j in queue.look(root).follows if s.sweep == asked.title]
+    jobs = {j.label for _, _, j in queue.look(root).jobs} - waits
+    said = re.search(r"(\d) queued run.* scancel ([^,]*),", left.removed)
+    assert int(said[1]) == len(jobs) and {*said[2].split()} == jobs.union(again)
 
 
 @pytest.mark.parametrize(("n", "image"), [(1, None), (3, "docker://x#y")])
