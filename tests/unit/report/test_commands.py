@@ -14,11 +14,10 @@ from tests.tables import planted, run, write
 
 @pytest.fixture
 def asked(tmp_path, capsys):
-    """asked(command, table, *options): what fit, or a flag of it, prints about a table as JSON."""
+    """asked(table, *options): what fit prints about a table as JSON."""
 
-    def values(command, table, *options):
-        words = ("fit", write(tmp_path, table), *([] if command == "fit" else [f"--{command}"]))
-        code, text, _ = run(capsys, *words, *options, "--json")
+    def values(table, *options):
+        code, text, _ = run(capsys, "fit", write(tmp_path, table), *options, "--json")
         assert code == 0
         return json.loads(text)
 
@@ -41,21 +40,21 @@ def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
 
 
 def test_ratio_and_drift_come_back(asked):
-    assert all(r["low"] < 10 < r["high"] for r in asked("ratio", planted())["ratios"])
-    (row,) = asked("drift", planted())
+    assert all(r["low"] < 10 < r["high"] for r in asked(planted(), "--ratio")["ratios"])
+    (row,) = asked(planted(), "--drift")
     assert row["low"] < 0 < row["high"] and row["ranks"] == [4, 16]
     # rank 1 is not pooled with higher ranks
     low = planted(ratio=2.5, ranks=(1,)).dropna(subset=["rank"])
     models = [pd.concat([planted(), low]).assign(model=name) for name in "mno"]
-    found = asked("ratio", pd.concat(models))
+    found = asked(pd.concat(models), "--ratio")
     assert {r["rank"] for r in found["ratios"]} == {1, 4, 16} and found["pooled"]["groups"] == 3
     assert found["pooled"]["low"] < 10 < found["pooled"]["high"] < 12
     more = planted(ranks=(4,), seeds=(9,))  # a seed that only LoRA has shifts no gap
     more = pd.concat([planted((None, 4)), more.assign(test_nll=more["test_nll"] + 5)])
-    assert abs(asked("ratio", more)["ratios"][0]["gap"]) < 0.01
+    assert abs(asked(more, "--ratio")["ratios"][0]["gap"]) < 0.01
     # layer sets share one full fine-tuning curve, which is not two witnesses
     one = planted().assign(alpha=32.0, scaling_by="rank", init_scale=1.0, eps=1e-8)
-    found = asked("ratio", pd.concat([one.assign(layers=v) for v in ("attention", "mlp")]))
+    found = asked(pd.concat([one.assign(layers=v) for v in ("attention", "mlp")]), "--ratio")
     variants = {r["group"].split("; ")[1] for r in found["ratios"]}
     assert variants == {"layers attention", "layers mlp"}  # not what all have, such as alpha
     assert len(found["ratios"]) == 4 and found["pooled"] is None
@@ -103,25 +102,25 @@ def test_law_speaks_of_widths(asked):
     def of_widths(table, *widths):
         return pd.concat([table.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
 
-    found = asked("law", of_widths(planted(ratio=10).assign(alpha=32), 1024, 2048, 4096))
+    found = asked(of_widths(planted(ratio=10).assign(alpha=32), 1024, 2048, 4096), "--law")
     assert {v["method"] for v in found["by_loss"]} == {"lora", "fullft"}
     assert found["ratio_law"]["p"]["low"] < 0 < found["ratio_law"]["p"]["high"]
     table = of_widths(planted(ranks=(4,), higher=True), 1024, 2048, 4096, 8192)
-    (law,) = asked("law", table, "--higher", "test_nll")["by_loss"]
+    (law,) = asked(table, "--law", "--higher", "test_nll")["by_loss"]
     assert law["regret_percent"] >= 0
     assert law["lr_at_2000"]["value"] == pytest.approx(1.3e-3, rel=0.2)
 
 
 def test_an_optimum_of_a_metric_and_one_that_is_not_bracketed_which_is_null_with_a_bound(asked):
     table = planted(higher=True).rename(columns={"test_nll": "accuracy"})
-    rows = asked("fit", table, "--higher", "accuracy")
+    rows = asked(table, "--higher", "accuracy")
     assert all(0.78 < r["best_nll"] < 0.81 and r["metric"] == "accuracy" for r in rows)
     assert rows[0]["low"] < 1.3e-4 < rows[0]["high"]
     table = planted(ranks=(4,))
-    (row,) = asked("fit", table[table["lr"] < 1e-3])  # the optimum is at 1.3e-3
+    (row,) = asked(table[table["lr"] < 1e-3])  # the optimum is at 1.3e-3
     assert "at_edge" in row["flags"]
     assert row["best_lr"] is row["high"] is None and row["low"] is not None
-    (row,) = asked("fit", planted(ranks=(4,), seeds=(0,)).iloc[:1])
+    (row,) = asked(planted(ranks=(4,), seeds=(0,)).iloc[:1])
     assert row["best_lr"] is row["low"] is row["band"] is None and "few_points" in row["flags"]
 
 

@@ -1,4 +1,4 @@
-"""The pages of all answers, on planted ones: figures, findings, ledger, and golden pages."""
+"""The pages of all answers, on planted ones: figures, findings, ledger, and golden pages; rows of answers."""
 
 import dataclasses
 import json
@@ -7,22 +7,28 @@ import re
 import shutil
 from collections import Counter
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.text import Annotation
 
 from analysis.inference.decide import Gate, GateCode, Verdict
-from analysis.inference.estimate import Estimate
+from analysis.inference.estimate import AT_LEAST, Estimate
 from analysis.measures import next_runs
 from analysis.measures.regret import COUNTS
-from analysis.measures.rows import Setting, pick
-from analysis.questions.registry import analyse
-from analysis.report import plots_study, report
+from analysis.measures.rows import Setting, pick, rows_of
+from analysis.optimum.fit import fit_all
+from analysis.questions.base import Panel, Series
+from analysis.questions.registry import analyse, read_question
+from analysis.report import plots, plots_study, report
 from analysis.report.report import question_hash
 from analysis.report.study import answers, page
 from analysis.report.study.answers import NO_CELL, claims_table, read_answers
+from analysis.runs.curves import at_step, lr_curves, title
 from analysis.runs.table import TableError
 from lorasweep.cli.answer import KEPT
+from tests import planted
 from tests.planted import kept_answer
 from tests.world import ROOT
 
@@ -30,14 +36,13 @@ GOLDEN = ROOT / "tests" / "golden" / "study"
 WITHDRAWN = (Gate(GateCode.WITHDRAWN, "an arm is missing"),)
 
 
-def dialect(name="dialect", **params):
-    return {"name": name, "location": "dialect", "source": "synthetic", "knobs": params}
+def data_set(name="dialect", location="dialect", source="synthetic", **params):
+    return {"name": name, "location": location, "source": source, "knobs": params}
 
 
-RULES = (dialect(rule_shift=0.25, new_exceptions=0),)
-LISTS = (dialect(rule_shift=0.5),)
-GSM8K = {"name": "gsm8k", "location": "gsm8k", "source": "jsonl", "knobs": {}}
-FACTS = {"name": "facts", "location": "facts", "source": "synthetic", "knobs": {}}
+RULES = (data_set(rule_shift=0.25, new_exceptions=0),)
+LISTS = (data_set(rule_shift=0.5),)
+FACTS = data_set("facts", "facts")
 
 
 def verdict(value, half=0.1, outcome="REFUTED", group="b on dialect", **changes):
@@ -159,17 +164,15 @@ def test_a_broken_report_leaves_the_others(tmp_path, capsys, name, content):
     ],
 )
 def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group, setting):
-    low = dialect("low", rule_shift=0.25, new_exceptions=0)
-    found = answer(tmp_path, verdict(1, group=group), data=(low, *LISTS, FACTS, GSM8K))
+    low = data_set("low", rule_shift=0.25, new_exceptions=0)
+    data = (low, *LISTS, FACTS, data_set("gsm8k", "gsm8k", "jsonl"))
+    found = answer(tmp_path, verdict(1, group=group), data=data)
     assert found.judged[0][0].setting is setting
 
 
 def bases(folder, verdicts):
     named = [dataclasses.replace(v, group=f"b{k} on dialect") for k, v in enumerate(verdicts)]
     return [answer(folder, v, scale=f"tiny_{k}", base=f"b{k}") for k, v in enumerate(named)]
-
-
-# ---------------------------------------------------------------- figures
 
 
 @pytest.mark.parametrize(
@@ -243,23 +246,16 @@ def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_pat
     plots_study.regret_map(lines, tmp_path / "map.png")
 
 
-# ---------------------------------------------------------------- the ledger
-
-
 def outcomes_of(made, sentence):
     (row,) = [r for r in answers.ledger(made) if sentence in r[0]]
     return row[1:]
 
 
 def test_every_claim_that_the_ledger_names_is_asked_by_a_sweep_or_was():
-    asked = {
-        (path.stem, claim)
-        for path in (ROOT / "sweeps").glob("*.yaml")
-        for claim in yaml.safe_load(path.read_text()).get("claims", {})
-    }
-    for path in KEPT.glob("*/question.json"):
-        kept = json.loads(path.read_text())
-        asked |= {(kept["name"], claim) for claim in kept["claims"]}
+    sweeps = [(p.stem, yaml.safe_load(p.read_text())) for p in (ROOT / "sweeps").glob("*.yaml")]
+    kept = [json.loads(path.read_text()) for path in KEPT.glob("*/question.json")]
+    questions = [*sweeps, *((k["name"], k) for k in kept)]
+    asked = {(name, claim) for name, question in questions for claim in question.get("claims", {})}
     blocks = yaml.safe_load(answers.SENTENCES.read_text())
     lines = [s for block in blocks for s in block["sentences"]]
     named = [c for s in lines for c in answers.claims_of(s)]
@@ -293,38 +289,31 @@ def test_a_bound_is_judged_by_its_upper_end_alone(tmp_path, value, outcome, gate
     assert f"**{shown}** at `tiny`" in "".join(outcomes_of(made, "at most about one bit"))
 
 
-# ---------------------------------------------------------------- the findings
-
-
-def entry(**changes):
-    """A finding on one claim and one number."""
-    said = {"sweep": "rank", "lead": "It holds", "said": "it is {one}.", "more": "Also {one}."}
-    said |= {"rests": {"rank-tiny: c": ["REFUTED"]}, "numbers": {"one": {"of": "rank-tiny: c"}}}
-    return [{**said, **changes}]
-
-
 def test_a_finding_is_marked_filled_and_stale_once_an_outcome_or_a_number_changes(
     tmp_path, monkeypatch
 ):
     path = tmp_path / "findings.yaml"
     monkeypatch.setattr(answers, "TEXTS", path)
+    said = {"sweep": "rank", "lead": "It holds", "said": "it is {one}.", "more": "Also {one}."}
+    said |= {"rests": {"rank-tiny: c": ["REFUTED"]}, "numbers": {"one": {"of": "rank-tiny: c"}}}
 
-    def made(v, *texts):
-        path.write_text(yaml.safe_dump(texts or entry()))
+    def made(v, **changes):
+        path.write_text(yaml.safe_dump([{**said, **changes}]))
         return answers.findings(answer(tmp_path, v).rows)
 
     (found,) = made(verdict(0.5))
     wanted = ("**It holds**: it is 0.5 [0.4, 0.6].", "Also 0.5 [0.4, 0.6].")
     assert (found.text, found.more) == wanted
-    (later,) = made(verdict(0.5, exploratory="seen"), *entry(rests={}))
+    (later,) = made(verdict(0.5, exploratory="seen"), rests={})
     assert "(exploratory)" in later.text
-    for v, texts, words in (
-        (verdict(0.5, outcome="UNDECIDED"), (), r"rank-tiny: c \['REFUTED'\].*\['UNDECIDED'\]"),
-        (verdict(0.5, exploratory="seen"), (), "exploratory"),
-        (verdict(0.5), entry(numbers={"one": {"of": "rank-tiny: d"}}), "0 rows are rank-tiny: d"),
+    other = {"numbers": {"one": {"of": "rank-tiny: d"}}}
+    for v, changes, words in (
+        (verdict(0.5, outcome="UNDECIDED"), {}, r"rank-tiny: c \['REFUTED'\].*\['UNDECIDED'\]"),
+        (verdict(0.5, exploratory="seen"), {}, "exploratory"),
+        (verdict(0.5), other, "0 rows are rank-tiny: d"),
     ):
         with pytest.raises(TableError, match=words):
-            made(v, *texts)
+            made(v, **changes)
 
 
 def test_every_number_that_a_finding_writes_out_is_one_of_its_rows():
@@ -348,9 +337,6 @@ def test_every_number_that_a_finding_writes_out_is_one_of_its_rows():
         bare = re.sub(r"\{.*?\}|\b(tiny\d+(-\w+)?|SmolLM2)\b", "", said)
         written = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", bare))
         assert written <= known, (text["lead"], written - known)
-
-
-# ---------------------------------------------------------------- golden pages
 
 
 def test_pages_of_planted_answers_are_the_golden_ones(tmp_path):
@@ -415,3 +401,135 @@ def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
     assert question_hash(asked) == as_asked
     asked["claims"][first]["margin"] = [0.0, 1e9]
     assert question_hash(asked) != as_asked
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """drawn(draw, *given): the axes of the figure that draw(*given, path) saves."""
+
+    def run(draw, *given):
+        figures = []
+        with monkeypatch.context() as patch:
+            patch.setattr(plots.plt, "close", figures.append)
+            draw(*given, tmp_path / "figure.png")
+        return figures[0].axes
+
+    return run
+
+
+def test_a_bound_is_an_arrow_to_its_side_and_no_point(drawn):
+    ends = [{"low": 0.9, "high": 1.1}, {"low": 2.0}, {"high": 3.0}, {"low": 1.0, "high": 4.0}]
+    estimates = [Estimate(value, **e) for value, e in zip((1.0, None, None, None), ends)]
+    estimates.append(Estimate(5.0, 4.5, 5.5, flags=(AT_LEAST,)))
+    series = Series.of("rho", range(5), estimates)
+    assert series.bounds == [0, 1, -1, 0, 1] and series.y == [1.0, 2.0, 3.0, None, 5.0]
+    (ax,) = drawn(plots.panels, [Panel("t", "x", "y", [series])])
+    found = [a for a in ax.get_children() if isinstance(a, Annotation)]
+    ends = {(a.xy[0], a.xy[1]): a.xyann[1] for a in found}
+    assert ends == {(1, 2.0): plots.ARROW, (2, 3.0): -plots.ARROW, (4, 5.0): plots.ARROW}
+    points = np.array(ax.lines[0].get_ydata(), float)
+    assert np.isfinite(points).tolist() == [True, False, False, False, False]
+
+
+def runs():
+    common = {"model": "m", "dataset": "dialect(rule_shift=0)", "batch_size": 4, "steps": 16}
+    common |= {"steps_done": 16, "schedule": "constant", "seed": 0, "status": "done"}
+    rows = []
+    for method, rank in (("fullft", None), ("lora", 4)):
+        for lr in 1e-3 * 2.0 ** np.arange(-2, 3):
+            off = 0.1 * np.log(lr / 1.1e-3) ** 2
+            curve = [{"step": s, "test_nll": 3 - 0.2 * np.log2(s) + off} for s in (1, 2, 4, 8, 16)]
+            rows.append({**common, "method": method, "rank": rank, "lr": lr, "nll_start": 5.0})
+            rows[-1] |= {"test_nll": curve[-1]["test_nll"], "result": json.dumps({"curve": curve})}
+    return pd.DataFrame(rows)
+
+
+def test_a_figure_of_cut_runs_shows_them_and_says_of_what_they_are_the_beginning(drawn):
+    table = runs()
+    optima = fit_all(lr_curves(at_step(at_step(table, 8), 4)))
+    (ax,) = drawn(plots.learning, table, optima)
+    curves = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) > 2]
+    assert len(curves) == 10 and all(max(x) == 4 for x in curves)
+    words = "m on dialect (no new rules), batch 4, "
+    assert ax.get_title() == title(optima[0].curve) == f"{words}first 4 of 16 updates"
+
+
+def test_rewards_are_drawn_as_rewards_upwards_and_on_one_scale(drawn):
+    """A loss of -0.4 is a reward of 0.4; an optimum at an edge is an arrow, its legend a bound."""
+    metric = {"name": "test_reward", "higher_is_better": True, "label": "held-out reward"}
+    found = []
+    for name, height in (("a", 0.4), ("b", 0.8)):
+        table = runs().assign(dataset=name, objective="policy_gradient", metric="test_reward")
+        table["test_nll"] = table["test_nll"] - table["test_nll"].min() - height
+        kept = json.dumps({"metric": metric, "curve": [{"step": 1, "test_nll": -height}]})
+        found.append(table.assign(nll_start=-0.1, result=kept))
+    table = pd.concat(found, ignore_index=True)
+    optima = fit_all(lr_curves(table))
+    for given in ((plots.lr_against_nll, optima), (plots.learning, table, optima)):
+        one, other = drawn(*given)
+        assert one.yaxis_inverted() and one.get_ylim() == other.get_ylim()
+        assert one.get_ylabel().startswith("held-out reward")
+        assert one.yaxis.get_major_formatter()(-0.4) == "0.4"
+    table = runs()
+    table["test_nll"] = 3 - 0.1 * np.log(table["lr"] / 1e-4)  # falls up to the highest rate
+    (ax,) = drawn(plots.lr_against_nll, fit_all(lr_curves(table)))
+    arrows = [a.xyann for a in ax.get_children() if isinstance(a, Annotation)]
+    assert arrows == [(plots.ARROW, 0)] * 2
+    assert all("best > " in t.get_text() for t in ax.get_legend().get_texts())
+
+
+def test_every_kept_verdict_has_one_row_and_says_where_it_was_measured():
+    rows, there = [], []
+    for folder in planted.ANSWERS:
+        results = json.loads((folder / "results.json").read_text())
+        table = pd.read_parquet(folder / "table.parquet")
+        rows += rows_of(results, read_question(folder), table)
+        there += results["verdicts"]
+    assert [r.verdict.plain() for r in rows if r.verdict] == there
+    columns = ("sweep", "scale", "task", "quantity", "arm", "rank", "batch_size", "updates")
+    keys = [(*(getattr(r, c) for c in columns), r.alpha, r.claim) for r in rows]
+    assert len(set(keys)) == len(keys)
+    regime, beyond, both = Setting.IN_REGIME, Setting.BEYOND, "tiny128 and tiny64-skills"
+    for sweep, claim, *where in (
+        ("regime", "low", "tiny128", "rank 16, 256 updates", regime),
+        ("rank", "alike", "tiny128", "ranks 1 to 32, to update 256", regime),
+        ("large_batches", "at_512", "tiny64", "rank 8, after 12,288 examples", regime),
+        ("rl_matrices", "top_rank", "tiny64-skilled", "rank 16, 100 updates", beyond),
+        ("layers", "attention_everywhere", both, "128 to 256 updates", beyond),
+    ):
+        row = pick(rows, sweep=sweep, claim=claim, scale="tiny")[0]
+        assert [row.base, row.at, row.setting] == where
+
+
+def test_arms_of_one_rank_have_each_their_own_ratio():
+    """They were joined by group and rank once, so that all had the ratio of the last one."""
+    common = {"model": "b", "dataset": "dialect", "batch_size": 4, "steps": 8, "flags": [], "n": 3}
+    common |= {"low": None, "high": None, "best_nll": 2.0, "band": None, "method": "lora"}
+    curves = [{**common, "method": "fullft", "rank": None, "best_lr": 1e-3, "layers": "all"}]
+    ratios, places = [], {"attention": 1, "mlp": 2, "attention+mlp": 3}
+    for layers, k in places.items():
+        curves.append({**common, "rank": 4.0, "alpha": 32.0, "layers": layers, "best_lr": k * 1e-3})
+        at = {"group": "b on dialect, batch 4, steps 8", "rank": 4, "alpha": 32.0, "at": k}
+        found = {"ratio": {"value": float(k), "flags": []}, "regrets": {"10x": k / 100}}
+        ratios.append(at | found)
+    results = {"sweep": "s", "scale": "tiny", "verdicts": [], "curves": curves, "ratios": ratios}
+    found = rows_of(results, {"claims": {}}, pd.DataFrame())
+    for quantity, unit in (("lr_ratio", 1), ("best_lr", 1e-3), ("nats lost at 10x", 0.01)):
+        values = {r.arm: r.estimate.value for r in pick(found, quantity) if r.arm != "fullft"}
+        assert values == {f"lora r4, {layers}": k * unit for layers, k in places.items()}
+
+
+def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(drawn):
+    """One run of three at the fourth rate of six: the best rates are beyond it, and have no line."""
+    one = runs().query("method == 'lora'").drop_duplicates("lr").sort_values("lr")
+    rates, losses = 1e-4 * 2.0 ** np.arange(6), np.array([3.0, 2.6, 2.3, 2.1, 2.0, 2.05])
+    table = pd.concat([one.iloc[[0]]] * 18, ignore_index=True)
+    table = table.assign(lr=rates.repeat(3), seed=[0, 1, 2] * 6, test_nll=losses.repeat(3))
+    table["test_nll"] += 0.01 * table["seed"]
+    table.loc[10, ["status", "test_nll"]] = ["diverged", None]
+    (ax,) = drawn(plots.lr_against_nll, fit_all(lr_curves(table)))
+    (fitted,) = [line for line in ax.lines if len(line.get_xdata()) == 200]
+    assert max(fitted.get_xdata()) == pytest.approx(rates[2])
+    lines = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    hollow = {round(x, 8) for line in lines for x in line.get_xdata()}
+    assert hollow == set(np.round(rates[3:], 8))

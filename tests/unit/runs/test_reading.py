@@ -25,7 +25,7 @@ from tests.world import ROOT, tiny_spec, write_json
 
 def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
     """Its optional columns (floor_nats, clip_norm, ...) are empty cells in the CSV."""
-    kept = ROOT / "analysis/results/lr_ratio-small" / "table.parquet"
+    kept = ROOT / "analysis/results/lr_ratio-small/table.parquet"
     pd.read_parquet(kept).to_csv(tmp_path / "table.csv", index=False)
     own = read(tmp_path / "table.csv")
     assert own.table["floor_nats"].isna().all()
@@ -39,14 +39,11 @@ def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
 
 
 THEIRS = {"lr": "learning_rate", "test_nll": "eval_loss"}
-
-
 MIXED = planted(higher=True).rename(columns={"test_nll": "accuracy"})
 MIXED["accuracy"] *= np.where(MIXED.index % 2, 1, 100)  # fractions, and percent
 
 
-def broken(row=3, **values):
-    ((column, value),) = values.items()
+def broken(column, value, row=3):
     table = planted().astype(object)
     table.loc[row, column] = value
     return table
@@ -59,7 +56,7 @@ def broken(row=3, **values):
         (planted().drop(columns="rank"), [], ["no column 'rank'"]),
         (planted().iloc[:0], [], ["no rows"]),
         *(
-            (broken(**{column: value}), [], ["row 4", f"column {column}"])
+            (broken(column, value), [], ["row 4", f"column {column}"])
             for column, values in {
                 "lr": ("fast", "", -1e-4, 30),
                 "test_nll": ("2.1 nats", "", "nan", "inf", -0.5),
@@ -121,10 +118,14 @@ def test_other_ways_to_write_the_same_table(tmp_path, capsys):
         for row in rows.drop(columns="status").to_dict("records")
     ]
     paths.append(write_json(tmp_path / "export.json", [json.dumps(objects, default=float)]))
-    foreign = {"metric": "loss", "block": "attn", "result": "ok"}
     paths.append(tmp_path / "foreign.json")
-    foreign = rows.assign(**foreign, dataset=[["a", "b"]] * len(rows))
-    foreign.to_json(paths[-1], orient="records")
+    foreign = {
+        "metric": "loss",
+        "block": "attn",
+        "result": "ok",
+        "dataset": [["a", "b"]] * len(rows),
+    }
+    rows.assign(**foreign).to_json(paths[-1], orient="records")
     for path in paths:
         mapped = [f"--map={v}={k}" for k, v in THEIRS.items()] if path.stem == "theirs" else []
         code, text, _ = run(capsys, "fit", path, "--json", *mapped)
@@ -156,7 +157,7 @@ def test_what_is_left_out_or_taken_otherwise_is_noted_with_its_rows(tmp_path, ca
     crashed.loc[5, "State"] = "crashed"
     for changed, words in (
         (again, ("row 9, 64", "taken as repeats", "repeat another row", "row 65")),
-        (broken(2, test_nll="").drop(columns="status"), ("row 3", "column test_nll")),
+        (broken("test_nll", "", 2).drop(columns="status"), ("row 3", "column test_nll")),
         (crashed, ("1 run(s)", "row 6")),
     ):
         code, _, err = run(capsys, "fit", write(tmp_path, changed))
@@ -190,10 +191,7 @@ def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there():
     assert same_rows(None) == []
 
 
-REWARD = METRICS["policy_gradient"]
-
-
-def row(lr, value, metric=REWARD, seed=0, curve=None, state="done", **changes):
+def row(lr, value, metric=METRICS["policy_gradient"], seed=0, curve=None, state="done", **changes):
     spec = dataclasses.replace(tiny_spec(), lr=lr, seed=seed, **changes)
     curve = curve or [{"step": 0, metric.name: 0.1}, {"step": 4, metric.name: value}]
     result = {"run_id": spec.id, "state": state, metric.name: value, "curve": curve}
@@ -201,11 +199,9 @@ def row(lr, value, metric=REWARD, seed=0, curve=None, state="done", **changes):
 
 
 def test_the_best_rate_is_that_of_the_highest_reward():
-    rates = 1e-3 * 2.0 ** np.arange(-3, 4)
     top = np.log(1.2e-3)
-    rewards = {lr: 0.8 - 0.05 * (np.log(lr) - top) ** 2 for lr in rates}
-    noise = {seed: 1e-3 * seed for seed in range(3)}
-    raw = pd.DataFrame([row(lr, r + noise[s], seed=s) for lr, r in rewards.items() for s in noise])
+    rewards = [(lr, 0.8 - 0.05 * (np.log(lr) - top) ** 2) for lr in 1e-3 * 2.0 ** np.arange(-3, 4)]
+    raw = pd.DataFrame([row(lr, r + 1e-3 * s, seed=s) for lr, r in rewards for s in range(3)])
     assert (raw["test_reward"] > 0).all() and raw["test_nll"].isna().all()
     losses = as_losses(raw)
     assert (losses["test_nll"] == -raw["test_reward"]).all()
