@@ -61,35 +61,30 @@ TULU, THOUGHTS = 1100, 1200
 
 
 def tulu(k):
-    """A row of Tulu 3."""
     texts = (f"So? {k}", "No", f"So? {k}", f"Yes {k}")
     said = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 2, texts)]
     return {"id": f"{k}", "messages": said, "source": "made"}
 
 
 def thought(question, k=0):
-    """A row of OpenThoughts3."""
     said = [("human", f"Why {question}?"), ("gpt", f"<think>So {k}</think> Yes")]
     row = {"difficulty": 7, "source": "made", "domain": "math"}
     return {**row, "conversations": [{"from": who, "value": text} for who, text in said]}
 
 
 def problem(k):
-    """A row of MATH, and of MATH-500."""
     said = f"It is late.\nSo $x = \\boxed{{\\frac{{{k}}}{{7}}}}$"
     about = {"level": "Level 1", "type": "made", "subject": "made", "answer": f"{k}"}
     return {"problem": f"How many {k}?", "solution": said, **about}
 
 
 def deep(k):
-    """A row of DeepMath."""
     said = {f"r1_solution_{i}": f"Yes {i}" for i in (1, 2, 3)}
     about = {"difficulty": 5.0, "topic": "made"}
     return {"question": f"So {k}?", "final_answer": f"\\sqrt{{{k}}}", **about, **said}
 
 
 def school(k):
-    """A row of GSM8K."""
     return {"question": f"So {k}?", "answer": f"It is <<2*3=6>>6.\n#### {k},000"}
 
 

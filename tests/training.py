@@ -99,7 +99,6 @@ def with_base_and_rows(spec, *folders):
 
 
 def rewarded_world(name, **changes):
-    """A rewarded run, its base and its data."""
     return with_base_and_rows(rewarded_spec(name, **changes), "models")
 
 

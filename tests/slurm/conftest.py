@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,8 @@ NODES = 8
 SMOKE = ("+sweep=lr_ratio", "scale=smoke", "exec.pack_size=3")
 """Six runs in two packs, of full fine-tuning and of LoRA."""
 FAST = (
-    "cluster=slurm",
-    "cluster.cpus=2",
-    "cluster.mem_gib=1.5",
-    "cluster.time_min=60",
-    "exec.threads=1",
-    "cluster.shared=true",
+    *("cluster=slurm", "cluster.cpus=2", "cluster.mem_gib=1.5", "cluster.time_min=60"),
+    *("exec.threads=1", "cluster.shared=true"),
     f"cluster.setup=['export LORASWEEP_HOST=$SLURMD_NODENAME PYTHONPATH={ROOT}']",
 )
 """One job a node. Each simulated node counts as another machine: only Slurm knows what runs there,
@@ -74,13 +69,8 @@ class Slurm:
     def __init__(self, **settings):
         # munge's socket path must be short
         self.folder = Path(tempfile.mkdtemp(prefix="ls-", dir="/tmp"))
-        self.env = {
-            "SLURM_TEST_DIR": str(self.folder),
-            "SLURM_TEST_PORT": str(free_ports(NODES + 2)),
-            "SLURM_TEST_NODES": str(NODES),
-            "SLURM_TEST_CPUS": "2",
-            **settings,
-        }
+        given = {"DIR": self.folder, "PORT": free_ports(NODES + 2), "NODES": NODES, "CPUS": 2}
+        self.env = {f"SLURM_TEST_{k}": str(v) for k, v in {**given, **settings}.items()}
         try:
             self.start()
         except AssertionError:
@@ -98,19 +88,16 @@ class Slurm:
         os.environ["SLURM_CONF"] = shlex.split(done.stdout)[1].partition("=")[2]
 
     def stop(self):
-        """Stop all daemons and remove their files."""
         self._script("stop.sh", "--wipe")
         os.environ.pop("SLURM_CONF", None)
 
     @staticmethod
     def command(*words, check=True):
-        """Run one of Slurm's commands; return what it prints."""
         done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
 
     def update(self, *words, check=True):
-        """Change a job, a node or a partition."""
         self.command("scontrol", "update", *words, check=check)
 
     def preempt(self, *where, seconds=0, check=True):
@@ -125,17 +112,10 @@ class Slurm:
         rows = [[cell.strip() for cell in line.split("|")] for line in lines]
         return {f"{r[1]}_{r[2]}" if r[2].isdigit() else r[0]: (r[3], r[4]) for r in rows}
 
-    def minutes_run(self, job):
-        """Return the whole minutes that a job has run."""
-        start = self.command("squeue", "-h", "-j", job, "-O", "StartTime:.40").strip()
-        return (datetime.now() - datetime.fromisoformat(start)) // timedelta(minutes=1)
-
     def running(self):
-        """List the jobs that run."""
         return [job for job, (state, _) in self.jobs().items() if state == "RUNNING"]
 
     def drain(self, timeout=400):
-        """Wait until the queue is empty."""
         wait_for(lambda: not self.jobs(), timeout, every=0.2)
 
     @contextlib.contextmanager
@@ -148,9 +128,6 @@ class Slurm:
             self.update(f"partitionname={partition}", "state=up")
 
 
-# ---------------------------------------------------------------- giving commands
-
-
 WITH_TRAINER = """
 import sys
 from lorasweep.cli.actions import act
@@ -160,16 +137,14 @@ sys.exit(act(compose_request(sys.argv[2:]), sys.argv[1]))
 
 
 def command(*args, trainer=None):
-    """Return Python's arguments for the command, or with another trainer."""
     given = ["-m", "lorasweep"] if trainer is None else ["-c", WITH_TRAINER, trainer]
     return [*given, *map(str, args)]
 
 
 def start(cwd, *args, trainer=None, **more):
     """Start a command in a new process, with its output in one pipe."""
-    return world.start(
-        *command(*args, trainer=trainer), cwd=cwd, env=more, stderr=subprocess.STDOUT
-    )
+    given = command(*args, trainer=trainer)
+    return world.start(*given, cwd=cwd, env=more, stderr=subprocess.STDOUT)
 
 
 def request(cwd, *args):
@@ -194,11 +169,7 @@ def train_here(cwd, *args):
 
 
 def status(cwd, *args):
-    """Return what action=status shows."""
     return json.loads(ask(cwd, *args, "action=status", "format=json"))
-
-
-# ---------------------------------------------------------------- reading a run folder
 
 
 def results(cwd):
@@ -244,8 +215,6 @@ def jobs_of(submission):
     return ["_".join(map(str, label)) for label in labels][: len(submission.tasks)]
 
 
-# ---------------------------------------------------------------- fixtures
-
 HERE = Path(__file__).parent
 
 
@@ -268,7 +237,7 @@ def slurm():
     if reason:
         pytest.skip(reason)
     commands.setting.cache_clear()  # of another cluster, or of a test that invented one
-    cluster = Slurm(SLURM_TEST_MAX_ARRAY="6")
+    cluster = Slurm(MAX_ARRAY=6)
     yield cluster
     cluster.stop()
     commands.setting.cache_clear()

@@ -15,7 +15,6 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,29 +28,12 @@ GRID = (
 CLUSTER = (*FAST, "cluster.runs_per_job=8", "exec.max_attempts=50")
 
 
-@dataclass(frozen=True)
-class Target:
-    """The sweep that is disturbed, its number of runs, and its trainer; None: the real one."""
-
-    sweep: tuple[str, ...]
-    runs: int
-    trainer: str | None
-
-
-REAL = Target(
-    (
-        *(*GRID, "steps=40", "batch_size=4", "sweep.arms.lora.rank=[2,8]"),
-        *("sweep.axes.seed=[0,1,2,3,4,5,6,7,8,9]", "exec.checkpoint_s=0.5"),
-    ),
-    200,
-    None,
-)
-"""40 runs of full fine-tuning, 160 of LoRA."""
-QUICK = Target(
-    (*GRID, "steps=300", "sweep.axes.seed=[0,1,2,3,4]", "exec.checkpoint_s=0.1"),
-    60,
-    "tests.slurm.trainers:slow",
-)
+LONG = ("steps=40", "batch_size=4", "sweep.arms.lora.rank=[2,8]", "exec.checkpoint_s=0.5")
+SHORT = ("steps=300", "sweep.axes.seed=[0,1,2,3,4]", "exec.checkpoint_s=0.1")
+SEEDS = "sweep.axes.seed=[0,1,2,3,4,5,6,7,8,9]"
+REAL = SimpleNamespace(sweep=(*GRID, *LONG, SEEDS), runs=200, trainer=None)
+"""A sweep to disturb, with the real trainer: 40 runs of full fine-tuning, 160 of LoRA."""
+QUICK = SimpleNamespace(sweep=(*GRID, *SHORT), runs=60, trainer="tests.slurm.trainers:slow")
 """Slow while the storm lasts (6 to 60 s a pack), so that few runs end in it; fast afterwards."""
 
 

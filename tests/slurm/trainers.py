@@ -19,7 +19,6 @@ PAUSE_S = 0.4
 
 
 def steps(pack, exec_, resume):
-    """Train at once."""
     yield from _train(pack, resume)
 
 
@@ -35,7 +34,6 @@ def slow(pack, exec_, resume):
 
 
 def broken(pack, exec_, resume):
-    """Fail at the first step."""
     raise RuntimeError("broken on purpose")
 
 

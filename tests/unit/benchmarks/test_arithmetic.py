@@ -98,8 +98,7 @@ def test_full_runs_choose_the_vertex_of_the_parabola_or_the_best_of_them():
     valley = [(math.log(lr / 1.7e-3)) ** 2 for lr in lrs]
     assert chosen(map(full, lrs, valley)) == pytest.approx(1.7e-3)
     assert chosen(map(full, lrs, [1.0, 2.0, 3.0])) == 1e-3
-    assert chosen(map(full, lrs, [2.0, 1.0, math.inf])) == 2e-3
-    assert chosen([]) is None
+    assert chosen(map(full, lrs, [2.0, 1.0, math.inf])) == 2e-3 and chosen([]) is None
     # A seed with higher losses, at two of the learning rates only, does not move the choice.
     more = [full(lr, v + 5, 1) for lr, v in zip(lrs[1:], valley[1:])]
     assert chosen([*map(full, lrs, valley), *more]) == pytest.approx(1.7e-3)
@@ -116,14 +115,10 @@ def test_every_part_runs_gives_a_page_and_intervals_hold_known_optima(tmp_path, 
     search.main(["replays:3", "coverage:2", "tiny"])
     content = files.read_json(tmp_path / "search.json")
     for row in content["replays"]:
-        assert row["methods"][search.TUNE]["right"] == 1
-        assert (
-            row["methods"][search.TUNE]["end"] < row["methods"][search.GRID]["end"] == search.N_GRID
-        )
-    assert (
-        max(max(content["tiny"]["methods"][name]["regrets"]) for name in (search.TUNE, search.GRID))
-        < 5
-    )
+        tune, grid = (row["methods"][name] for name in (search.TUNE, search.GRID))
+        assert tune["right"] == 1 and tune["end"] < grid["end"] == search.N_GRID
+    tune, grid = (content["tiny"]["methods"][name] for name in (search.TUNE, search.GRID))
+    assert max(*tune["regrets"], *grid["regrets"]) < 5
     assert (tmp_path / "README.md").read_text() == search.page(content)
     assert (tmp_path / "search.png").stat().st_size > 0
     rows = content["coverage"]

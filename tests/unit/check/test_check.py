@@ -103,17 +103,14 @@ def test_a_case_that_fails_or_dies_fails_alone_and_is_measured_again(tmp_path, m
     dies = Case(CORRECTNESS, "dies", "device")  # returns no result, of which the process dies
 
     def found(cases, large, **more):
-        results = {}
-        all_cases.measure(
-            cases, tmp_path, 1, large, lambda c, r: results.update({c.name: r}), **more
-        )
-        return results
+        got = {}
+        all_cases.measure(cases, tmp_path, 1, large, lambda c, r: got.update({c.name: r}), **more)
+        return got
 
     assert not found([bad, case], {}, limit_s=0.0)
     first = found([bad, dies, case], {})
     assert "no_such_function" in first["bad"]["failed"] and "status 1" in first["dies"]["failed"]
-    assert first["good"]["difference"] < 1e-10
-    assert list(found([bad, case], {})) == ["bad"]
+    assert first["good"]["difference"] < 1e-10 and list(found([bad, case], {})) == ["bad"]
     large = {"good": {"misfit": "too large"}}  # left out without a process
     assert found([case], large) == large
 
@@ -125,9 +122,8 @@ def test_a_torch_without_cuda_beside_a_gpu_is_refused(monkeypatch):
 
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-devices = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-)
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
+devices = pytest.mark.parametrize("device", ["cpu", GPU])
 SPEC = tiny_spec(method=LoRA(rank=4), steps=10, lr=1e-3)
 SPEC = dataclasses.replace(SPEC, dataset=dataclasses.replace(SPEC.dataset, n_test=8))
 

@@ -7,13 +7,8 @@ import pytest
 
 from tests.world import compose_request
 
-MODELS = {
-    "bandit": "tiny64-knows",
-    "bandit_drawn": "tiny64-knows",
-    "facts": "tiny64-facts",
-    "skills": "tiny64-skills",
-    "words": "tiny64-skills",
-}
+MODELS = {"facts": "tiny64-facts", "skills": "tiny64-skills", "words": "tiny64-skills"}
+MODELS |= {"bandit": "tiny64-knows", "bandit_drawn": "tiny64-knows"}
 
 
 @cache
@@ -24,7 +19,6 @@ def composed(name):
 
 
 def shipped(name, /, **changes):
-    """Return the spec of a shipped data set with changes."""
     return dataclasses.replace(composed(name).dataset, **changes)
 
 

@@ -49,7 +49,6 @@ def train(store, specs, trainer, rows=None, stop=None, limits=None, report=None,
 
 
 def steps_of(store, rid):
-    """Steps of a run's records."""
     return [record["step"] for record in store.records(rid)]
 
 

@@ -1,32 +1,44 @@
-"""The planner: packs, speeds of finished runs, memory, hardware; budgets of a search."""
+"""Plans: packs, speeds of finished runs, memory, hardware, budgets of a search; memory, time and place
+of runs on GPUs, some of which sample: by hand, and of whole sweeps; and the plan of every sweep and scale,
+on a laptop and on H100s, is the one in tests/golden/plans.json. There runs and packs are exact; memory
+and time may differ in the last digits. To write the file after a change that was wanted: python -m
+tests.unit.plan.test_plan."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
+import tempfile
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lorasweep.cli.plans import plan_lines
-from lorasweep.errors import SpecError
+from lorasweep.config.compose import composer, shipped_model
+from lorasweep.errors import NotAtScale, SpecError
 from lorasweep.launch.local import devices_of
 from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
-from lorasweep.plan import detect
+from lorasweep.plan import detect, planner
+from lorasweep.plan import load as shapes
 from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.detect import Hardware, from_plain
-from lorasweep.plan.load import run_flops
-from lorasweep.plan.planner import MEMORY_SHARE, Planner, make_plan, place, seconds_at, speeds_of
+from lorasweep.plan.load import Layout, load_of
+from lorasweep.plan.planner import MEMORY_ERROR, MEMORY_SHARE, Planner, costs, make_plan, place
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.question import Replicates
+from lorasweep.train import sampling
 from tests.world import ROOT, compose_request, tiny_spec, write_json
 
 CPU = Hardware("cpu", processor="a processor", cores=2, memory_gib=16.0, fast_bf16=True)
@@ -68,7 +80,7 @@ def seconds(todo, *runs):
     """The expected seconds of specs, after finished runs (spec, seconds)."""
     results = {spec.id: {"wall_s": seconds} for spec, seconds in runs}
     done = [Point("", spec) for spec, _ in runs]
-    return seconds_at(speeds_of(done, SimpleNamespace(result=results.get)), todo)
+    return planner.seconds_at(planner.speeds_of(done, SimpleNamespace(result=results.get)), todo)
 
 
 def test_what_is_left_goes_at_the_speed_of_finished_runs_on_this_machine(asked, lora):
@@ -77,7 +89,7 @@ def test_what_is_left_goes_at_the_speed_of_finished_runs_on_this_machine(asked, 
     store.claim(lora[0].spec)
     store.finish(lora[0].id, "done", {"test_nll": 2.0, "wall_s": 3.0})
     now, _ = planned(asked)
-    expected = 3.0 * now.flops / run_flops(lora[0].spec) / now.workers
+    expected = 3.0 * now.flops / shapes.run_flops(lora[0].spec) / now.workers
     assert now.basis == "measured" and now.hours * 3600 == pytest.approx(expected)
     assert planned(asked, dataclasses.replace(CPU, processor=None))[0].basis == "assumed"
     # each method at its own speed
@@ -85,8 +97,8 @@ def test_what_is_left_goes_at_the_speed_of_finished_runs_on_this_machine(asked, 
     known = ((adapters, 2.0), (full, 8.0))
     assert seconds([adapters, full] * 3, *known) == pytest.approx(30)
     exact = dataclasses.replace(adapters, precision="fp64")
-    overall = (run_flops(adapters) + run_flops(full)) / 10
-    assert seconds([exact], *known) == pytest.approx(run_flops(exact) / overall)
+    overall = (shapes.run_flops(adapters) + shapes.run_flops(full)) / 10
+    assert seconds([exact], *known) == pytest.approx(shapes.run_flops(exact) / overall)
 
 
 @pytest.mark.slow
@@ -115,11 +127,8 @@ def test_a_pack_with_checkpoints_stays_as_it_was(asked, lora):
 
 
 def test_bf16_on_a_processor_without_it_is_warned_of(compose):
-    for precision, fast, rate in (
-        ("bf16", False, 7e8),
-        ("bf16", True, 2.5e11),
-        ("fp32", False, 6e10),
-    ):
+    cases = ("bf16", False, 7e8), ("bf16", True, 2.5e11), ("fp32", False, 6e10)
+    for precision, fast, rate in cases:
         asked = compose(*SMOKE, f"precision={precision}")
         now, _ = planned(asked, dataclasses.replace(CPU, fast_bf16=fast))
         assert ("no bf16 instructions" in "".join(plan_lines(asked, now))) == (rate == 7e8)
@@ -257,9 +266,6 @@ def test_customers_of_few_runs_share_packs_with_neighbours_of_like_lengths(tmp_p
         assert packs_of(points, pack_size=16)[1] == [3, 3]
 
 
-# ---------------------------------------------------------------- budgets of a search
-
-
 def test_a_budget_is_an_amount_with_its_unit():
     for text, amount in (("2h", 7200), ("90min", 5400), ("1.5h", 5400), ("40runs", 40)):
         assert parse_budget(text, 40).amount == amount
@@ -322,3 +328,253 @@ def test_runs_may_begin_if_the_measured_cost_of_such_runs_fits(finished_runs):
     store.claim(new[0].spec)  # begun: they go on
     assert parse_budget("1min", 40).allows(new, known, store)
     assert parse_budget("1min", 40).allows(new, [], store)
+
+
+def card(name="h100"):
+    return hardware_of(composed((f"hardware={name}", "action=plan")))
+
+
+def paper():
+    return composed(("scale=paper", "method=lora", "model=llama-3.1-8b")).points[0].spec
+
+
+def spec_of(model="llama-3.1-8b", method=None, **changes):
+    method = method or LoRA(rank=16)
+    return dataclasses.replace(paper(), model=shipped_model(model), method=method, **changes)
+
+
+def placed(spec, hardware=None, **how):
+    return place(spec, hardware or card(), **{"gpus": None, "checkpointing": (False, True), **how})
+
+
+LLAMA, LORA = (load_of(shipped_model("llama-3.1-8b"), m) for m in (FullFT(), LoRA(rank=256)))
+N_PARAMS, WEIGHTS, ADAPTERS = 8_030_261_248, 7_504_658_432, 704_970_752
+"""Parameters of Llama-3.1-8B, its weights in products, and adapters of rank 256."""
+SPEED = 9.89e14 * 0.801 * shapes.TRAINING_SHARE
+
+
+def parts_of(load, *layout, length=1024, **how):
+    return shapes.memory_parts(load, Layout(*layout), length, **how)
+
+
+def test_states_take_sixteen_bytes_a_trained_parameter_and_are_split():
+    for gpus in (1, 8):
+        parts = parts_of(LLAMA, gpus, 1, True)
+        states = sum(parts[name] for name in ("trained weights", "gradients", "moments"))
+        assert states == pytest.approx(16 * N_PARAMS / gpus) and parts["frozen weights"] == 0
+    parts = parts_of(LORA, 1, 1, True, n_runs=2)
+    assert parts["frozen weights"] == 2 * N_PARAMS and parts["moments"] == 2 * 8 * ADAPTERS
+    few, many = (parts_of(LLAMA, 1, rows)["logits"] for rows in (64, 128))
+    assert few == many  # a chunk, whatever the batch
+    # activations are of all layers, or of one and the inputs of all (one: test_saved_tensors.py)
+    layer, width = shapes.layer_bytes(LLAMA), 4 * 4096
+    for checkpointing, kept in ((False, 32 * layer), (True, 32 * width + layer)):
+        found = parts_of(LLAMA, 1, 2, checkpointing, length=1000)["activations"]
+        assert found == 2000 * (kept + 3 * width)
+
+
+def test_an_update_takes_its_products_at_the_share_of_the_peak_and_more():
+    one, again, two, across = (
+        shapes.step_parts(LLAMA, Layout(gpus, 4, checkpointing, 2), 1024, card())
+        for gpus, checkpointing in ((1, False), (1, True), (2, False), (16, False))
+    )
+    flops = 6 * LLAMA.model.n_active_params * 8 * 1024
+    assert one["products"] == pytest.approx(flops / SPEED)
+    assert one["communication"] == 0 and shapes.step_seconds(one) > one["products"]
+    assert 1.28 < again["products"] / one["products"] < 4 / 3  # the head is not computed again
+    wires = 2 * 2 * N_PARAMS + 4 * N_PARAMS
+    assert two["communication"] == pytest.approx(2 * wires / 2 / (0.8 * 4.5e11))
+    assert across["communication"] > 1.7 * two["communication"]
+    tiny = shapes.step_parts(load_of(LLAMA.model, LoRA(rank=1)), Layout(1, 1, False), 4, card())
+    assert shapes.step_seconds(tiny) == tiny["launch"]
+
+
+def test_a_run_gets_the_fewest_gpus_that_hold_it_and_what_fits_nowhere_says_what_would():
+    for model, method, name, gpus in (
+        ("llama-3.1-8b", LoRA(rank=16), "a100", 1),
+        ("llama-3.1-8b", FullFT(), "h200", 2),
+        ("qwen3-235b-a22b-instruct-2507", FullFT(), "h100", 128),
+    ):
+        spec, hardware = spec_of(model, method), card(name)
+        found = placed(spec, hardware)
+        layout = found.layout
+        assert not found.why and layout.gpus == gpus
+        assert found.memory_gib * (1 + MEMORY_ERROR) <= hardware.gpu_memory_gib
+        assert layout.gpus * layout.rows * layout.accumulation == spec.batch_size
+        assert gpus == 1 or placed(spec, hardware, gpus=gpus // 2).why
+    long = dataclasses.replace(paper().dataset, max_length=2_000_000)
+    found = placed(spec_of(method=FullFT(), dataset=long, batch_size=12))
+    assert "fullft of llama-3.1-8b takes" in found.why
+    assert "max_length below 2000000" in found.remedy and "(12 given" in found.remedy
+    for name in ("a100", "h100", "h200", "l40s"):  # the study has runs in each precision
+        assert [*card(name).matmul_flops_s] == ["bf16", "fp32", "fp64"]
+    hardware = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e14})
+    with pytest.raises(SpecError, match=r"matmul_flops_s\.fp32"):
+        Planner(hardware, Exec()).kind(spec_of(precision="fp32"))
+
+
+def points(arm, method=None, model="llama-3.1-8b", **changes):
+    rates = (1e-4, 2e-4, 4e-4)
+    return [Point(arm, spec_of(model, method, lr=lr, **changes)) for lr in rates]
+
+
+def forecast(runs, **settings):
+    return Planner(card(), Exec(**settings)).forecast(runs, Replicates())
+
+
+def cost(runs, **settings):
+    return costs("mine", forecast(runs, **settings), card(), 120)
+
+
+def test_a_sweep_takes_what_its_runs_take_alone():
+    runs = points("lora")
+    found, (kind,) = cost(runs), set(forecast(runs).values())
+    assert [found[k] for k in ("runs", "packs", "jobs")] == [3, 3, 3] and not found["misfits"]
+    assert found["gpu_hours"] == pytest.approx(3 * kind.place.seconds / 3600)
+    spec = runs[0].spec
+    assert found["tokens"] == 3 * spec.steps * spec.batch_size * round(0.4 * 1024)
+    assert found["cost_usd"] == pytest.approx(2.95 * found["gpu_hours"])
+    small = points("lora", batch_size=8)
+    (packed,), (alone,) = (set(forecast(small, pack_size=n).values()) for n in (None, 1))
+    assert packed.pack_size > 1 and cost(small)["packs"] == 1 and alone.hours >= packed.hours
+    found = cost(points("fullft", FullFT(), batch_size=3))
+    (misfit,) = found["misfits"]
+    assert (misfit["kind"], misfit["runs"]) == ("fullft of llama-3.1-8b", 3) and found["runs"] == 0
+
+
+def test_runs_beyond_the_limit_are_left_out():
+    small, large = points("lora"), points("fullft", FullFT(), "llama-3.1-70b")
+    for most, kept in ((1, small), (16, small), (32, [*small, *large])):
+        assert Planner(card(), Exec(max_gpus=most)).without_too_large([*small, *large]) == kept
+
+
+def test_settings_are_the_plans_unless_the_user_set_them():
+    runs = [*points("lora"), *points("fullft", FullFT())]
+    (one, adapters), (four, full) = Planner(card(), Exec(runs_dir="mine")).settings(runs)
+    assert (adapters, full) == (runs[:3], runs[3:]) and one.runs_dir == "mine"
+    assert (one.world_size, four.world_size, four.activation_checkpointing) == (1, 4, True)
+    for spec, exec_ in ((adapters[0].spec, one), (full[0].spec, four)):
+        layout = Planner(card(), Exec()).kind(spec).place.layout
+        assert (exec_.micro_batch_size, exec_.world_size) == (layout.rows, layout.gpus)
+    ((eight, both),) = Planner(card(), Exec(world_size=8, micro_batch_size=1)).settings(runs)
+    assert both == runs and (eight.world_size, eight.micro_batch_size) == (8, 1)
+    assert Planner(Hardware("box", gpus=8), Exec()).settings(runs) == [(Exec(), runs)]
+    with pytest.raises(SpecError, match=r"a larger exec\.world_size"):
+        Planner(card(), Exec(world_size=2)).settings(runs)
+
+
+def gsm8k(method="lora", **changes):
+    specs = (p.spec for p in composed(("+sweep=rl", "scale=paper")).points)
+    named = (s for s in specs if (s.dataset.name, s.method.name) == ("gsm8k_boxed_reward", method))
+    return dataclasses.replace(next(named), **changes)
+
+
+def sampled_s(spec, answers=None, gpus=1, n_runs=1, group=16, hardware=None):
+    count = (n_runs, gpus, answers or spec.batch_size, group)
+    return shapes.sampling_s(spec, hardware or card(), *count)
+
+
+def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
+    assert (shapes.ROWS, shapes.CACHE_SHARE) == (sampling.ROWS, sampling.CACHE_SHARE)
+    shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    config = SimpleNamespace(**shape, num_attention_heads=32)
+    config.get_text_config = lambda: config
+    on_card = SimpleNamespace(device=torch.device("cuda"))
+    model = SimpleNamespace(config=config, parameters=lambda: iter([on_card]))
+    properties = SimpleNamespace(total_memory=card().gpu_memory_gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for n_runs in (1, 4):
+        prompts = [[np.zeros(768 - 256, dtype=int)]] * n_runs
+        at_once = sampling.completions_at_once(model, prompts, 256, "bf16")
+        rows, rounds = shapes.rounds_of(gsm8k(), card(), n_runs, 1, 2048, 16)
+        assert rows == at_once // 16 * 16 > 0 and rows * rounds >= 2048
+    one = [[np.zeros(2, dtype=int)]]
+    assert sampling.completions_at_once(model, one, 1, "bf16") == sampling.ROWS
+
+
+def test_a_token_takes_as_long_as_memory_or_products_or_launches_need():
+    prefill = 2 * WEIGHTS * 0.4 * 512 / SPEED  # of one prompt
+    one = gsm8k(group_size=2)
+    kernels = 45 * 32 + 6 * 225 + 40
+    drawn = sampled_s(one, answers=2, group=2)
+    assert drawn == pytest.approx(256 * kernels * shapes.LAUNCH_S + prefill, rel=1e-3)
+    slow = dataclasses.replace(card(), bandwidth_bytes_s=1e11)
+    cache, logits = 3 * 131_072 * (0.4 * 512 + 0.2 * 256), 150 * 128_256
+    token = (2 * WEIGHTS + 0.4 * 2 * (cache + logits)) / 1e11
+    assert sampled_s(one, answers=2, group=2, hardware=slow) == pytest.approx(256 * token + prefill)
+    model = shipped_model("qwen3-30b-a3b-base")  # experts that are hit are read
+    one, some, all_ = (shapes.read_params(model, n) for n in (1, 8, 1e4))
+    assert (one, all_) == pytest.approx((model.n_active_params, model.n_matmul_params))
+    assert one < some < all_
+
+
+def test_a_rewarded_run_samples_learns_and_is_evaluated():
+    spec = gsm8k()
+    tokens = 2048 * 0.4 * 256 + 128 * 0.4 * 512
+    learned = spec.method.step_flops(spec.model, 2048 * round(0.4 * 768))
+    assert shapes.train_flops(spec) == pytest.approx(spec.steps * (2 * WEIGHTS * tokens + learned))
+    assert shapes.evaluated_completions(spec) == [1319, *[256] * 8, 1319, 256]
+    evaluated = 2 * WEIGHTS * (2 * 1319 + 9 * 256) * 0.4 * 768
+    assert shapes.run_flops(spec) - shapes.train_flops(spec) == pytest.approx(evaluated, rel=1e-3)
+    found = placed(spec)
+    rest = {**found.step}
+    assert found.step_s == pytest.approx(rest.pop("sampling") + shapes.step_seconds(rest))
+    evaluation = sum(sampled_s(spec, n, group=1) for n in shapes.evaluated_completions(spec))
+    assert found.seconds == pytest.approx(spec.steps * found.step_s + evaluation)
+    assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
+
+
+SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
+SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem not in ("study", "tune"))
+FILE = ROOT / "tests/golden/plans.json"
+LAPTOP = Hardware("laptop", processor="p", cores=2, memory_gib=24.0, fast_bf16=True)
+OF_PLAN = ("workers", "threads", "flops", "hours", "checkpoint_gib", "memory_gib")
+
+
+def plans_of(scale, root):
+    found, store = {}, RunStore(root)
+    with composer() as compose:
+        from lorasweep.launch.slurm.submit import hardware_of
+
+        h100 = hardware_of(compose(["hardware=h100", "action=plan"]))
+        for sweep in SWEEPS:
+            try:
+                request = compose([f"+sweep={sweep}", f"scale={scale}"])
+            except NotAtScale:
+                continue
+            plan = make_plan(request.points, store, request.exec, LAPTOP)
+            packs = [[p.id for p in pack.points] + [pack.micro_batch_size] for pack in plan.packs]
+            second = request.sweep.replicate if request.sweep else Replicates()
+            planner = Planner(h100, request.exec)
+            runs = planner.forecast(planner.without_too_large(request.points), second)
+            found[f"{sweep}-{scale}"] = {
+                "packs": hashlib.sha256(json.dumps(packs).encode()).hexdigest()[:16],
+                "laptop": {
+                    **{"runs": len(plan.todo), "packs": len(packs)},
+                    **{name: getattr(plan, name) for name in OF_PLAN},
+                },
+                "h100": costs(sweep, runs, h100, request.cluster.work_max),
+            }
+    return found
+
+
+def rounded(text):
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_sweep_has_the_recorded_plan(scale, tmp_path):
+    found = rounded(json.dumps(plans_of(scale, tmp_path / "runs")))
+    known = rounded(FILE.read_text()).items()
+    known = {k: v for k, v in known if k.rpartition("-")[2] == scale}
+    assert found.keys() == known.keys()
+    for name, plan in known.items():
+        assert found[name] == plan, name
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        every = {k: v for s in SCALES for k, v in plans_of(s, Path(folder) / "runs").items()}
+    every = rounded(json.dumps(every))
+    lines = [f" {json.dumps(k)}: {json.dumps(every[k])}" for k in sorted(every)]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

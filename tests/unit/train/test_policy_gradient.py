@@ -119,17 +119,14 @@ def by_hand(model, spec, rows, completions, rewards):
 def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, scale, rows, monkeypatch):
     """Words of unequal length from a policy that has left the base, groups without a signal among
     them; the learner's own rows, micro-batches and dropped groups against one completion at a time."""
-    loaded = worlds["words"][2]
-    spec, objective, model, trained = started(
-        worlds["words"], LoRA(rank=4), rows, reward_scale=scale
-    )
+    begun = started(worlds["words"], LoRA(rank=4), rows, reward_scale=scale)
+    (spec, objective, model, trained), loaded = begun, worlds["words"][2]
     kept, sampled, size = [], policy_gradient.sample, spec.group_size
     monkeypatch.setattr(policy_gradient, "sample", lambda *a: kept.extend(sampled(*a)) or kept)
     batches, n = objective.batches(model, 3, [spec]), spec.batch_size // size
     given, completions = loaded.train(spec.seed, 3 * n, n), kept[0].tokens
     rewards = loaded.rewards.of([(given[k // size], t) for k, t in enumerate(completions)])
-    assert 0 < sum(rewards) < len(rewards)
-    assert (rows is None) == (len(batches) == 1)
+    assert 0 < sum(rewards) < len(rewards) and (rows is None) == (len(batches) == 1)
     weight = torch.stack([objective.weights(b) for b in batches]).sum(0)
     assert weight.tolist() == [spec.batch_size]
     for batch in batches:
@@ -166,9 +163,7 @@ def test_a_resumed_run_ends_in_the_same_bits(worlds, name, method):
         assert torch.equal(tensor, rest[spec.id]["tensors"][key]), key
     assert rest[spec.id]["meta"] == whole["meta"]
     for ours, theirs in zip(again[spec.id], found.records[spec.id][3:], strict=True):
-        assert all(
-            ours.get(key) == theirs.get(key) for key in ("reward", "test_reward", "surrogate")
-        )
+        assert all(ours.get(k) == theirs.get(k) for k in ("reward", "test_reward", "surrogate"))
     with pytest.raises(DataError, match="started on other data"):
         run([spec], base, dataclasses.replace(loaded, sha256="other"), resume=middle)
 
@@ -208,8 +203,7 @@ def test_the_expected_reward_is_the_mean_of_samples(worlds):
         for rewards in (loaded.rewards, sampled)
     )
     (exact, exact_se), (mean, se) = ([f["test_reward"], f["test_reward_se"]] for f in found)
-    assert 0.02 < exact < 0.2 and exact_se < se
-    assert abs(mean - exact) < 4 * se
+    assert 0.02 < exact < 0.2 and exact_se < se and abs(mean - exact) < 4 * se
 
 
 def test_a_collapse_is_a_result_and_harder_prompts_than_the_held_out_ones_are_none(worlds):
@@ -217,17 +211,14 @@ def test_a_collapse_is_a_result_and_harder_prompts_than_the_held_out_ones_are_no
     wild = dataclasses.replace(spec, lr=1.0, steps=40, batch_size=64)
     state, result = end_of(wild, base, loaded)
     assert state == "diverged" and result["collapsed"] and result["divergence_rule"] == 2
-    assert 8 <= result["steps_done"] < 40
-    assert result["reward"] < result["reward_start"] / 2
+    assert 8 <= result["steps_done"] < 40 and result["reward"] < result["reward_start"] / 2
     key = f"{spec.dataset.canonical}/None/{spec.precision}/{spec.max_new_tokens}/reward"
     known = dataclasses.replace(base, at_start={key: {"test_reward": 0.9, "test_reward_se": 0.0}})
     state, result = end_of(dataclasses.replace(spec, lr=1e-5, steps=12), known, loaded)
     assert state == "done" and not result["collapsed"] and result["reward_start"] == 0.9
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [(0.0, "no completion.*easier"), (1.0, "every.*harder")]
-)
+@pytest.mark.parametrize("value, said", [(0.0, "no completion.*easier"), (1.0, "every.*harder")])
 def test_a_base_without_a_signal_is_said_after_the_first_updates(worlds, value, said, monkeypatch):
     """Not before them; completions that cannot be read are counted apart."""
     spec, base, loaded = worlds["bandit"]
@@ -296,9 +287,7 @@ def one_by_one(model, prompt, uniforms):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize(
-    "lengths", [[5] * 4, [3, 9, 5, 4]], ids=["equal prompts", "ragged prompts"]
-)
+@pytest.mark.parametrize("lengths", [[5] * 4, [3, 9, 5, 4]], ids=["equal lengths", "ragged ones"])
 def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, lengths, monkeypatch):
     """Runs end their completions at different tokens, and ended rows are dropped on the way."""
     monkeypatch.setattr(sampling, "ROWS", 8)  # two rounds
