@@ -301,8 +301,8 @@ def test_a_follow_up_job_tries_again_where_it_helps(compose, tmp_path, monkeypat
     act = Mock(side_effect=errors)
     monkeypatch.setattr(follow_up, "act", act)
     assert follow_up.follow_up(str(path)) == status and act.call_count == len(errors)
-    (request, trainer), more = act.call_args
-    assert (request.title, trainer, more["follow"]["idle"]) == (asked.title, "a.b:c", 1)
+    request, trainer = act.call_args.args
+    assert (request.title, trainer, request.task["idle"]) == (asked.title, "a.b:c", 1)
 
 
 def test_a_job_that_is_stopped_releases_its_lock_first(tmp_path):
