@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lorasweep.advise.read import Customer, Models, RowError
-from lorasweep.data import sources
+from lorasweep.data import column_names
 from lorasweep.errors import DataError, SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.detect import Hardware
@@ -332,18 +332,18 @@ def count_data(a: Advice) -> None:
     c, rl = a.customer, a.customer.task == "rl"
     counted = measured = None
     a.examples, length, tokens = c.examples, c.max_length, c.tokens_per_example
-    if c.data is not None and sources.is_on_hub(c.data):
+    if c.data is not None and column_names.is_on_hub(c.data):
         a.warn("on_hub", data=c.data)
     elif c.data is not None:
         try:
-            counted = sources.count(c.data)
+            counted = column_names.count(c.data)
         except (DataError, OSError) as error:
             raise RowError(f"column data: {error}") from None
         if c.examples not in (None, counted.rows):
             stated = f"{c.examples:,} stated, and {c.data} has {counted.rows:,} rows"
             raise RowError(f"columns examples and data: {stated}.")
         a.examples = float(counted.rows)
-        measured = a.known.information.get((counted.sha256[: sources.DIGITS], a.model.name))
+        measured = a.known.information.get((counted.sha256[: column_names.DIGITS], a.model.name))
     if tokens is None and measured is not None:
         tokens = measured["tokens_per_example"]
         a.note("tokens_per_example", tokens, "measured", where=measured["where"])

@@ -57,7 +57,7 @@ ACTIONS = {
         "show what would run and what it costs, here or on other machines (conf/hardware).",
         "hardware=h100",
     ),
-    "status": Action("plans:status", "show what is done, running, diverged and failed"),
+    "status": Action("status:status", "show what is done, running, diverged and failed"),
     "cancel": Action("runs:cancel_jobs", "cancel the sweep's jobs on the cluster"),
     "export": Action("runs:export", "write finished runs as .parquet or .csv", "table=FILE"),
     "import": Action("runs:import_", "read the runs of a table into the run folder", "table=FILE"),

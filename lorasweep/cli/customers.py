@@ -23,7 +23,7 @@ from lorasweep.cli.plans import check_available, understood
 from lorasweep.cli.printed import Answer, Display, notifier, table
 from lorasweep.cli.runs import STOPPED, train, write_adapter
 from lorasweep.config import catalogue
-from lorasweep.data import sources
+from lorasweep.data import column_names, sources
 from lorasweep.data.examples import Example
 from lorasweep.errors import LorasweepError, SpecError, TrainingError, check_installed, unknown
 from lorasweep.fleet import adapters, runs, serving
@@ -124,7 +124,7 @@ def _run_to_measure(request: Request) -> RunSpec:
     if request.data:
         named = ("format", "prompt_field", "completion_field")
         stated = {n: getattr(dataset, n) for n in named if f"dataset.{n}" in request.given}
-        dataset = sources.dataset_of(request.data, named=stated)
+        dataset = column_names.dataset_of(request.data, named=stated)
     elif dataset.name in request.described:  # all rows are measured, as with data=FILE
         dataset = dataclasses.replace(dataset, holdout=0, held_out_by="")
     n_test = min(dataset.n_test, HELD_OUT)
@@ -200,7 +200,7 @@ def measure(request: Request, store: RunStore) -> Answer:
     rows_sha256 = None  # set if the rows are a whole file
     if dataset.source in FILES and dataset.n_train is None:
         place = sources.find_file(dataset, dataset.train_split, request.exec.data_dir)
-        rows_sha256 = place[1][: sources.DIGITS]
+        rows_sha256 = place[1][: column_names.DIGITS]
     settings = {key: getattr(spec, key) for key in ("batch_size", "precision")}
     found = {
         "model": spec.model.name,

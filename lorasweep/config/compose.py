@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.catalogue import conf_dir
-from lorasweep.data.sources import as_served
+from lorasweep.data.column_names import as_served
 from lorasweep.errors import ClusterError, DataError, ModelError, NotAtScale, SpecError, unknown
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.models.describe import describe_model

@@ -14,7 +14,7 @@ import numpy as np
 
 from lorasweep.advise.read import LONGEST, RowError
 from lorasweep.advise.rules import rounded
-from lorasweep.data import load, messages, sources, text
+from lorasweep.data import column_names, load, messages, sources, text
 from lorasweep.data.messages import Message
 from lorasweep.errors import DataError
 from lorasweep.plan.load import TEXT_FILL
@@ -56,7 +56,7 @@ class Rules:
     def form(self, format: str, tokenizer: Any) -> dict[str, Any]:
         """Return the fields of DatasetSpec that determine how text is rendered and learned."""
         chat = "chat_template" if getattr(tokenizer, "chat_template", None) else FIRST_RENDER
-        found = sources.as_served(format, self.render or chat)
+        found = column_names.as_served(format, self.render or chat)
         if self.template is not None:
             found["template"] = self.template
         found["whole_prompt"] &= self.whole_prompt
@@ -113,13 +113,13 @@ def rows_of(
             rows in the form of training.
         RowError: the file `validation` is not beside the training rows.
     """
-    spec = sources.dataset_of(data, name)
+    spec = column_names.dataset_of(data, name)
     spec = dataclasses.replace(spec, **rules.form(spec.format, tokenizer))
     if spec.source != "hub":
         path = Path(data).expanduser()
         folder, split = (path, spec.test_split) if path.is_dir() else (path.parent, path.stem)
         if validation is not None:
-            train, held = sources.path_of(data), Path(validation).expanduser().absolute()
+            train, held = column_names.path_of(data), Path(validation).expanduser().absolute()
             apart = held == train or held.resolve().parent != train.resolve().parent
             if apart or not held.is_file() or held.suffix != train.suffix:
                 raise RowError(
@@ -184,7 +184,7 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
     Raises:
         DataError: there are no such rows, one cannot be read, or there are too few.
     """
-    spec, folder = sources.dataset_of(given, named=named), ""
+    spec, folder = column_names.dataset_of(given, named=named), ""
     if spec.source != "hub":
         folder = spec.location
         split = spec.test_split if spec.train_split == "train" else spec.train_split

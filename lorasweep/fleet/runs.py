@@ -16,7 +16,7 @@ from typing import Any
 from lorasweep.advise.advice import advise
 from lorasweep.advise.read import Customer, RowError, shape_of
 from lorasweep.advise.rules import ALPHA, APART, MOST_RATES, Known
-from lorasweep.data.sources import CHAT, EXPECTED, PLAIN
+from lorasweep.data.column_names import CHAT, EXPECTED, PLAIN
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.fleet.rows import Rows, Rules, rows_of
 from lorasweep.fleet.serving import PEFT, Profile, adapted

@@ -14,7 +14,7 @@ of a completion is predicted.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,25 +32,17 @@ from lorasweep.data.examples import (
     prompt_of,
 )
 from lorasweep.data.rewards import check_available, check_rows
-from lorasweep.errors import DataError, ModelError
 from lorasweep.models.load import Base
 from lorasweep.models.sharding import ALONE, Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
+from lorasweep.train.divergence import Signal
 from lorasweep.train.events import Record
 from lorasweep.train.loop import Objective
 from lorasweep.train.objectives.nll import in_evaluation, row_nlls, token_log_p
 from lorasweep.train.sampling import Completions, sample
 
-COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
-"""A run has collapsed if its mean reward is below COLLAPSED_SHARE times the base's reward for
-COLLAPSED_PATIENCE updates in a row. Assumptions, not tuned."""
-FIRST_UPDATES = 8
-"""A run fails if in its first FIRST_UPDATES updates no completion is rewarded, or every one is."""
-RATIO_BOUND, ROUNDING = 1e-3, 1e-5
-"""Accepted distance of p_learner / p_sampler from 1 in fp32, where both are the same policy; and of
-a log-probability, as a share of the largest logit: about 100 times the precision of fp32."""
 EVAL_TOKENS = 4096
 """Padded tokens per run and forward pass in evaluation, in packs of any size."""
 DEVIATION_EPS = 1e-4
@@ -229,86 +221,6 @@ class PolicyGradient(Objective):
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         super().load_state(run_id, state)
         self._signals[run_id].load(state)
-
-
-@dataclass
-class Signal:
-    """The rewards of one run so far. They show whether the run can learn, or has collapsed.
-
-    A collapse is judged by the smaller of two estimates of the base's reward. One is the held-out
-    reward. The other is `first_reward`, because training prompts may be harder: the highest of the
-    means over the first 1, 2, ..., FIRST_UPDATES updates. After an early collapse, only the means
-    over few updates are still high.
-    """
-
-    reward_start: float = math.nan
-    """The base's held-out reward."""
-    first_reward: float = -math.inf
-    below: int = 0
-    """Number of updates in a row with a reward below COLLAPSED_SHARE times the base's reward."""
-    completions: int = 0
-    rewarded: float = 0.0
-    """Sum of the rewards of all `completions`."""
-    last: Record = field(default_factory=dict)
-    """The record of the present update."""
-    beyond_fp32: bool = False
-    """Whether the weights are so large that fp32 rounding errors dominate: see check_sampler."""
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether the run is far worse than the base."""
-        return self.below >= COLLAPSED_PATIENCE
-
-    def note(self, record: Record, completions: int) -> None:
-        """Add the record of an update with this number of completions."""
-        self.last = record
-        self.completions += completions
-        self.rewarded += record["reward"] * completions
-        if self.completions <= FIRST_UPDATES * completions:
-            self.first_reward = max(self.first_reward, self.rewarded / self.completions)
-        base_reward = min(self.reward_start, self.first_reward)
-        self.below = self.below + 1 if record["reward"] < COLLAPSED_SHARE * base_reward else 0
-
-    def check(self, run: RunSpec) -> None:
-        """Raise DataError if no completion of the first updates was rewarded, or every one."""
-        judged = self.completions == FIRST_UPDATES * run.batch_size
-        if judged and not 0 < self.rewarded < self.completions:
-            which, remedy = "no", "easier data, or a base that is right at times"
-            if self.rewarded:
-                which, remedy = "every", "harder data"
-            raise DataError(
-                f"run {run.id}: {which} completion of the first {self.completions} was rewarded on "
-                f"dataset {run.dataset.name!r}, so there is nothing to learn from. The base's "
-                f"held-out reward is {self.reward_start:.3g}. Choose {remedy}."
-            )
-
-    def check_sampler(self, run: RunSpec, off: float) -> None:
-        """Check that learner and sampler are the same policy; ModelError in the first update.
-
-        Later, a difference means that the run has broken down: its weights are so large that
-        rounding errors dominate. `off`: largest distance of p_learner / p_sampler from 1.
-        """
-        bound = max(RATIO_BOUND, ROUNDING * self.last["largest_logit"])
-        self.beyond_fp32 = self.beyond_fp32 or off > bound
-        if off > bound and self.completions <= run.batch_size:
-            raise ModelError(
-                f"run {run.id}: for a sampled token, p_learner / p_sampler differs from 1 by "
-                f"{off:.2g} (bound {bound:.2g}), so learner and sampler are not the same policy. "
-                f"{run.model.name!r} computes something else with a cache than without: set "
-                "objective=sft for it, or choose another model."
-            )
-
-    def state(self) -> dict[str, Any]:
-        """Return the values for a checkpoint; `first_reward` is None before the first update."""
-        first = self.first_reward if math.isfinite(self.first_reward) else None
-        counts = {"below": self.below, "answers": self.completions, "rewarded": self.rewarded}
-        return {**counts, "first_reward": first}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Restore the values of `state`."""
-        self.below, self.completions = state["below"], state["answers"]
-        first, self.rewarded = state["first_reward"], state["rewarded"]
-        self.first_reward = -math.inf if first is None else first
 
 
 def surrogate(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,58 +22,18 @@ from lorasweep.data.examples import (
 from lorasweep.models.load import Base
 from lorasweep.spec.metric import CURVE_START, METRICS
 from lorasweep.spec.run import RunSpec
+from lorasweep.train.divergence import Measured
 from lorasweep.train.events import Record
 from lorasweep.train.loop import Objective
 from lorasweep.train.objectives import nll
 from lorasweep.train.objectives.nll import evaluate, nll_sums, row_nlls
 
-DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
-"""See Measured. Assumptions, not tuned."""
 ROWS = "rows"
 """Key of the summed NLLs of rows among the measures of a run. It is removed before recording."""
 EVAL_TOKENS, EVAL_NUMBERS, GPU_EVAL_TOKENS = 1024, 1 << 17, 8192
 """Padded tokens per forward pass in evaluation. On a CPU: of each run, so that every pack sums
 held-out losses over the same rows; for wide models fewer, so that tokens * hidden size are at most
 EVAL_NUMBERS: SmolLM2 takes 0.85 of the time (docs/log). On a GPU: of all runs together."""
-
-
-@dataclass
-class Measured:
-    """What is known of a run beside its weights, and the rule that decides whether it diverged.
-
-    A run has diverged if its train NLL is above DIVERGED_NLL_FACTOR times the base's NLL for
-    DIVERGED_PATIENCE updates in a row. The base's NLL is the larger of two values. One is on the
-    rows of the first update, because training rows may be harder. The other is on the held-out
-    rows, because a small first batch may be easy. Losses of later updates are no reference: a far
-    too high learning rate raises even the second one. A late decision costs time; a false one
-    costs the run.
-    """
-
-    held_out: float = math.nan
-    """NLL of the held-out rows before training."""
-    first: float | None = None
-    """NLL of the first update; None before it."""
-    above: int = 0
-    """Updates in a row above the bound."""
-    start: Record = field(default_factory=dict)
-    """Measures of the base."""
-    rows: np.ndarray | None = None
-    """Summed NLLs of held-out rows under the base, if they are needed."""
-    retain: float = math.nan
-    """NLL of the rows of the pretraining task under the base."""
-    on_first: float | None = None
-    """Final NLL on the first held-out rows, for a run with the weights of a trial."""
-    code_nats: float = 0.0
-    n_loss: int = 0
-    """Loss tokens of the present update."""
-
-    def note(self, nll: float) -> bool:
-        """Add the train NLL of an update; return whether the run has diverged."""
-        if self.first is None:
-            self.first = nll
-        bound = DIVERGED_NLL_FACTOR * max(self.held_out, self.first)
-        self.above = self.above + 1 if nll > bound else 0
-        return self.above >= DIVERGED_PATIENCE
 
 
 class SupervisedFineTuning(Objective):

@@ -12,7 +12,7 @@ from lorasweep.advise import pages, rules
 from lorasweep.advise.advice import NOT_FASTER, answers, plain_of, totals
 from lorasweep.advise.read import COLUMNS, RowError, check_rows, read_customers
 from lorasweep.advise.rules import Kept, Sure, read_information, read_kept, texts
-from lorasweep.data import sources
+from lorasweep.data import column_names
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.load import served_s
 from lorasweep.plan.planner import place
@@ -100,7 +100,7 @@ def test_measured_bits_of_the_same_data_and_model_are_used(rows_file, tmp_path):
         more |= {"examples": "", "tokens_per_example": "", "data": str(rows_file)}
         return advice(world, **{**SFT, **more})
 
-    sha256 = sources.count(str(rows_file)).sha256[: sources.DIGITS]
+    sha256 = column_names.count(str(rows_file)).sha256[: column_names.DIGITS]
     command = f"action=measure model=mine data={rows_file}"
     for useless in ((sha256, "another"), ("0" * 16,), (sha256, "mine", None)):
         measured(*useless)

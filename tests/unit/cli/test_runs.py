@@ -10,8 +10,8 @@ import pytest
 from lorasweep.cli import answer, runs
 from lorasweep.cli.actions import act
 from lorasweep.cli.answer import all_points, judged
-from lorasweep.cli.plans import status
 from lorasweep.cli.runs import CHANGED_CLAIMS, noise_floor, train_again
+from lorasweep.cli.status import status
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch import local
 from lorasweep.store import checkpoint

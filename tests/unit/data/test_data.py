@@ -24,8 +24,8 @@ from pyarrow import parquet
 from pyarrow import parquet as pq
 from transformers import AutoTokenizer
 
+from lorasweep.data import column_names, messages, text
 from lorasweep.data import load as data
-from lorasweep.data import messages, sources, text
 from lorasweep.data.examples import Example, collate, merge, padded, up
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, DatasetSpec
@@ -102,19 +102,19 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, says):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=says):
-        sources.dataset_of(str(path))
+        column_names.dataset_of(str(path))
 
 
 def test_what_spreadsheets_and_other_rows_do(tmp_path):
     """Empty columns of a CSV file and a byte order mark are read; a later row of another form not.
     There must be rows, the pinned ones, and a tokenizer."""
     (tmp_path / "a.csv").write_text("prompt,completion,,\na,gold,,\n")
-    assert sources.dataset_of(str(tmp_path / "a.csv")).completion_field == "completion"
+    assert column_names.dataset_of(str(tmp_path / "a.csv")).completion_field == "completion"
     path = write_json(tmp_path / "a.jsonl", [CHAT])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert sources.count(str(path)).rows == 1
+    assert column_names.count(str(path)).rows == 1
     with pytest.raises(DataError, match=r"a\.jsonl:2"):
-        sources.count(str(write_json(path, [CHAT, PAIR])))
+        column_names.count(str(write_json(path, [CHAT, PAIR])))
     with pytest.raises(DataError, match="no rows"):
         jsonl(tmp_path, [])
     for tokenizer, words in ((Letters(), "pins"), (None, "no tokenizer")):
@@ -157,24 +157,24 @@ def test_runs_are_filled_up_and_only_tokens_in_the_loss_are_predicted(lengths):
 )
 def test_the_usual_forms_are_read_and_counted(tmp_path, row):
     given = str(write_json(tmp_path / "train.jsonl", [row, row]))
-    spec = sources.dataset_of(given)
+    spec = column_names.dataset_of(given)
     data.check_available(spec, ["."])
-    assert spec.problem is None and sources.dataset_of(str(tmp_path)) == spec
-    counted = sources.count(given)
+    assert spec.problem is None and column_names.dataset_of(str(tmp_path)) == spec
+    counted = column_names.count(given)
     assert (counted.rows, counted.answer_bytes) == (2, 2 * len("héllo".encode()))
-    assert spec.revision == f"sha256:train={counted.sha256[: sources.DIGITS]}"
+    assert spec.revision == f"sha256:train={counted.sha256[: column_names.DIGITS]}"
 
 
 def test_an_instruction_has_its_input_if_there_is_one_and_columns_can_be_named(tmp_path):
     rows = [{"instruction": "Say.", "input": t, "output": "héllo", **CHAT} for t in ("Hi", "")]
     path = str(write_json(tmp_path / "train.jsonl", rows))
-    assert sources.dataset_of(path).format == "messages"
+    assert column_names.dataset_of(path).format == "messages"
     asked = {"instruction+input": ["Say.\n\nHi\n", "Say.\n"], "input": ["Hi\n", "\n"]}
     for named, prompts in asked.items():
-        spec = sources.dataset_of(path, named={"prompt_field": named})
+        spec = column_names.dataset_of(path, named={"prompt_field": named})
         assert [messages.read(spec, row, "").turns[0]["content"] for row in rows] == prompts
     with pytest.raises(DataError, match="two columns: no and completion, no and response"):
-        sources.dataset_of(path, named={"prompt_field": "no"})
+        column_names.dataset_of(path, named={"prompt_field": "no"})
 
 
 ANSWERED = [{"question": f"So? {k}", "answer": f"1,\n{k}", "id": str(k)} for k in range(3)]
@@ -194,7 +194,7 @@ def written(folder, form, rows=ANSWERED):
 @pytest.mark.parametrize("form", FILES)
 def test_files_of_every_form_hold_the_same_rows_and_are_pinned(tmp_path, form):
     path = written(tmp_path, form)
-    spec = sources.dataset_of(str(path))
+    spec = column_names.dataset_of(str(path))
     assert (spec.source, spec.prompt_field, spec.completion_field) == (form, "question", "answer")
     source, _ = data.sources_of(spec, ["."])
     assert [row for _, row in source.rows()] == ANSWERED
@@ -671,7 +671,7 @@ def read(tmp_path):
     def make(rows, tokenizer=None, **changes):
         path = write_json(tmp_path / "rows.jsonl", rows) if isinstance(rows, list) else rows
         changes = {"render": "chat_template", "max_length": 4096, **changes}
-        spec = dataclasses.replace(sources.dataset_of(str(path)), **changes)
+        spec = dataclasses.replace(column_names.dataset_of(str(path)), **changes)
         source, _ = data.sources_of(spec, ["."])
         tokenizer = tokenizer or with_chat(CHATML)
         found = text.examples(spec, spec.train_split, source, tokenizer, None, "")

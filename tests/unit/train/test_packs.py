@@ -29,10 +29,9 @@ from lorasweep.plan.load import checkpoint_bytes
 from lorasweep.plan.planner import pack_key, place
 from lorasweep.spec.metric import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.streams import stream
+from lorasweep.train.divergence import FIRST_UPDATES, Measured, Signal
 from lorasweep.train.loop import Progress
 from lorasweep.train.objectives import nll
-from lorasweep.train.objectives.policy_gradient import FIRST_UPDATES, Signal
-from lorasweep.train.objectives.sft import Measured
 from tests import training
 from tests.training import ROUNDING, Trained, as_alone, customer, ragged, run, small_world, worst
 from tests.world import tiny_spec
