@@ -61,7 +61,7 @@ $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
 
 test-lowest: $(LOWEST)/.installed ## the fast tests, packs, processes and the command with the lowest versions (Python 3.11, installs 5 GB)
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(FAST)
-	$(LOWEST)/bin/python -m pytest $(PARALLEL) -m "not full and not real" $(addprefix tests/integration/test_,packs.py distributed.py cli.py)
+	$(LOWEST)/bin/python -m pytest $(PARALLEL) -m "not full and not real" $(addprefix tests/integration/test_,packs.py interruptions.py cli.py)
 
 $(SERVE)/.installed:
 	$(PYTHON) -m venv $(SERVE)

@@ -19,7 +19,7 @@ from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm.queue import cancel, log_of
 from lorasweep.store.run_store import RunStore
 from tests.customers import make_base, write_rows
-from tests.integration.test_distributed import KINDS, MEASURES, SMALL, same, spread
+from tests.integration.test_interruptions import KINDS, OF_LOSSES, SMALL, same, spread
 from tests.slurm import conftest, storm
 from tests.slurm.conftest import ALONE, FAST, SMOKE, ask, attempts, curves, results, submitted
 from tests.slurm.trainers import FREE_STEPS, GO
@@ -241,7 +241,7 @@ def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
     queue.drain()
     _, _, one = finished(here)
     store, rid, two = finished(there)
-    for name in MEASURES:
+    for name in OF_LOSSES:
         assert same(one[name], two[name]), name
     assert two["backend"] == "transformers on cpu, 2 processes" and store.last_attempt(rid) == 1
     (sent,) = submitted(there)
