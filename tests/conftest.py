@@ -79,11 +79,6 @@ class FakeTrainer:
 
 
 @pytest.fixture
-def fake_trainer():
-    return FakeTrainer
-
-
-@pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """Run `python -m lorasweep ...` in this process, in tmp_path; returns the finished command."""
 
@@ -114,24 +109,18 @@ def command(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def norms_in_float64(monkeypatch):
     """Norms and routers in float64: those of transformers go through float32, as 1e-9 cannot."""
-
     import torch
 
     def forward(self, x):
-        return self.weight * (
-            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        )
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (x * scale)
 
     def route(self, x):
         logits = x.reshape(-1, x.shape[-1]) @ self.weight.mT
         top, chosen = logits.softmax(-1).topk(self.top_k)
         return logits, top / (top.sum(-1, keepdim=True) if self.norm_topk_prob else 1), chosen
 
-    for family in (
-        "llama.modeling_llama.LlamaRMSNorm",
-        "qwen3.modeling_qwen3.Qwen3RMSNorm",
-        "qwen3_moe.modeling_qwen3_moe.Qwen3MoeRMSNorm",
-    ):
-        monkeypatch.setattr(f"transformers.models.{family}.forward", forward)
-    router = "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter"
-    monkeypatch.setattr(f"{router}.forward", route)
+    moe = "qwen3_moe.modeling_qwen3_moe.Qwen3Moe"
+    for family in ("llama.modeling_llama.Llama", "qwen3.modeling_qwen3.Qwen3", moe):
+        monkeypatch.setattr(f"transformers.models.{family}RMSNorm.forward", forward)
+    monkeypatch.setattr(f"transformers.models.{moe}TopKRouter.forward", route)

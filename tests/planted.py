@@ -1,4 +1,4 @@
-"""Planted truths: tables of runs whose losses are known functions of the runs, and their answers."""
+"""Planted truths: tables of runs, ours and as users write them, whose losses are known, and their answers."""
 
 import dataclasses
 import functools
@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.__main__ import main
 from analysis.optimum.fit import linex
 from analysis.questions.registry import analyse
 from analysis.report import report
+from analysis.runs.curves import LrCurve
 from analysis.runs.table import read
 from lorasweep.cli import answer
 from lorasweep.config.compose import compose_request
@@ -25,10 +27,6 @@ FULL_BEST = 1.3e-3
 """Optimal LR of full fine-tuning in a `Valley`: off the grid."""
 START, GAIN, CURVATURE, NOISE = 3.4, 0.14, 0.06, 4e-4
 FULL, LORA = 1.6e-3, 3.2e-3  # optimal LRs of a World: on the grids of scale smoke
-GRIDS = tuple(
-    f"sweep.arms.{arm}.lr=${{around:{best:g},7,2}}"
-    for arm, best in (("fullft", FULL), ("lora", LORA))
-)
 
 
 class World:
@@ -119,25 +117,20 @@ class Rewards(World):
 def base(model="tiny64", dataset="dialect", *overrides, **params):
     """A run of a shipped base and data set; `params`: parameters of the data's generator."""
     spec = compose_request([f"model={model}", f"dataset={dataset}", *overrides]).points[0].spec
-    data = spec.dataset
-    if params:
-        shown = ", ".join(f"{k}={v:g}" for k, v in params.items())
-        merged = {**data.generator_params, **params}
-        name = f"{data.name}({shown})"
-        data = dataclasses.replace(data, name=name, generator_params=merged)
-    return dataclasses.replace(spec, dataset=data)
+    shown = ", ".join(f"{k}={v:g}" for k, v in params.items())
+    changed = {"generator_params": {**spec.dataset.generator_params, **params}}
+    changed |= {"name": f"{spec.dataset.name}({shown})"} if params else {}
+    return dataclasses.replace(spec, dataset=dataclasses.replace(spec.dataset, **changed))
 
 
 smoke = functools.partial(base, dataset="dialect_smoke")
 
 
 def around(best, n=7):
-    """Return n LRs a factor 2 apart, `best` in the middle."""
     return [best * 2.0 ** (k - n // 2) for k in range(n)]
 
 
 def runs(spec, method, lrs, seeds=range(4), **changes):
-    """One arm: a run for each LR and seed."""
     return [
         dataclasses.replace(spec, method=method, lr=lr, seed=seed, **changes)
         for lr in lrs
@@ -160,7 +153,6 @@ def rank_of(spec):
 
 
 def lost(of, **world):
-    """A world in which a run's loss is higher by `of(spec, step)`."""
 
     class Lost(World):
         def loss(self, spec, step):
@@ -237,44 +229,28 @@ def rank_runs(ranks=(1, 4, 8), steps=96, seeds=range(4), **params):
     return found
 
 
-LENGTHS = {4: 256, 16: 128, 64: 32}
-
-
-def batches(ranks=(4,), lengths=LENGTHS):
+def batches(ranks=(4,), lengths=((4, 256), (16, 128), (64, 32))):
     """Runs of several batch sizes: size -> updates."""
     found = []
-    for size, steps in lengths.items():
+    for size, steps in dict(lengths).items():
         found += arms(smoke(), ranks, n=5, seeds=range(3), batch_size=size, steps=steps)
     return found
 
 
-WORDS = ("objective=policy_gradient", "batch_size=64", "group_size=8", "max_new_tokens=6")
-
-
-def rewarded(
-    top,
-    ranks=(1, 8),
-    lrs=5,
-    start=Rewards.start_reward,
-    seeds=range(4),
-    lora=None,
-    control=False,
-    sweep="",
-    ratio=4.0,
-    bends=(0.03, 0.03),
-):
-    """`lora`: LoRA's seeds; `control`: with full fine-tuning of LoRA's matrices; `ratio` of optima."""
-    spec, steps = base("tiny64-skilled", "words", *WORDS), {"steps": 64}
-    found = arms(spec, (), 1e-4, n=lrs, seeds=seeds, **steps)
+def rewarded(top, ranks=(1, 8), lrs=5, ratio=4.0, bends=(0.03, 0.03), **more):
+    """`ratio` of optima. `seeds`, LoRA's (`lora`) if they are others, `start`: the reward, `sweep`;
+    `control`: with full fine-tuning of LoRA's matrices."""
+    words = ("objective=policy_gradient", "batch_size=64", "group_size=8", "max_new_tokens=6")
+    spec, control = base("tiny64-skilled", "words", *words, "steps=64"), more.get("control", False)
+    seeds, full = more.get("seeds", range(4)), around(1e-4, lrs)
+    found = runs(spec, FullFT(), full, seeds)
+    found += runs(spec, FullFT(scope="matrices"), full, seeds) if control else []
     for rank in ranks:
-        found += runs(spec, LoRA(rank=rank), around(ratio * 1e-4, lrs), lora or seeds, **steps)
-    if control:
-        found += runs(spec, FullFT(scope="matrices"), around(1e-4, lrs), seeds, **steps)
-    world = Rewards(
-        top, lambda s: 1e-4 * (1 if is_full(s) else ratio), lambda s: bends[not is_full(s)]
-    )
-    world.start_reward = start
-    return sweep or ("rl_matrices" if control else "rl"), world, found
+        lora = around(ratio * 1e-4, lrs)
+        found += runs(spec, LoRA(rank=rank), lora, more.get("lora", seeds))
+    world = Rewards(top, lambda s: 1e-4 * (is_full(s) or ratio), lambda s: bends[not is_full(s)])
+    world.start_reward = more.get("start", Rewards.start_reward)
+    return more.get("sweep", "rl_matrices" if control else "rl"), world, found
 
 
 def planted_table(world, specs):
@@ -292,7 +268,6 @@ ANSWERS = sorted(path.parent for path in answer.KEPT.glob("*/table.parquet"))
 
 
 def kept_answer(folder: Path):
-    """The table and the question of an answer, as they were kept."""
     return read(folder / "table.parquet"), json.loads((folder / "question.json").read_text())
 
 
@@ -328,3 +303,48 @@ def analysed(table, question, folder, as_json):
     """What `lorasweep.cli.answer.judge` returns as JSON, without a report's files and figures."""
     found = analyse(table, question, answer.KEPT)
     return json.dumps(report.results_of(found, question, table))
+
+
+GRID = np.array([1e-4 * 2**k for k in range(7)])
+
+
+def table(loss, seeds=(0,), lrs=GRID, rank=4, start=5.0):
+    """One LoRA curve as our own stores export it: `loss(lr, seed)`, diverged where not finite."""
+    rows = [{"lr": lr, "seed": s, "test_nll": loss(lr, s)} for lr in lrs for s in seeds]
+    found = pd.DataFrame(rows)
+    status = np.where(np.isfinite(found["test_nll"]), "done", "diverged")
+    arm = {"model": "m", "dataset": "d", "method": "lora", "rank": rank}
+    return found.assign(**arm, status=status, nll_start=start)
+
+
+def lr_curve(x, y, seed, start=math.nan, **key):
+    """One curve of losses `y` at ln(lr) = `x`; a run without a loss has diverged."""
+    key = {"model": "m", "dataset": "d", "method": "lora", "rank": 4.0, **key}
+    return LrCurve(key, x, y, seed, seed, np.isfinite(y), start, math.nan)
+
+
+def planted(ranks=(None, 4, 16), seeds=(0, 1, 2), ratio=10.0, noise=1e-3, higher=False):
+    """Seven LRs around 1.3e-4 (full fine-tuning, rank None) and `ratio` times that (LoRA)."""
+    rng, rows = np.random.default_rng(3), []
+    for rank in ranks:
+        best = 1.3e-4 * (1 if rank is None else ratio)
+        for k in range(7):
+            lr = float(f"{best * 1.15 * 2.0 ** (k - 3):.3g}")
+            valley = 2 + 0.1 * float(linex(np.array(math.log(lr / best)), 0.5))
+            for seed in seeds:
+                y = valley + 0.004 * seed + noise * rng.standard_normal()
+                run = {"model": "m", "rank": rank, "lr": lr, "seed": seed, "status": "done"}
+                rows.append({**run, "test_nll": 1 - y / 10 if higher else y})
+    return pd.DataFrame(rows)
+
+
+def write(tmp_path, table, name="runs.csv"):
+    path = tmp_path / name
+    table.to_parquet(path) if name.endswith("parquet") else table.to_csv(path, index=False)
+    return path
+
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return code, out.out, out.err

@@ -123,8 +123,6 @@ def cli(*args, cwd, env=None, timeout=300, check=True):
         timeout=timeout,
         env={**environment(cwd), **(env or {})},
     )
-    if check and done.returncode:
-        raise AssertionError(
-            f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
+    said = f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert not (check and done.returncode), said
     return done

@@ -18,7 +18,6 @@ def smoke(tmp_path_factory):
 
 @pytest.fixture
 def smoke_copy(smoke, tmp_path):
-    """Give a copy of these runs and reports, where `command` looks for them."""
     folder, done = smoke
     for name in ("runs", "reports"):
         shutil.copytree(folder / name, tmp_path / name, copy_function=shutil.copy2)

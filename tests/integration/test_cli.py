@@ -1,4 +1,4 @@
-"""The command line end to end at scale=smoke: an answer, without some packages, a wheel, a mirror."""
+"""The command line end to end at scale=smoke: an answer, without packages, a wheel, a mirror, a study."""
 
 import json
 import os
@@ -12,9 +12,10 @@ from lorasweep.store.run_store import RunStore
 from tests.integration.conftest import SMOKE
 from tests.world import ROOT, cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.xdist_group("smoke")
 def test_a_sweep_answers_and_asked_again_trains_nothing(smoke_copy, tmp_path, command, capsys):
     first = smoke_copy
     assert "UNDECIDED" in first.stdout and "6 runs" in first.stderr
@@ -95,3 +96,27 @@ def test_a_sweep_trains_and_answers_without_packages_that_a_node_may_lack(tmp_pa
     assert json.loads((folder / "results.json").read_text())["runs"] == 6
     log = next((tmp_path / "runs").glob("*/attempts/*/log.txt"))
     assert "Error" not in log.read_text()
+
+
+@pytest.mark.full
+@pytest.mark.xdist_group("study")
+def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(tmp_path):
+    names = ("rank", "short_runs", "compute", "invariance", "capacity")
+    parts = (f"sweep.parts=[{','.join(names)}]", "exec.pack_size=1")
+    done = cli("+sweep=study", *parts, "scale=smoke", cwd=tmp_path, timeout=500)
+    assert done.stdout.count("== ") == 5
+    folders = {n: tmp_path / f"reports/{n}-smoke" for n in names}
+    answers = {n: json.loads((f / "results.json").read_text()) for n, f in folders.items()}
+    trained, asked = RunStore(tmp_path / "runs").existing(), [a["runs"] for a in answers.values()]
+    assert answers["short_runs"]["runs"] >= 6
+    assert len(trained) < sum(asked)  # what sweeps share was trained once
+    twin = next(v for v in answers["invariance"]["verdicts"] if v["claim"] == "twins")
+    assert twin["outcome"] == "SUPPORTED" and twin["estimate"]["value"] <= 1e-9
+    out = ("--reports-dir", f"{tmp_path}/reports", "--out", f"{tmp_path}/all")
+    assert analysis(["study", *out]) == 0
+    assert (tmp_path / "all/study.md").read_text().startswith("# When does LoRA match")
+    assert "(`rank: order`, study)" in (tmp_path / "all/questions/rank.md").read_text()
+    for name, folder in folders.items():
+        assert (folder / "report.md").is_file() and (folder / "report.html").is_file()
+        for figure, _ in answers[name]["figures"]:
+            assert (folder / figure).stat().st_size > 1000

@@ -20,10 +20,8 @@ from tests.integration.conftest import SMOKE
 from tests.world import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = ("slurm/README.md", "DECISIONS.md", "docs/log/README.md")
-INDEX = {"questions/README.md"}
-RESULTS = [*sorted(KEPT.glob("*.md")), *sorted(KEPT.glob("questions/*.md"))]
-LINKED = [*PAGES, *(ROOT / name for name in OTHERS), *RESULTS]
+OTHERS = [ROOT / name for name in ("slurm/README.md", "DECISIONS.md", "docs/log/README.md")]
+LINKED = [*PAGES, *OTHERS, *sorted(KEPT.glob("*.md")), *sorted(KEPT.glob("questions/*.md"))]
 MAY_REFUSE = {
     "action=extend": "nothing would decide more at smoke",
     "action=cancel": "no cluster is there",
@@ -35,7 +33,6 @@ COMMAND = re.compile(r"^python -m (lorasweep|analysis)\b(.*)$", re.MULTILINE)
 
 
 def tried(args):
-    """Return the arguments with which a documented command of lorasweep is tried."""
     if not args or {"--help", "action=import", "action=advise", "action=measure"} & set(args):
         return args
     if "action=check_gpu" in args:  # here, not as a job
@@ -62,16 +59,13 @@ def commands():
     return list(found.values())
 
 
-LONG = tuple(f"action={a}" for a in ("fleet", "extend", "verify", "check_gpu"))
-LONG += ("+sweep=study", "mirror=")
-
-
 def halves():
     """Divide the commands: one for each action that takes about a second, and all others."""
+    long = tuple(f"action={a}" for a in ("fleet", "extend", "verify", "check_gpu"))
     short, every = {}, commands()
     for page, package, *args in reversed(every):
         action = next((a for a in args if a.startswith(("action=", "--help"))), package)
-        if not any(a.startswith(LONG) for a in args):
+        if not any(a.startswith((*long, "+sweep=study", "mirror=")) for a in args):
             short[action] = (page, package, *args)
     return [*short.values()], [one for one in every if one not in short.values()]
 
@@ -87,10 +81,9 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "customers.csv", tmp_path / "docs")
     write_rows(tmp_path / "dental.jsonl", 24, "Yes {k}")
-    make_base(tmp_path / "my-model")
+    config = make_base(tmp_path / "my-model") / "config.json"
     rows = "".join(f"So? {k},Yes {k}\n" for k in range(60))
     (tmp_path / "rows.csv").write_text(f"question,answer\n{rows}")
-    config = make_base(tmp_path / "base") / "config.json"
     row = f"name,model,task,data\ndental-notes,{config},sft,dental.jsonl\n"
     (tmp_path / "customers.csv").write_text(row)
     assert command(*SMOKE, "action=export", "table=runs.parquet").returncode == 0
@@ -144,4 +137,7 @@ def test_front_pages_are_short_and_all_pages_of_results_are_of_the_kept_results(
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150 and study_page.readme(text, KEPT) == text
     assert len(today["README.md"].splitlines()) <= 85
-    assert all(f"]({p.stem}.md)" in today["questions/README.md"] for p in map(Path, there - INDEX))
+    assert all(
+        f"]({p.stem}.md)" in today["questions/README.md"]
+        for p in map(Path, there - {"questions/README.md"})
+    )

@@ -1,6 +1,5 @@
 """Customers: `action=fleet` from a table to folders that PEFT loads, trained once, changed, stopped, broken;
-`action=verify_served` on a fleet that PEFT serves, right and with faults; `action=measure`.
-"""
+`action=verify_served` on a fleet that PEFT serves, right and with faults; `action=measure`."""
 
 import contextlib
 import dataclasses
@@ -26,19 +25,10 @@ from lorasweep.launch.local import run_points
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.store import folders
 from lorasweep.store.run_store import RunStore
-from tests.answering import answering, changed, vllm
-from tests.customers import (
-    CHAT_TEMPLATE,
-    HOSTILE,
-    SECRET,
-    Counting,
-    World,
-    make_base,
-    write_json,
-    write_rows,
-)
+from tests import customers
+from tests.customers import Counting, World, answering, changed, make_base, vllm, write_rows
 from tests.integration.test_interruptions import killed_at, start
-from tests.world import cli
+from tests.world import cli, write_json
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +52,6 @@ def advised_home(bases, tmp_path_factory):
 
 @pytest.fixture
 def advised(advised_home, bases, tmp_path, monkeypatch):
-    """The world where each customer was trained at the advised learning rate."""
     shutil.copytree(advised_home, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return World(tmp_path, bases)
@@ -106,16 +95,16 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     before = {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")}
     write_rows(tmp_path / "bob.jsonl", 25, "Yes! {k}", question="Is it late? {k}")
     assert set(world.trained()) == {"bob"}
-    untouched = {p for p, t in before.items() if p.stat().st_mtime_ns == t}
-    assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
+    moved = {p for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert moved == {p for p in before if p.parent.name == "bob"}
 
 
-def check_same_adapters(one, other):
-    paths = list(one.glob("*/*.safetensors"))
+def check_same(one, other):
+    paths = list(one.glob("*.safetensors")) or list(one.glob("*/*.safetensors"))
     assert paths
     for path in paths:
         a, b = load_file(path), load_file(other / path.relative_to(one))
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert all(torch.equal(a[name], b[name]) for name in a | b)
 
 
 @pytest.fixture
@@ -138,7 +127,7 @@ def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world, o
     rest = Counting()
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)
-    check_same_adapters(world.folder, Path("whole/fleet-customers"))
+    check_same(world.folder, Path("whole/fleet-customers"))
     ends = (world.store.result(i) for i in world.store.existing())
     assert not any(r["resumed_in_other_company"] for r in ends if r)
     ann = world.facts("ann")
@@ -151,7 +140,7 @@ def test_no_row_of_a_customer_reaches_another(advised, tmp_path):
     world = advised
     write_rows(tmp_path / "loud.jsonl", 30, "Yes")
     with (tmp_path / "loud.jsonl").open("a") as rows:
-        rows.write(f'{{"prompt": "{SECRET}"\n')
+        rows.write(f'{{"prompt": "{customers.SECRET}"\n')
     row = {"model": world.table[0]["model"], "task": "sft", "epochs": 1}
     wrong = ({"name": "loud", "data": "loud.jsonl"}, {"name": "ann", "data": "owner"})
     world.set_table(*world.table, *({**row, **columns} for columns in wrong))
@@ -159,7 +148,7 @@ def test_no_row_of_a_customer_reaches_another(advised, tmp_path):
     (owner,) = [p for p in world.folder.iterdir() if p.name.startswith("img_src")]
     for path in [p for p in tmp_path.rglob("*") if p.is_file() and "owner" not in p.parts]:
         if path.name != "loud.jsonl" and ".tokens" not in path.parts:
-            assert SECRET.encode() not in path.read_bytes(), path
+            assert customers.SECRET.encode() not in path.read_bytes(), path
     others = [p for p in world.folder.iterdir() if p.is_dir() and p != owner]
     assert len(others) == 4
     for path in [q for p in others for q in p.iterdir()]:
@@ -216,6 +205,10 @@ def test_customers_without_an_adapter_keep_their_folder(advised, tmp_path, capsy
         assert (world.folder / name / "adapter_model.safetensors").is_file()
 
 
+def fresh(base):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
 def test_adapters_load_and_are_switched_on_one_base(advised, bases, tmp_path):
     world = advised
     world.write(apart=(bases[0], str(tmp_path / "ann.jsonl"), 2))
@@ -229,19 +222,16 @@ def test_adapters_load_and_are_switched_on_one_base(advised, bases, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(bases[0])
     ids = tokenizer("How many? 3\n", return_tensors="pt", add_special_tokens=False)
 
-    def fresh():
-        return AutoModelForCausalLM.from_pretrained(bases[0], dtype=torch.float32).eval()
-
     def logits(model):
         with torch.no_grad():
             return model(**ids).logits
 
     alone = {}
     for name in ("ann", "bob", "few"):
-        model = PeftModel.from_pretrained(fresh(), world.folder / name)
+        model = PeftModel.from_pretrained(fresh(bases[0]), world.folder / name)
         alone[name] = logits(model)
     assert not torch.allclose(alone["ann"], alone["bob"], atol=1e-4)
-    served = PeftModel.from_pretrained(fresh(), world.folder / "ann", adapter_name="ann")
+    served = PeftModel.from_pretrained(fresh(bases[0]), world.folder / "ann", "ann")
     for name in ("bob", "few"):
         served.load_adapter(world.folder / name, adapter_name=name)
     for name in ("few", "ann", "bob", "ann"):
@@ -266,8 +256,8 @@ def test_a_mirror_has_a_run_a_customer_and_a_gain_is_by_prompts(advised, tmp_pat
 
 def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, bases, tmp_path):
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")
-    (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: None})
+    (instruct / "chat_template.jinja").write_text(customers.CHAT_TEMPLATE)
+    world.write(chat=(instruct, "ann.jsonl", 1), **{customers.HOSTILE: None})
     settings = ("precision=fp32", "rates=advised")
     assert world.run(*settings, "scale=small") == 0
     forms = [world.facts(name)["render"] for name in ("chat", "ann")]
@@ -337,9 +327,7 @@ def test_a_measured_run_is_the_run_that_is_trained_in_one_go(world, odd, precisi
     whole, timed = store.result(point.id), ("wall_s", "step_s", "attempt", "trial")
     a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, measured))
     assert a == b and "trial" not in whole
-    pair = (Path("measured"), store.folder(point.id))
-    one, other = (load_file(folder / "weights.safetensors") for folder in pair)
-    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    check_same(Path("measured"), store.folder(point.id))
     speed = ("step_s", "tokens_per_s")
     before = map(json.loads, Path("measured/metrics.jsonl").read_text().splitlines())
     for both in zip(store.records(point.id), before, strict=True):
@@ -348,7 +336,6 @@ def test_a_measured_run_is_the_run_that_is_trained_in_one_go(world, odd, precisi
 
 
 def finished(*arguments):
-    """Run the command in a process of its own; returns the runs."""
     command = start(*arguments, cwd=Path.cwd())
     assert command.wait(240) == 0, command.stderr.read()
     return RunStore("runs")
@@ -407,7 +394,7 @@ def test_early_stopping_survives_a_kill(world, odd, tmp_path):
     timed = ("wall_s", "step_s", "attempt")
     a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, resumed))
     assert a == b and a["best_step"] < a["steps_done"] and resumed["attempt"] == 2
-    check_same_adapters(tmp_path / "killed", tmp_path / "runs")
+    check_same(tmp_path / "killed", tmp_path / "runs")
 
 
 def test_a_users_folder_and_a_full_disk_are_the_problem_of_one_customer(world, tmp_path, capsys):
@@ -497,10 +484,8 @@ def peft_server(base, folders, broken=""):
     `broken`: the name of an adapter that is answered with an error."""
     torch.manual_seed(1)
     models = {"its-base": None} | dict.fromkeys(folders, "its-base")
-    loaded = {"its-base": AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
-    for name, folder in folders.items():
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        loaded[name] = PeftModel.from_pretrained(plain, folder)
+    loaded = {n: PeftModel.from_pretrained(fresh(base), folder) for n, folder in folders.items()}
+    loaded["its-base"] = fresh(base)
 
     @torch.no_grad()
     def log_p(name, tokens):
@@ -575,16 +560,10 @@ def test_another_base_is_an_error_and_without_a_server_folders_are_checked(fleet
     assert found == [*3 * ["folder is right"], "no adapter"]
 
 
-# ---------------------------------------------------------------- action=measure
-
-FACTS = (
-    *("action=measure", "model=tiny64-facts", "dataset=facts", "method.rank=8", "batch_size=4"),
-    *("dataset.generator_params.facts=1024", "rates=2", "steps=24", "exec.threads=1"),
-)
-
-
 def test_facts_come_out_at_16_bits_each(tmp_path):
-    found = json.loads(cli(*FACTS, "format=json", cwd=tmp_path).stdout)
+    facts = ("model=tiny64-facts", "dataset=facts", "dataset.generator_params.facts=1024")
+    how = ("rates=2", "method.rank=8", "batch_size=4", "steps=24", "exec.threads=1", "format=json")
+    found = json.loads(cli("action=measure", *facts, *how, cwd=tmp_path).stdout)
     known = 24 * 4 * 8 * 16
     for bits in (found[name]["bits"] for name in ("as_is", "prequential")):
         assert bits["measured"] == pytest.approx(known, rel=0.1)

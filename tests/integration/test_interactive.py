@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis.__main__ import main
-from tests.tables import planted
+from tests.planted import planted
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (BROWSER and DRIVER):
@@ -67,7 +67,6 @@ def opened(browser, tmp_path, table):
 
 
 def quiet(browser):
-    """Check that nothing is on the console, and that nothing was asked of the network."""
     assert browser.get_log("browser") == []
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]

@@ -73,31 +73,26 @@ def test_verify_finds_runs_equal_and_a_falsified_one(smoke_copy, tmp_path, comma
     assert done.returncode == 1 and json.loads(done.stdout)["differing"] == [runs[0]["run"]]
 
 
-FULL, NIGHTLY = pytest.mark.full, pytest.mark.nightly
 FAST = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
 THERE = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
 WHY = "no weights (make weights), no gsm8k in data/ or LORASWEEP_TEST_DATA, or no bf16 products"
 REAL = (pytest.mark.real, pytest.mark.skipif(not (FAST and THERE), reason=WHY))
+NIGHTLY = (*REAL, pytest.mark.nightly)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "scale, method, batch, count",
     [
-        pytest.param("tiny", "lora", 16, 1, marks=FULL),
-        pytest.param("tiny", "lora", 16, 8, marks=FULL),
-        pytest.param("tiny", "lora", 4, 16, marks=FULL),
-        pytest.param("tiny", "fullft", 16, 1, marks=FULL),
-        pytest.param("small", "lora", 8, 1, marks=(*REAL, NIGHTLY)),
-        pytest.param("small", "lora", 2, 2, marks=(*REAL, FULL)),
-        pytest.param("small", "fullft", 4, 1, marks=(*REAL, NIGHTLY)),
+        *(("tiny", "lora", 16, 1), ("tiny", "lora", 16, 8)),
+        *(("tiny", "lora", 4, 16), ("tiny", "fullft", 16, 1)),
+        pytest.param("small", "lora", 2, 2, marks=REAL),
+        *(pytest.param("small", m, k, 1, marks=NIGHTLY) for m, k in (("lora", 8), ("fullft", 4))),
     ],
 )
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
     found = steps.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA])
     assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.2)
-
-
-# ---------------------------------------------------------------- the real pretrained model
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +101,9 @@ def world():
     return spec, models.load(spec.model, [str(ROOT / "models")], "fp32")
 
 
-MISSING = not WEIGHTS.is_file() and not os.environ.get("CI")
-
-
 def real(test):
-    skipped = pytest.mark.skipif(MISSING, reason="no weights: run `make weights`")
+    missing = not WEIGHTS.is_file() and not os.environ.get("CI")
+    skipped = pytest.mark.skipif(missing, reason="no weights: run `make weights`")
     return pytest.mark.real(skipped(test))
 
 

@@ -18,24 +18,24 @@ FILES = ("hydra", "omegaconf", "antlr4", "submitit", "cloudpickle", "pydevd_plug
 
 
 def packages():
-    """The packages of this environment, as pip lists them."""
     return {d.name: d.version for d in importlib.metadata.distributions() if d.name != "lorasweep"}
 
 
-def wheelhouse(has, out, *more, check=True):
-    has_file = out.with_suffix(".txt")
-    has_file.write_text("".join(f"{name}=={version}\n" for name, version in has.items()))
-    script = [sys.executable, ROOT / "constraints/wheelhouse.py", "--has", has_file, "--out", out]
-    done = subprocess.run([*script, *more], text=True, capture_output=True, timeout=500)
-    assert not check or done.returncode == 0, done.stderr
-    return done
+def wheelhouse(has, out):
+    """What the script says of a machine that has these packages, or a file with this text."""
+    lines = has if isinstance(has, str) else "".join(f"{n}=={v}\n" for n, v in has.items())
+    out.with_suffix(".txt").write_text(lines)
+    script = [sys.executable, ROOT / "constraints/wheelhouse.py", "--out", out, "--has"]
+    given = {"text": True, "capture_output": True, "timeout": 500}
+    return subprocess.run([*script, out.with_suffix(".txt")], **given)
 
 
 def test_what_a_node_lacks_is_installed_there_without_a_network_and_trains(tmp_path):
     """The node is an environment with links to this one's packages, less some small ones."""
     has = {n: v for n, v in packages().items() if n.lower() not in LACKS}
     out = tmp_path / "wheels"
-    wheelhouse(has, out)
+    done = wheelhouse(has, out)
+    assert done.returncode == 0, done.stderr
     brought = {p.name.split("-")[0].replace("_", "-") for p in out.glob("*.whl")}
     assert brought == LACKS | {"lorasweep"}
 
@@ -59,11 +59,9 @@ def test_what_a_node_lacks_is_installed_there_without_a_network_and_trains(tmp_p
 
 def test_a_version_out_of_range_is_named_and_replaced_only_if_its_line_goes(tmp_path):
     has = {**packages(), "torch": "2.5.1+cu124"}
-    done = wheelhouse(has, tmp_path / "wheels", check=False)
+    done = wheelhouse(has, tmp_path / "wheels")
     assert done.returncode == 1
     assert "torch>=" in done.stderr and "2.5.1" in done.stderr and "delete the line" in done.stderr
     assert not list((tmp_path / "wheels").glob("torch-*"))
-    (tmp_path / "freeze.txt").write_text("torch @ file:///opt/torch.whl\n")
-    script = [sys.executable, ROOT / "constraints/wheelhouse.py", "--has", tmp_path / "freeze.txt"]
-    done = subprocess.run([*script, "--out", tmp_path / "w"], text=True, capture_output=True)
+    done = wheelhouse("torch @ file:///opt/torch.whl\n", tmp_path / "freeze")
     assert done.returncode == 1 and "pip list --format=freeze" in done.stderr

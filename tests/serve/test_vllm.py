@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.answering import changed
-from tests.customers import make_base, write_rows
+from tests.customers import changed, make_base, write_rows
 from tests.world import ROOT, cli, wait_for
 
 PYTHON = Path(os.environ.get("LORASWEEP_SERVE_PYTHON", ROOT / ".venv-serve/bin/python"))
@@ -33,7 +32,6 @@ pytestmark = [
 ]
 LLAMA = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-ADAPTER = "adapter_model.safetensors"
 ANIMALS = "ant bee cat dog eel fox gnu hen ibis jay koi lark mole newt owl pig quail ram seal toad"
 
 
@@ -141,7 +139,9 @@ def test_three_customers_are_served_and_faults_of_the_server_are_found(tmp_path)
 
 def test_twenty_right_folders_with_an_adapted_unembedding_are_all_served(tmp_path):
     fleet = Fleet(tmp_path, ANIMALS.split(), False)
-    assert any("lm_head" in name for name in load_file(fleet.folder / "ant" / ADAPTER))
+    assert any(
+        "lm_head" in name for name in load_file(fleet.folder / "ant/adapter_model.safetensors")
+    )
     with fleet.served() as url:
         for _ in range(2):  # the second time, the server has loaded all adapters
             verdicts, found, status = fleet.verified(url)

@@ -17,7 +17,7 @@ from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.next_runs import suggest
 from analysis.optimum.fit import fit_all
 from analysis.runs.curves import lr_curves
-from tests.tables import GRID, table
+from tests.planted import GRID, table
 
 
 def draws(centre, sd, stream):

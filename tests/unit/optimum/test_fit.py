@@ -11,7 +11,7 @@ from analysis.optimum.fit import ELL, MIN_DF, STEP, fit_all, gather, linex, misf
 from analysis.runs.curves import lr_curves
 from benchmarks.calibration import coverage
 from benchmarks.generators import FAMILIES, Design, plant
-from tests.tables import GRID, lr_curve, table
+from tests.planted import GRID, lr_curve, table
 
 
 def fitted(loss, **grid):
@@ -30,10 +30,8 @@ def test_a_noise_free_curve_of_the_family_is_found(steepness):
 
 def test_what_is_flat_or_broken_or_repeated_nowhere():
     rng = np.random.default_rng(0)
-    frames = [
-        table(lambda lr, s: 2 + rng.normal(0, 1e-3), seeds=(0, 1, 2), rank=r) for r in (4, 8, 16)
-    ]
-    for o in fit_all(lr_curves(pd.concat(frames))):
+    flat = [table(lambda *_: 2 + rng.normal(0, 1e-3), (0, 1, 2), rank=r) for r in (4, 8, 16)]
+    for o in fit_all(lr_curves(pd.concat(flat))):
         assert o.best_lr.value is None or "flat" in o.flags or (o.best_lr.high / o.best_lr.low > 8)
     (c,) = lr_curves(table(lambda lr, s: 9.0 if lr == GRID[5] else 2 + math.log(lr / 4e-4) ** 2))
     assert list(c.usable) == [True] * 5 + [False] * 2  # nothing beyond a broken rate
@@ -176,27 +174,20 @@ def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone(rise):
 STEPS = np.log(2) * np.array([-4, -2, -1, 0, 1, 2, 3])
 
 
-def near_the_middle(rng, noise, seeds=4):
-    """Three curves with optima near the middle of the LRs, and functions of their regret."""
-    found, regrets = [], []
-    for k, m in enumerate(rng.normal(0, 0.5, 3)):
-        runs = [(x, s) for x in STEPS for s in range(seeds if abs(x) < 0.8 else 1)]
-        x, seed = map(np.array, zip(*runs))
-        regrets.append(lambda x, m=m: 0.1 * float(linex(np.array(x - m), 0.7)))
-        y = np.array([2 + regrets[-1](v) + rng.normal(0, noise) for v in x])
-        found.append(lr_curve(x - 7, y, seed, start=6.0, rank=4 * (k + 1)))
-    return found, regrets
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("noise, most", [(0.01, 0.004), (0.03, 0.015)])
 def test_the_true_regret_lies_below_the_bound_as_often_as_stated(noise, most):
     rng, held, bounds = np.random.default_rng(2), [], []
+    runs = [(x, s) for x in STEPS for s in range(4 if abs(x) < 0.8 else 1)]
+    x, seed = map(np.array, zip(*runs))
     for _ in range(60):
-        found, regrets = near_the_middle(rng, noise)
-        for o, regret in zip(fit_all(found), regrets):
-            bound = o.regret_of_best(0.95)
-            if bound is not None:
-                held.append(regret(math.log(o.best_lr.value) + 7) <= bound)
+        best, curves = rng.normal(0, 0.5, 3), []
+        for k, m in enumerate(best):
+            y = 2 + 0.1 * linex(x - m, 0.7) + rng.normal(0, noise, len(x))
+            curves.append(lr_curve(x - 7, y, seed, start=6.0, rank=4 * (k + 1)))
+        for o, m in zip(fit_all(curves), best):
+            if (bound := o.regret_of_best(0.95)) is not None:
+                regret = 0.1 * float(linex(np.array(math.log(o.best_lr.value) + 7 - m), 0.7))
+                held.append(regret <= bound)
                 bounds.append(bound)
     assert np.mean(held) > 0.85 and len(held) > 120 and np.median(bounds) < most

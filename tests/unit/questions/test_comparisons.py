@@ -26,8 +26,7 @@ def near(value, off):
     return pytest.approx(value, abs=off)
 
 
-def about(value, share):
-    return pytest.approx(value, rel=share)
+about = pytest.approx  # a share of the value
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +34,6 @@ def few_resamples(monkeypatch):
     """No test here is about the bootstrap's interval of the step at which ranks part."""
     monkeypatch.setattr(speed, "RESAMPLES", 200)
 
-
-# ---------------------------------------------------------------- learning rates
 
 BOTH = dict.fromkeys(("ratio", "order"), "REFUTED")
 
@@ -91,14 +88,10 @@ def test_a_comparison_of_ones_own_is_a_few_lines_of_a_sweeps_file():
     """Rank 4 against rank 8, over which no shipped question asks; both are those of a variant."""
     said = {"estimands": {"low": {**SPEED, "of": {"rank": 4}, "over": {"rank": 8}}}}
     claim = {"low": {"estimand": "low", "expected": 0.5, "margin": [0.4, 0.6]}}
-    table = planted.planted_table(
-        World(lambda s: s.method.rank / 8), arms(smoke(), (4, 8), steps=64)
-    )
+    world, specs = World(lambda s: s.method.rank / 8), arms(smoke(), (4, 8), steps=64)
+    table = planted.planted_table(world, specs)
     (v,) = analyse(table, {"analysis": "mine", "claims": claim, **said}).verdicts
     assert v.outcome == "SUPPORTED" and v.estimate.value == pytest.approx(0.5, rel=0.05)
-
-
-BASES = ("tiny64-3m", "tiny64", "tiny64-s1", "tiny128-3m", "tiny128-4m", "tiny256-3m")
 
 
 def law_of_the_ratio(power):
@@ -107,7 +100,7 @@ def law_of_the_ratio(power):
         return 1.6e-3 if is_full(spec) else 6.4e-3 * 32 / spec.method.alpha * widths
 
     specs = {}
-    for model in BASES:
+    for model in ("tiny64-3m", "tiny64", "tiny64-s1", "tiny128-3m", "tiny128-4m", "tiny256-3m"):
         for alpha in (8.0, 32.0, 128.0):
             lora = {"lora": 6.4e-3 * 32 / alpha, "alpha": alpha, "seeds": range(3)}
             specs |= {s.id: s for s in arms(smoke(model), (4,), 1.6e-3, steps=16, **lora)}
@@ -124,9 +117,6 @@ def short_runs(factor):
         return {"spectra": {"model.layers.0.q_proj": norms, "lm_head": norms}}
 
     return "short_runs", World(best=best, more=more), arms(smoke(), (4, 8), steps=384)
-
-
-# ---------------------------------------------------------------- speeds of ranks and batches
 
 
 def of_rank(rho, *best):
@@ -272,13 +262,12 @@ NORMS = {"b_grows": pytest.approx(2.0), "same_movement": pytest.approx(1.5)}
         case(small_batches, 0.8, 0.8, small_best=(NO, near(BEST_BATCH - 0.8, 5e-3))),
         case(layer_sets, 0.4, **attention_worse(0.4, YES)),
         case(layer_sets, 0.85, **attention_worse(0.85, NO)),
+        # alpha_twice_rank: the same loss
         case(
             forgets,
             *(lambda s: 1.0 if s.method.rank == RANK else 0.6, lambda s: 0.5),
-            alpha_twice_rank=YES,  # of alpha: the same loss
-            small_data_rank=NO,
+            **{"alpha_twice_rank": YES, "small_data_rank": NO, "retention": pytest.approx(0.4)},
             default_rate=(NO, about(DEFAULT_COST, 0.05)),
-            retention=pytest.approx(0.4),
         ),
         # Full fine-tuning forgets more at a higher LR; where it has learned what LoRA learns, at a
         # quarter of its optimal LR, it has forgotten half of what LoRA has.
@@ -375,14 +364,7 @@ def test_variants_of_lora_are_compared_by_name():
         ask("experts", world, [*specs, *twice])
 
 
-def test_bits_a_parameter_need_one_rank():
-    sweep, world, specs = facts(2.0)
-    other = runs(specs[0], LoRA(rank=4, layers="attention"), [1e-2], steps=400)
-    with pytest.raises(TableError, match="LoRA has the ranks 1, 4, but bits a parameter need one"):
-        ask(sweep, world, [*specs, *other])
-
-
-def test_parameters_and_operations_are_those_of_the_methods():
+def test_parameters_and_operations_are_those_of_the_methods_and_bits_need_one_rank():
     """Effective parameters: r (m + n) - r^2 of the four attention matrices, each counted once."""
     spec = dataclasses.replace(planted.base(), method=LoRA(rank=1, layers="attention"))
     assert capacity.effective(spec.plain()) == 4 * (127 + 79 + 79 + 127)
@@ -392,6 +374,10 @@ def test_parameters_and_operations_are_those_of_the_methods():
         found = lengths.flops_ratio(spec.plain(), method.n_trainable(spec.model))
         lora, full = (m.step_flops(spec.model, 100) for m in (method, FullFT()))
         assert found == pytest.approx(lora / full)
+    sweep, world, specs = facts(2.0)
+    other = runs(specs[0], LoRA(rank=4, layers="attention"), [1e-2], steps=400)
+    with pytest.raises(TableError, match="LoRA has the ranks 1, 4, but bits a parameter need one"):
+        ask(sweep, world, [*specs, *other])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis.tables.commands import KEPT
-from tests.tables import planted, run, write
+from tests.planted import planted, run, write
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.values import fields
 from lorasweep.store.table import table_row
-from tests.tables import planted, run, table, write
+from tests.planted import planted, run, table, write
 from tests.world import ROOT, tiny_spec, write_json
 
 
