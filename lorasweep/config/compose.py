@@ -19,8 +19,7 @@ import difflib
 import hashlib
 import json
 import math
-import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.catalogue import conf_dir
+from lorasweep.config.folders import exec_of
 from lorasweep.data.column_names import as_served
 from lorasweep.errors import ClusterError, DataError, ModelError, NotAtScale, SpecError, unknown
 from lorasweep.methods.registry import METHODS, spec_from
@@ -57,8 +57,6 @@ FORM = ("format", "prompt_field", "completion_field", "mask", "render")
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
 FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes"}
 """Mappings that take new keys, with a + before them."""
-FOLDERS = ("runs", "reports", "models", "data")
-"""Settings of folders are exec.runs_dir, ...; environment variables are LORASWEEP_RUNS, ..."""
 PARTS = ("method", "exec", "dataset", "cluster")
 """Groups in which a setting without its group is looked for."""
 SELECT_FILES = ("+sweep=", "scale=")
@@ -107,29 +105,6 @@ class Own(NamedTuple):
     """Where it is found (exec.models_dir, exec.data_dir); empty on the hub."""
     n_train: int
     """Number of training rows; 0 for a model."""
-
-
-def exec_of(values: dict[str, Any], given: Collection[str] = ()) -> Exec:
-    """Return a checked Exec with absolute folders; SpecError: a setting is not valid.
-
-    `given`: keys that the command line sets, which have precedence over environment variables.
-    """
-    values = dict(values)
-    for problem in problems_of(Exec, values, "exec."):
-        raise SpecError(problem)
-    for problem in (exec_ := Exec(**values)).problems():
-        raise SpecError(problem)
-    folders: dict[str, Any] = {}
-    for name in FOLDERS:
-        value, default = getattr(exec_, f"{name}_dir"), getattr(Exec(), f"{name}_dir")
-        set_to, many = os.environ.get(f"LORASWEEP_{name.upper()}"), isinstance(value, list)
-        if value == default and set_to and f"exec.{name}_dir" not in given:
-            value = set_to.split(os.pathsep) if many else set_to
-        if not all(value if many else [value]):
-            raise SpecError(f"exec.{name}_dir={value!r}: expected a folder; . is the current one.")
-        paths = [str(Path(p).expanduser().absolute()) for p in (value if many else [value])]
-        folders[f"{name}_dir"] = paths if many else paths[0]
-    return dataclasses.replace(exec_, **folders)
 
 
 def shipped_model(name: str) -> ModelSpec:

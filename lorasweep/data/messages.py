@@ -17,6 +17,8 @@ Turn = dict[str, Any]
 """A message as chat templates take it: role, content, tool_calls, and other keys of the row."""
 Message = tuple[str, str]
 """Role and text. The text of a message that calls tools has the calls, too."""
+DATE = "26 Jul 2024"
+"""Date in chat templates, so that rows do not depend on the day: the default in Llama templates."""
 JOINED = "+"
 """Joins the names of several columns in DatasetSpec.prompt_field."""
 LEARNED = ("train", "training", "trainable", "learn", "loss", "mask", "masked")

@@ -23,7 +23,7 @@ import numpy as np
 
 from lorasweep.data import messages
 from lorasweep.data.examples import Example, Fit
-from lorasweep.data.messages import CALLS, TOOLS, Conversation, Turn, others_of
+from lorasweep.data.messages import CALLS, DATE, TOOLS, Conversation, Turn, others_of
 from lorasweep.data.sources import Row, Source, each
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
@@ -37,8 +37,6 @@ NOT_IN_ROWS = (
     *("n_validation", "unseen_rows", "answer_field", "verifier"),
 )
 """DatasetSpec fields that change no row, or that are covered by the identity of the source."""
-DATE = "26 Jul 2024"
-"""Date in chat templates, so that rows do not depend on the day: the default in Llama templates."""
 
 
 class Part(NamedTuple):
@@ -352,7 +350,11 @@ def rendered(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[li
 def _chat_parts(row: Conversation, heads: bool, tokenizer: Any) -> list[Part]:
     """Render by the chat template. `heads`: whether text between messages is in the loss, too."""
     turns = row.turns
-    how: dict[str, Any] = {"tools": row.tools or None, "tokenize": False, "date_string": DATE}
+    how: dict[str, Any] = {
+        "tools": row.tools or None,
+        "tokenize": False,
+        "date_string": DATE,
+    }
 
     def apply(turns: list[Turn], is_open: bool) -> str:
         return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, **how)
