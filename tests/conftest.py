@@ -1,4 +1,5 @@
-"""Fixtures: the shipped configuration, composed as the command line does, and a fake trainer."""
+"""Fixtures: the shipped configuration, composed as the command line does, and a fake trainer; a small
+sweep, trained once; a planted one with its report, made once; a hub that is out of reach."""
 
 import os
 import shutil
@@ -22,9 +23,13 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)
 
 from lorasweep.__main__ import main  # noqa: E402
-from lorasweep.cli.actions import check  # noqa: E402
+from lorasweep.cli.actions import act, check  # noqa: E402
 from lorasweep.train.events import Event  # noqa: E402
-from tests.world import compose_request, planted_end  # noqa: E402
+from tests import small_hub  # noqa: E402
+from tests.planted import FULL, LORA, START, World  # noqa: E402
+from tests.world import cli, compose_request, planted_end  # noqa: E402
+
+SMOKE = ("+sweep=lr_ratio", "scale=smoke")
 
 
 def pytest_report_header():
@@ -124,3 +129,75 @@ def norms_in_float64(monkeypatch):
     for family in ("llama.modeling_llama.Llama", "qwen3.modeling_qwen3.Qwen3", moe):
         monkeypatch.setattr(f"transformers.models.{family}RMSNorm.forward", forward)
     monkeypatch.setattr(f"transformers.models.{moe}TopKRouter.forward", route)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """Run the sweep by its command; give its folder, with runs and reports, and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    return folder, cli(*SMOKE, cwd=folder)
+
+
+@pytest.fixture
+def smoke_copy(smoke, tmp_path):
+    folder, done = smoke
+    for name in ("runs", "reports"):
+        shutil.copytree(folder / name, tmp_path / name, copy_function=shutil.copy2)
+    return done
+
+
+@pytest.fixture(scope="session")
+def rank_answer(tmp_path_factory):
+    """A folder with `runs` and `reports` of the sweep `rank` at scale smoke, 96 updates."""
+    folder, world = tmp_path_factory.mktemp("rank"), World(lambda spec: 0.7)
+    sweep = ("+sweep=rank", "scale=smoke", "sweep.replicate.seeds=[1,2,3]", "sweep.axes.steps=96")
+    places = (f"exec.runs_dir={folder}/runs", f"exec.reports_dir={folder}/reports")
+    rates = (("fullft", FULL), ("lora", LORA))
+    grids = (f"sweep.arms.{arm}.lr=${{around:{best:g},7,2}}" for arm, best in rates)
+    request = compose_request([*sweep, *grids, *places, "format=json"])
+    trainer = FakeTrainer(world.nll, start=START, curve=world.curve, more=world.more)
+    assert act(request, trainer) == 0
+    return folder
+
+
+@pytest.fixture
+def reports(rank_answer, tmp_path):
+    """A copy of its report as `rank-smoke`, to be changed."""
+    (made,) = (rank_answer / "reports").iterdir()
+    shutil.copytree(made, tmp_path / "reports" / "rank-smoke")
+    return tmp_path / "reports"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Give `datasets` an empty cache and no network; return the cache."""
+    small_hub.offline(tmp_path, monkeypatch)
+    return tmp_path / "datasets"
+
+
+@pytest.fixture
+def hub(tmp_path, offline):
+    """`hub(name, rows)` leaves a data set, rows: {configuration: {split: rows}}; returns its path."""
+    import datasets
+    import yaml
+
+    def made(name, content, described=True):
+        configs, infos = [], []
+        for config, splits in content.items():
+            features = datasets.Dataset.from_list(next(filter(None, splits.values()))).features
+            files, counts = [], []
+            (tmp_path / name / config).mkdir(parents=True)
+            for split, rows in splits.items():
+                path = f"{config}/{split}-00000-of-00001.parquet"
+                columns = {column: [row[column] for row in rows] for column in features}
+                datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / name / path)
+                files.append({"split": split, "path": path})
+                counts.append({"name": split, "num_examples": len(rows), "num_bytes": 1})
+            configs.append({"config_name": config, "data_files": files})
+            described_as = {"features": features._to_yaml_list(), "splits": counts}
+            infos.append({"config_name": config, **described_as})
+        card = {"configs": configs, **({"dataset_info": infos} if described else {})}
+        (tmp_path / name / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+        return str(tmp_path / name)
+
+    return made

@@ -153,7 +153,6 @@ def rank_of(spec):
 
 
 def lost(of, **world):
-
     class Lost(World):
         def loss(self, spec, step):
             return super().loss(spec, step) + of(spec, step)

@@ -1,7 +1,7 @@
 """A hub as compute nodes without a network see it: caches with all that the study's sweeps name,
 made here. Models are of the described families with random weights, data sets are a few rows of the
 published schemas, and both lie under their real names and pinned revisions. Tokenizers are small
-byte-level ones that split text as Llama 3's and Qwen's do.
+byte-level ones that split text as Llama 3's and Qwen's do. And shipped data sets, each composed once.
 """
 
 import copy
@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lorasweep.models.load import config_of
-from tests.world import write_json
+from tests.world import compose_request, write_json
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
@@ -126,6 +126,21 @@ def download(folder, location, config, revision, splits):
     info = kept / "dataset_info.json"
     described = {**json.loads(info.read_text()), "config_name": config, "dataset_name": snake}
     info.write_text(json.dumps(described))
+
+
+OF_DATA = {"facts": "tiny64-facts", "skills": "tiny64-skills", "words": "tiny64-skills"}
+OF_DATA |= {"bandit": "tiny64-knows", "bandit_drawn": "tiny64-knows"}
+
+
+@cache
+def composed(name):
+    """Return a run on a shipped data set, with a model that has its symbols."""
+    model = [f"model={OF_DATA[name]}"] if name in OF_DATA else []
+    return compose_request([*model, f"dataset={name}"]).points[0].spec
+
+
+def shipped(name, /, **changes):
+    return dataclasses.replace(composed(name).dataset, **changes)
 
 
 # ---------------------------------------------------------------- tokenizers that split as theirs do

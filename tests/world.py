@@ -16,16 +16,12 @@ import pytest
 from lorasweep.config.compose import compose_request
 
 ROOT = Path(__file__).resolve().parent.parent
+_smoke_spec = cache(lambda: compose_request(["scale=smoke"]).points[0].spec)
 
 
 def tiny_spec(**changes):
     """A RunSpec on the shipped 0.2M-parameter base with short sequences; fields by keyword."""
     return dataclasses.replace(_smoke_spec(), **changes)
-
-
-@cache
-def _smoke_spec():
-    return compose_request(["scale=smoke"]).points[0].spec
 
 
 def planted_end(spec, start, nll, curve, **more):

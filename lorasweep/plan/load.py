@@ -212,7 +212,7 @@ def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
     """Return the bytes per token that one layer keeps for backward, without checkpointing.
 
     The layer is that of transformers' Llama or Qwen3 with a fused attention kernel. Inputs of
-    frozen matrices are not kept. The result is checked in tests/unit/plan/test_saved_tensors.py.
+    frozen matrices are not kept. The result is checked in tests/unit/plan/test_plan.py.
 
     Args:
         word: bytes of a number in products.

@@ -9,7 +9,7 @@ import pytest
 
 from analysis.__main__ import main as analysis
 from lorasweep.store.run_store import RunStore
-from tests.integration.conftest import SMOKE
+from tests.conftest import SMOKE
 from tests.world import ROOT, cli
 
 pytestmark = pytest.mark.slow

@@ -27,7 +27,6 @@ ANSWERS = [
     for folder in planted.ANSWERS
 ]
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-RELATIVE = 1e-3
 ROUNDED = 1.01
 """Printed numbers may differ by one in the last digit that both print."""
 
@@ -62,7 +61,7 @@ def differing(a, b, where=""):
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [d for k, (x, y) in enumerate(zip(a, b)) for d in differing(x, y, f"{where}[{k}]")]
     if isinstance(a, float | int) and isinstance(b, float | int):
-        same = math.isclose(a, b, rel_tol=RELATIVE, abs_tol=1e-12) or (a != a and b != b)
+        same = math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-12) or (a != a and b != b)
     elif isinstance(a, str) and isinstance(b, str):
         same = not differing_text(a, b)
     else:

@@ -27,7 +27,7 @@ from lorasweep.store import claims
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
 from tests import world
-from tests.integration.conftest import SMOKE
+from tests.conftest import SMOKE
 from tests.training import EPS, REWARDED, ROUNDING, Trained, moved
 from tests.world import cli, compose_request, wait_for
 

@@ -23,7 +23,7 @@ from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
 from lorasweep.train import pretrain
-from tests.integration.conftest import SMOKE
+from tests.conftest import SMOKE
 from tests.training import copied, worst
 from tests.world import ROOT, cli
 

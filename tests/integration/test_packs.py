@@ -18,7 +18,7 @@ from lorasweep.models import load as models
 from lorasweep.models.describe import describe_model
 from lorasweep.store.run_store import RunStore, checksum
 from lorasweep.train.objectives.nll import nll_sums
-from tests.integration.conftest import SMOKE
+from tests.conftest import SMOKE
 from tests.integration.test_interruptions import kept, killed_at, places
 from tests.training import EPS, ROUNDING, beside_peft, pack_of
 from tests.world import ROOT, cli, compose_request

@@ -64,18 +64,6 @@ def test_every_run_is_built_with_its_real_shape_and_trains_what_it_says(runs):
             attached.detach()
 
 
-def one_of_each(runs):
-    """The run of the lowest rank of each sweep, arm, family, layer set, data set and precision."""
-    found = {}
-    for sweep, arm, spec in sorted(runs, key=lambda r: getattr(r[2].method, "rank", 0)):
-        numbers = {"rank": 1, "alpha": 1.0, "init_seed": 0} if spec.method.name == "lora" else {}
-        how = dataclasses.replace(spec.method, **numbers).canonical
-        family = (type(config_of(spec.model)), spec.model.tied)
-        rows = (spec.dataset.name, spec.batch_size, spec.precision)
-        found.setdefault((sweep, arm, *family, how, *rows), spec)
-    return found.values()
-
-
 def shrunken(specs):
     """Two updates of the runs on shrunken models, wide enough for all ranks, and on a few rows."""
     shape = {"n_layers": 2, "hidden_size": 512, "n_heads": 8, "n_kv_heads": 8, "head_size": 64}
@@ -135,4 +123,12 @@ def test_a_dense_run_one_with_experts_and_a_rewarded_one_train_from_the_hubs_cac
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_sweep_trains_two_updates_shrunken(runs, processes, tmp_path, monkeypatch):
-    trained(shrunken(one_of_each(runs)), tmp_path, monkeypatch, processes)
+    """The run of the lowest rank of each sweep, arm, family, layer set, data set and precision."""
+    found = {}
+    for sweep, arm, spec in sorted(runs, key=lambda r: getattr(r[2].method, "rank", 0)):
+        numbers = {"rank": 1, "alpha": 1.0, "init_seed": 0} if spec.method.name == "lora" else {}
+        how = dataclasses.replace(spec.method, **numbers).canonical
+        family = (type(config_of(spec.model)), spec.model.tied)
+        rows = (spec.dataset.name, spec.batch_size, spec.precision)
+        found.setdefault((sweep, arm, *family, how, *rows), spec)
+    trained(shrunken(found.values()), tmp_path, monkeypatch, processes)

@@ -41,15 +41,6 @@ STEPS = "tests.slurm.trainers:steps"
 HELD = "tests.slurm.trainers:held"
 
 
-def missing_commands():
-    """Say why no Slurm can be started here; None if it can."""
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = ", ".join(c for c in NEEDED if shutil.which(c, path=path) is None)
-    if missing:
-        return f"no {missing} here: the packages to install are listed in .ci/run"
-    return None if os.geteuid() == 0 else "a Slurm for tests needs root"
-
-
 def free_ports(n):
     """Return the first of `n` neighbouring ports that nobody listens on, below the ephemeral ones."""
     while True:
@@ -215,14 +206,11 @@ def jobs_of(submission):
     return ["_".join(map(str, label)) for label in labels][: len(submission.tasks)]
 
 
-HERE = Path(__file__).parent
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Keep these tests in one process: they wait more than they compute."""
     for item in items:
-        if HERE in item.path.parents:
+        if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.xdist_group("slurm"))
             item.add_marker(pytest.mark.timeout(1500))
@@ -231,7 +219,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def slurm():
     """Give the cluster; MaxArraySize is 6, so that more than five jobs need more than one array."""
-    reason = missing_commands()
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = ", ".join(c for c in NEEDED if shutil.which(c, path=path) is None)
+    reason = missing and f"no {missing} here: the packages to install are listed in .ci/run"
+    if not missing and os.geteuid() != 0:
+        reason = "a Slurm for tests needs root"
     if reason and os.environ.get("LORASWEEP_NO_SKIP"):
         pytest.fail(reason)
     if reason:

@@ -21,7 +21,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from pyarrow import parquet as pq
 from transformers import AutoTokenizer
 
 from lorasweep.data import column_names, messages, text
@@ -31,8 +30,7 @@ from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, DatasetSpec
 from tests import small_hub
 from tests.customers import CHAT_TEMPLATE
-from tests.small_hub import llama_like, problem, qwen_like, thought, tulu, with_chat
-from tests.unit.data.conftest import shipped
+from tests.small_hub import llama_like, problem, qwen_like, shipped, thought, tulu, with_chat
 from tests.world import write_json, write_splits
 
 
@@ -808,7 +806,7 @@ def test_rows_of_arrow_have_no_keys_of_other_rows(read, tmp_path):
     for key, arguments in (("a", {"a": 1}), ("b", {"b": "x"}), ("a", {})):
         described = {"name": "late", "parameters": {key: {"type": key}}}
         rows.append({**calling(arguments), "tools": [{**TOOLS[0], "function": described}]})
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     assert read(tmp_path / "b.parquet") == read(rows)
 
 

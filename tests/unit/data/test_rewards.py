@@ -24,8 +24,7 @@ from lorasweep.data.synthetic import dialect, generators
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from lorasweep.spec.streams import stream
-from tests.small_hub import deep, llama_like, problem
-from tests.unit.data.conftest import composed, shipped
+from tests.small_hub import composed, deep, llama_like, problem, shipped
 from tests.unit.data.test_data import jsonl, load, spec_of
 from tests.world import wait_for, write_splits
 

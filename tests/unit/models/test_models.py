@@ -48,7 +48,7 @@ from tests import small_hub
 from tests.customers import make_base, model_of
 from tests.small_hub import COMMIT, qwen_like
 from tests.training import EPS, Trained, customer, family_model, pack_of, run
-from tests.unit.plan.test_saved_tensors import LLAMA
+from tests.unit.plan.test_plan import SMALL
 from tests.world import compose_request, tiny_spec, write_splits
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -636,7 +636,7 @@ def test_the_guard_refuses_a_trained_tensor_that_is_not_split_and_processes_that
 
 
 METHODS = {"full": FullFT(), "adapters": LoRA(rank=2, layers="attention+mlp")}
-OUTER = dataclasses.replace(LLAMA, hidden_size=64, mlp_size=128, vocab_size=4096)
+OUTER = dataclasses.replace(SMALL, hidden_size=64, mlp_size=128, vocab_size=4096)
 
 
 def measure(rank, port, folder):

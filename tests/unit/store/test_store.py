@@ -118,25 +118,20 @@ class FaultyOS:
         return operation if name in (*OPERATIONS, "ftruncate") else real
 
 
-def work_in_child(root, spec, at, how):
-    """Run `work` with a fault in another process; return whether the fault was reached."""
-    pid = os.fork()
-    if pid == 0:
-        files.os = faulty = FaultyOS(at, how)
-        with contextlib.suppress(OSError):
-            work(RunStore(root), spec)
-        os._exit(7 if faulty.count >= at else 0)
-    _, status = os.waitpid(pid, 0)
-    return os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 7
-
-
 @pytest.mark.parametrize("how", ["error", "short", "kill"])
 def test_any_file_operation_may_fail_and_the_run_still_ends_exactly_once(tmp_path, how):
     spec, reached, at = tiny_spec(), True, 0
     while reached:
         store, at = RunStore(tmp_path / f"{at}"), at + 1
         store.prepare()
-        reached = work_in_child(store.root, spec, at, how)
+        pid = os.fork()
+        if pid == 0:  # works with a fault
+            files.os = faulty = FaultyOS(at, how)
+            with contextlib.suppress(OSError):
+                work(RunStore(store.root), spec)
+            os._exit(7 if faulty.count >= at else 0)
+        _, status = os.waitpid(pid, 0)
+        reached = os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 7
         state = store.state(spec.id)
         assert at < 200 and state in ("missing", "interrupted", "done"), (at, state)
         assert work(store, spec) == (state != "done")  # never twice
