@@ -46,8 +46,9 @@ def tried(args):
     return [*args, "scale=smoke"]
 
 
-def commands():
-    """Every command of the pages' bash blocks once, as it is tried: (page, package, *arguments)."""
+def halves():
+    """Each command of the pages' bash blocks once, as it is tried: (page, package, *arguments). One
+    for each action that takes about a second comes first, then all others."""
     found = {}
     for page in PAGES:
         blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
@@ -55,13 +56,8 @@ def commands():
             package, args = m[1], shlex.split(m[2], comments=True)
             args = tried(args) if package == "lorasweep" else args
             found.setdefault((package, *args), (page.name, package, *args))
-    return list(found.values())
-
-
-def halves():
-    """Divide the commands: one for each action that takes about a second, and all others."""
     long = tuple(f"action={a}" for a in ("fleet", "extend", "verify", "check_gpu"))
-    short, every = {}, commands()
+    short, every = {}, [*found.values()]
     for page, package, *args in reversed(every):
         action = next((a for a in args if a.startswith(("action=", "--help"))), package)
         if not any(a.startswith((*long, "+sweep=study", "mirror=")) for a in args):

@@ -27,8 +27,6 @@ ANSWERS = [
     for folder in planted.ANSWERS
 ]
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-ROUNDED = 1.01
-"""Printed numbers may differ by one in the last digit that both print."""
 
 pytestmark = pytest.mark.xdist_group("freshness")
 
@@ -40,12 +38,12 @@ def _unit(number):
 
 
 def differing_text(a, b):
-    """The first place where two texts differ by more than a last digit; empty if they agree."""
+    """The first place where texts differ by more than one in the last digit of both; '' if none."""
     for x, y in zip(a.splitlines(), b.splitlines()):
         numbers = list(zip(NUMBER.findall(x), NUMBER.findall(y)))
         near = all(
             abs(float(m.replace(",", "")) - float(n.replace(",", "")))
-            <= ROUNDED * max(_unit(m), _unit(n))
+            <= 1.01 * max(_unit(m), _unit(n))
             for m, n in numbers
             if m != n
         )
@@ -117,10 +115,9 @@ def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers()
     assert {_inputs(KEPT / name) for name in wanted} == {inputs}
 
 
-NOTEBOOKS = sorted((ROOT / "analysis" / "notebooks").glob("*.ipynb"))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "analysis/notebooks").glob("*.ipynb")), ids=lambda p: p.stem
+)
 def test_it_is_thin_and_runs_and_shows_something_in_every_cell_that_should(
     path, tmp_path, monkeypatch
 ):

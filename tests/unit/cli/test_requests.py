@@ -27,7 +27,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from tests import small_hub
-from tests.conftest import FakeTrainer
+from tests.conftest import SMOKE, FakeTrainer
 from tests.customers import CHAT_TEMPLATE, make_base, write_rows
 from tests.planted import Valley
 from tests.small_hub import llama_like
@@ -298,7 +298,6 @@ def test_a_report_without_a_package_is_the_same_answer_without_pages(without, tm
 
 
 FILE = ROOT / "tests/golden/json_keys.json"
-SWEEP = ("+sweep=lr_ratio", "scale=smoke")
 VALLEY = Valley(10, noise=0.05)
 RATES = ("sweep.replicate.seeds=[1,2]", *VALLEY.rates("6e-4,1.2e-3,2.4e-3"))
 STUDY = ("+sweep=study", "scale=smoke", "sweep.parts=[lr_ratio,rank]")
@@ -310,15 +309,15 @@ CASES = {  # in this order: later cases read what earlier ones leave
     "plan alone": ("scale=smoke", "action=plan"),
     "verify": ("scale=smoke", "method=lora", "lr=5e-3", "action=verify", "sample=1"),
     "layers": ("scale=smoke", "action=layers"),
-    "plan": (*SWEEP, "action=plan"),
-    "plan gpus": (*SWEEP, "action=plan", "hardware=h100"),
+    "plan": (*SMOKE, "action=plan"),
+    "plan gpus": (*SMOKE, "action=plan", "hardware=h100"),
     "plan study": (*STUDY, "action=plan"),
-    "plan slurm": (*SWEEP, "action=plan", "hardware=h100", "cluster=slurm"),
+    "plan slurm": (*SMOKE, "action=plan", "hardware=h100", "cluster=slurm"),
     "plan search": ("+sweep=tune", "scale=smoke", "model=./base", "dataset=ann.jsonl", "action=plan"),
-    "status": (*SWEEP, *RATES, "action=status"),
-    "extend": (*SWEEP, *RATES, "action=extend"),
-    "export": (*SWEEP, *RATES, "action=export", "table=runs.csv"),
-    "cancel": (*SWEEP, "action=cancel"),
+    "status": (*SMOKE, *RATES, "action=status"),
+    "extend": (*SMOKE, *RATES, "action=extend"),
+    "export": (*SMOKE, *RATES, "action=export", "table=runs.csv"),
+    "cancel": (*SMOKE, "action=cancel"),
     "status study": (*STUDY, "action=status"),
     "advise": ("action=advise", "customers=advised.csv"),
     "advise why": ("action=advise", "customers=advised.csv", "why=ann"),
@@ -340,12 +339,12 @@ def keys(value, path=""):
 
 
 def test_a_full_disk_leaves_an_earlier_table_and_is_named(compose, tmp_path, monkeypatch):
-    assert act(compose(*SWEEP, *RATES), FakeTrainer(VALLEY.nll)) == 0
+    assert act(compose(*SMOKE, *RATES), FakeTrainer(VALLEY.nll)) == 0
     (tmp_path / "runs.csv").write_text("earlier")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(files, "_write_new", Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(OSError, match=r"runs\.csv"):
-        act(compose(*SWEEP, *RATES, "action=export", "table='~/runs.csv'"))
+        act(compose(*SMOKE, *RATES, "action=export", "table='~/runs.csv'"))
     assert (tmp_path / "runs.csv").read_text() == "earlier"
 
 
@@ -356,7 +355,7 @@ def test_the_keys_of_json_are_kept(command, compose, capsys, tmp_path):
     (tmp_path / "advised.csv").write_text(f"{ROWS}big,llama-3.1-8b,rl,900,\nbad,gpt-9,sft,10,\n")
     (tmp_path / "fleet.csv").write_text(ROWS)
     now = {}
-    asked = compose(*SWEEP, *RATES, "format=json")  # planted, so that the answer has all its parts
+    asked = compose(*SMOKE, *RATES, "format=json")  # planted, so that the answer has all its parts
     assert act(asked, FakeTrainer(VALLEY.nll)) == 0
     now["run"] = sorted(keys(json.loads(capsys.readouterr().out)))
     for name, arguments in CASES.items():

@@ -505,8 +505,7 @@ def test_duplicates_stay_in_one_split(tmp_path):
 MANY = [row for n in range(5) for row in pairs(40, "How many? {}", f"Yes {n}")]
 NOTES = pairs(100, "Write a note.", "Yes {}")
 ASKED = pairs(70, "How many? {}", "No")
-TIMES = [(k, 12 if k % 7 == 0 else 1) for k in range(120)]
-UNEVEN = [row for k, n in TIMES for row in pairs(n, f"How many? {k}", "Yes {}")]
+UNEVEN = [r for k in range(120) for r in pairs(1 + 11 * (k % 7 == 0), f"How many? {k}", "Yes {}")]
 DIVIDED = {  # training file, test file, sizes of the parts, (same_prompt, left_out, repeated), by
     "forty prompts": (MANY, [], (160, 20, 20), (160, 0, 0), "prompt"),
     "one prompt": (NOTES, [], (80, 10, 10), (99, 0, 0), "row"),

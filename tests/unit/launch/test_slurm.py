@@ -326,19 +326,6 @@ def test_a_job_that_is_stopped_releases_its_lock_first(tmp_path):
     assert (tmp_path / "released").exists()
 
 
-@pytest.fixture
-def array(slurm, tmp_path):
-    slurm("here")
-    RunStore(tmp_path / "runs").prepare()
-    code = tmp_path / "snapshot"
-    (code / "package").mkdir(parents=True)
-    for name in ("package/a.py", "package/b.py", "snapshot.json"):
-        (code / name).write_text(f"{name} = 1")
-    tasks = [["a"], ["b"]]
-    folder = submit._write(tmp_path / "runs", "sweep", tasks, [{"runs": task} for task in tasks])
-    return SimpleNamespace(folder=folder, code=submit.Snapshot(code, guard.digest(str(code))))
-
-
 def append(path):
     path.write_text(path.read_text() + " ")
 
@@ -370,7 +357,16 @@ def plant(path, mode=0o666, content=b""):
         ),
     ],
 )
-def test_a_job_whose_files_were_changed_or_could_be_is_refused(array, tmp_path, harm, said):
+def test_a_job_whose_files_were_changed_or_could_be_is_refused(slurm, tmp_path, harm, said):
+    slurm("here")
+    RunStore(tmp_path / "runs").prepare()
+    code = tmp_path / "snapshot"
+    (code / "package").mkdir(parents=True)
+    for name in ("package/a.py", "package/b.py", "snapshot.json"):
+        (code / name).write_text(f"{name} = 1")
+    tasks = [["a"], ["b"]]
+    folder = submit._write(tmp_path / "runs", "sweep", tasks, [{"runs": task} for task in tasks])
+    array = SimpleNamespace(folder=folder, code=submit.Snapshot(code, guard.digest(str(code))))
     script = tmp_path / "spooled.sh"  # Slurm runs its own copy of the script
     lines = submit.setup(array.folder, Cluster(kind="slurm"), array.code)
     script.write_text("\n".join([*lines, "srun job", ""]))
