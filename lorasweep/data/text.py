@@ -350,11 +350,7 @@ def rendered(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[li
 def _chat_parts(row: Conversation, heads: bool, tokenizer: Any) -> list[Part]:
     """Render by the chat template. `heads`: whether text between messages is in the loss, too."""
     turns = row.turns
-    how: dict[str, Any] = {
-        "tools": row.tools or None,
-        "tokenize": False,
-        "date_string": DATE,
-    }
+    how: dict[str, Any] = {"tools": row.tools or None, "tokenize": False, "date_string": DATE}
 
     def apply(turns: list[Turn], is_open: bool) -> str:
         return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, **how)

@@ -170,7 +170,7 @@ def _notes(p: dict[str, Any]) -> list[str]:
     edge = p["edge"] and "best learning rate at the edge of those tried"
     return [
         p["gained"] if p["gain"] is not None else "too few unique rows to hold any out",
-        *filter(None, [edge]),
+        *filter(None, [p["room"], edge]),
         *["training hurts at every learning rate"] * p["hurts"],
         *["ended early"] * ((p["steps_done"] or p["steps"]) < p["steps"]),
         *["the adviser says full fine-tuning"] * (p["advised"] == "full"),

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorasweep.advise.rules import APART
+from lorasweep.advise.rules import APART, FULL, ROOM
 from lorasweep.fleet.runs import Member
 from lorasweep.spec.metric import CURVE_START
 from lorasweep.spec.run import LR_RANGE, RunSpec
@@ -77,6 +77,8 @@ class Outcome:
         source = f"{data.location}{f':{data.config}' if data.config else ''}"
         if data.source != "hub":  # only the last folder of the path
             source = f"{Path(data.location).name}/{data.train_split}.{data.source}".lstrip("/")
+        load = m.advised["load"] or 0.0
+        room = f"the data take more than {'all' if load > FULL else 'half'} of the capacity"
         edge, rates = "", [t["lr"] for t in self.tried]
         if len(rates) > 1 and not self.hurts:
             edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(spec.lr, "")
@@ -120,6 +122,7 @@ class Outcome:
             "gained": verdict,
             "seconds": found.get("wall_s"),
             "seconds_used": self.seconds_used,
+            "room": room if load > ROOM else "",
             "advised": m.advised["method"],
             "advised_why": m.advised["why"],
             "advised_lr": m.advised["lr_source"],

@@ -322,6 +322,9 @@ def test_the_verdict_of_a_gain_is_by_its_interval(store, before, error, gained):
     assert facts["gained"] == gained
     ends = error and pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
     assert facts["gain_interval"] == ends
+    for share, says in ((None, ""), (0.5, ""), (0.6, "more than half"), (1.2, "more than all")):
+        found.member.advised["load"] = share
+        assert says in found.facts()["room"] and bool(found.facts()["room"]) == bool(says)
 
 
 # ---------------------------------------------------------------- the page and the cards
