@@ -641,7 +641,7 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
 
 
 def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -> list[str]:
-    """Return the answer: a table of the arms, the gap, the setting, and what is open."""
+    """Return the answer: the setting, a table of the arms, the gap, and what is open."""
     metric = METRICS[request.points[0].spec.objective]
     losses = {"base": results["start"]} | {a["rank"]: a["loss"] for a in results["arms"]}
     shown = {k: None if v is None else f"{metric.loss(v):.4f}" for k, v in losses.items()}
@@ -663,10 +663,10 @@ def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -
     if c["method"] is not None:
         use = answer.arm_name(c["rank"]) + (f" on {c['layers']}" if c["rank"] else "")
         use += f", learning rate {c['lr']:.1e}, {c['steps']} updates of {c['batch_size']} rows"
-    use = "; ".join([f"use: {use} ({c['why']})", *filter(None, [c.get("out")])])
+    use = "; ".join([f"Use {use} ({c['why']})", *filter(None, [c.get("out")])])
     used = ["used {used} of {given}".format(**c["budget"])] if "budget" in c else []
     last = "; ".join([f"open: {'; '.join(c['open']) or 'nothing'}", *used])
-    return [*table(arms, *arms[-1]), gap_line(results), use, last]
+    return [use, *table(arms, *arms[-1]), gap_line(results), last]
 
 
 def gap_line(results: Mapping[str, Any]) -> str:

@@ -146,11 +146,11 @@ def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(
 
     world, request = Slow(10, noise=2e-4), compose(*TUNE)
     text, _, points, _ = tune(world)
-    _, base, full, lora, gap, use, left = text.splitlines()
+    use, _, base, full, lora, gap, left = text.splitlines()
     names = ("base", "full fine-tuning", "LoRA rank 8")
     assert all(line.startswith(name) for name, line in zip(names, (base, full, lora)))
     assert gap.startswith("LoRA at rank 8 gives up ") and gap.endswith("less than 5%")
-    assert use.startswith("use: LoRA rank 8 on attention+mlp, learning rate 1.")
+    assert use.startswith("Use LoRA rank 8 on attention+mlp, learning rate 1.")
     assert left == "open: nothing"
     assert max(p.spec.seed for p in points) < 6  # decided before the last seed
     store, full = RunStore(request.exec.runs_dir), judged(request, points)
@@ -206,7 +206,7 @@ class Hurt(Valley):
 def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budget):
     arguments = (f"budget={budget}runs", "arms=[]", f"out={tmp_path}/best")
     text = tune(world, *arguments)[0]
-    assert "no learning rate trains" in text and "use: the base as it is" in text
+    assert "no learning rate trains" in text and text.startswith("Use the base as it is")
     found = json.loads(tune(world, *arguments, "format=json")[0])["answer"]
     assert found["method"] is found["rank"] is found["lr"] is None
     assert not (tmp_path / "best").exists()
@@ -219,7 +219,7 @@ def test_a_rewarded_search_is_answered_in_rewards_and_a_plan_says_what_one_takes
     trainer = FakeTrainer(world.nll, curve=world.curve, more=world.more)
     asked = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "group_size=4")
     asked += ("max_new_tokens=1", "budget=9runs", "arms=lora")
-    assert "held-out reward" in tune(world, *asked, trainer=trainer)[0].splitlines()[0]
+    assert "held-out reward" in tune(world, *asked, trainer=trainer)[0].splitlines()[1]
     assert act(compose(*TUNE, "action=plan", "budget=40runs", "out=best")) == 0
     out = capsys.readouterr().out
     assert "search of 2 arm(s): short runs of 8 updates" in out and "runs of 64 updates" in out
