@@ -62,7 +62,6 @@ def _compose_and_act(given: list[str]) -> None:
     from omegaconf import OmegaConf
 
     from lorasweep.cli import actions
-    from lorasweep.config.catalogue import conf_dir
     from lorasweep.config.compose import composer
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -74,11 +73,12 @@ def _compose_and_act(given: list[str]) -> None:
         shown = " ".join(flags) or f"--cfg {named.cfg}"
         _fail(f"{shown} is not supported (several values: +sweep=NAME). See --help, and --cfg job.")
     with composer(*named.config_dir) as compose:
-        if named.help or not given:
-            groups = sorted({"method", *(p.name for p in conf_dir().iterdir() if p.is_dir())})
-            page = actions.help_page if named.help else actions.front_page
-            print(page({group: compose.options(group) for group in groups}))
+        if rest[:1] == ["help"]:
+            named.help, rest = True, rest[1:]
+        if named.help or not (rest or named.cfg):
+            print(actions.help_of(rest, compose) if named.help else actions.front_page(compose))
             return
+        rest = actions.as_overrides(rest, compose.options("sweep"))
         if named.cfg:
             print(OmegaConf.to_yaml(compose.composed(rest)), end="")
             return

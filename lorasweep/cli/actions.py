@@ -1,15 +1,22 @@
-"""The table of actions, the settings they take, the call of the requested one, and the help."""
+"""The table of actions: their verbs, the settings they take, their call, and the help.
+
+`lorasweep plan lr_ratio scale=small` is rewritten as +sweep=lr_ratio action=plan scale=small.
+"""
 
 import inspect
 import json
 import os
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
 
 from lorasweep.cli.printed import Answer
+from lorasweep.config.catalogue import conf_dir
+from lorasweep.config.compose import GROUPS, Composer, literal, quoted
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.slurm.submit import hardware_of
@@ -25,114 +32,223 @@ OF_FLEET = ("plan", "status", "cancel", "fetch")
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions that are called once for a sweep of sweeps; all others are called once per part."""
 SEARCHED = ("out", "budget")
+OLD = {"layers": "matrices"}
+"""Former names of actions -> the present ones."""
+OURS, STUDY, MANY, HERE = BLOCKS = (
+    "My model and my rows",
+    "A question of the study",
+    "Many customers",
+    "This machine or cluster",
+)
+"""Parts of the front page."""
+
+
+SWEEP = ("sweep", *GROUPS)
+"""Words of a sweep: its name, and another base and data set for all its runs."""
+OF_SWEEP = " ".join(SWEEP)
 
 
 class Action(NamedTuple):
-    """One action of the command line: action=NAME."""
+    """One action of the command line: its verb is the name with - for _, or action=NAME."""
 
     does: str
     """The function of this package: (request), store and, if it trains, trainer -> Answer."""
+    example: str
+    """What may follow the verb."""
     help: str
-    example: str = ""
-    """Settings that --help shows after the name."""
+    """Its first clause, up to the first semicolon, stands on the front page."""
     more: str = ""
     """Further settings that only some actions read, this one among them."""
+    words: str = OF_SWEEP
+    """Settings that the words after the verb give, in this order."""
+    block: str = STUDY
+    """The part of the front page where it stands."""
     about: str = ""
     """What it is about, if not the runs of a sweep."""
 
     @property
     def reads(self) -> list[str]:
         """Return the settings that only some actions read, this one among them."""
-        return [*(word.partition("=")[0] for word in self.example.split()), *self.more.split()]
+        return [w for w in (*self.words.split(), *self.more.split()) if w not in SWEEP]
 
 
+SEARCH = Action(
+    "runs:run",
+    "./my-model rows.csv budget=2h out=best",
+    "find method, rank and learning rate for a model and rows; budget=2h, 90min, 40runs or "
+    "500gpuh; out=DIR writes the best adapter or weights. It is a sweep: lorasweep plan tune ./m "
+    "rows.csv shows the cost",
+    "budget out",
+    "model dataset",
+    OURS,
+)
 ACTIONS = {
+    "measure": Action(
+        "customers:measure",
+        "./my-model rows.csv",
+        "measure how much information is in rows, in bits; lorasweep advise uses it. data=FILE, "
+        "or dataset=NAME for all its rows; rates=N learning rates",
+        "rates",
+        *("model data", OURS, "one model and one data set"),
+    ),
+    "fit": Action(
+        "runs:fit",
+        "runs.csv",
+        "fit the best learning rates in a table of runs of any trainer; docs/usage.md has the "
+        "columns; out=FILE.json writes the fits. More: python -m analysis --help",
+        "out",
+        *("table", OURS, "a table of runs"),
+    ),
+    "adapter": Action(
+        "runs:adapter",
+        "RUN_ID out=DIR",
+        "save the adapter of a finished run for PEFT, or its weights; it trains the run again and "
+        "writes nothing if the final loss differs; max_difference=0.02 accepts a difference",
+        "out max_difference",
+        *("run", OURS),
+    ),
     "run": Action(
-        "runs:run",
-        "train what is missing and print the answer (the default). With +sweep=tune: budget=2h, "
-        "90min, 40runs or 500gpuh; out=DIR writes the best adapter or weights",
+        "runs:run", "lr_ratio", "train what is missing and print the answer; run may be left out"
     ),
     "plan": Action(
         "plans:show",
-        "show what would run and what it costs, here or on other machines (conf/hardware).",
-        "hardware=h100",
+        "lr_ratio hardware=h100",
+        "show what would run and what it costs; here, or on a machine of conf/hardware",
+        "hardware",
     ),
-    "status": Action("status:status", "show what is done, running, diverged and failed"),
-    "cancel": Action("runs:cancel_jobs", "cancel the sweep's jobs on the cluster"),
-    "export": Action("runs:export", "write finished runs as .parquet or .csv", "table=FILE"),
-    "import": Action("runs:import_", "read the runs of a table into the run folder", "table=FILE"),
-    "adapter": Action(
-        "runs:adapter",
-        "retrain a finished run and save its adapter for PEFT (full fine-tuning: its weights), "
-        "unless the final loss differs; max_difference=0.02 accepts a difference of up to 0.02",
-        "run=ID out=DIR",
-        "max_difference",
+    "status": Action("status:status", "lr_ratio", "show what is done, running, diverged, failed"),
+    "report": Action(
+        "runs:report", "lr_ratio", "judge the finished runs and print the answer; train nothing"
+    ),
+    "extend": Action(
+        "runs:extend", "lr_ratio", "add the runs that help most to undecided claims; start none"
     ),
     "verify": Action(
         "runs:verify",
-        "retrain finished runs alone, to check that packing changes no result",
-        "sample=3",
+        "lr_ratio sample=3",
+        "train finished runs again, alone, to check that packing changes no result",
+        "sample",
     ),
-    "extend": Action("runs:extend", "add the runs that help most to undecided claims; start none"),
-    "layers": Action(
-        "plans:layers", "show what is trained of each layer set, with counts; needs no weights"
+    "export": Action(
+        "runs:export", "lr_ratio out=runs.csv", "write finished runs as .parquet or .csv", "out"
     ),
-    "fetch": Action(
-        "plans:fetch",
-        "download the weights and data of the runs from the hub, for nodes without network",
-    ),
-    "check_gpu": Action(
-        "check:check_gpu",
-        "compare this machine's GPU with the plan, and write a page and a hardware file; the same "
-        "command goes on where it was. In a Slurm job: with srun. Without a GPU: small shapes",
-        more="hardware",
-        about="one machine",
+    "import": Action(
+        "runs:import_",
+        "runs.csv",
+        "read the runs of an exported table into the run folder",
+        words="table",
     ),
     "advise": Action(
         "customers:advise",
-        "LoRA or full fine-tuning, with which rank, learning rate and batch size, at what cost: "
-        "for each row of a table, or for one customer (+customer.model=llama-3.1-8b "
-        "+customer.task=sft ...). out=FILE.html: the page; why=NAME: all reasons",
-        "customers=FILE",
+        "customers.csv",
+        "LoRA or full fine-tuning, which settings, at what cost, for each row of a table; or for "
+        "one customer (+customer.model=llama-3.1-8b +customer.task=sft ...). out=FILE.html: the "
+        "page; why=NAME: all reasons",
         "customer why out hardware",
-        about="customers",
-    ),
-    "measure": Action(
-        "customers:measure",
-        "measure the information in rows of FILE (or of dataset=NAME), in bits, for action=advise",
-        "data=FILE",
-        "rates",
-        about="one model and one data set",
+        *("customers", MANY, "customers"),
     ),
     "fleet": Action(
         "customers:fleet",
-        "train an adapter for each customer of a table (column data: a file of rows, or a folder "
-        "with train and test). rates=N learning rates around the advised one, or rates=advised; "
-        "instead_of_full=lora; serve=vllm: adapters for vLLM; out=DIR. "
-        f"action={', '.join(OF_FLEET)} take customers=FILE, too",
-        "customers=FILE",
+        "customers.csv out=adapters",
+        "train an adapter for each customer of a table; column data: a file of rows, or a folder "
+        "with train and test. rates=N learning rates around the advised one, or rates=advised; "
+        "instead_of_full=lora; serve=vllm: adapters for vLLM. "
+        f"{', '.join(OF_FLEET)} fleet customers.csv are about its runs",
         FLEET_SETTINGS,
-        about="customers",
+        *("customers", MANY, "customers"),
     ),
     "verify_served": Action(
         "customers:verify_served",
-        "check the folders of a fleet's adapters, and with url=http://host:port (or a list) ask "
-        "vLLM whether each adapter does there what it did in training",
-        "customers=FILE url=URL",
-        FLEET_SETTINGS,
-        about="customers",
+        "customers.csv out=adapters url=http://host:8000",
+        "check the folders of adapters, and at url= (or a list) whether vLLM serves them right",
+        f"url {FLEET_SETTINGS}",
+        *("customers", MANY, "customers"),
+    ),
+    "check_gpu": Action(
+        "check:check_gpu",
+        "",
+        "compare this machine's GPU with the plan; writes a page and a hardware file. The same "
+        "command resumes. In a Slurm job: with srun. Without a GPU: small shapes",
+        "hardware",
+        *("", HERE, "one machine"),
+    ),
+    "matrices": Action(
+        "plans:matrices",
+        "layers",
+        "show what each layer set trains, with counts; needs no weights",
+        block=HERE,
+    ),
+    "fetch": Action(
+        "plans:fetch",
+        "lr_ratio scale=paper",
+        "download weights and data of the runs from the hub, for nodes without a network",
+        block=HERE,
+    ),
+    "cancel": Action(
+        "runs:cancel_jobs", "lr_ratio", "cancel the sweep's jobs on the cluster", block=HERE
     ),
 }
+VERBS = {name.replace("_", "-"): name for name in ACTIONS}
+_SETTING = re.compile(r"\+{0,2}[A-Za-z_][\w.@]*=|[~+][A-Za-z_][\w.@]*$|~[A-Za-z_][\w.]*=")
+
+
+def as_overrides(typed: Sequence[str], sweeps: Collection[str]) -> list[str]:
+    """Rewrite verbs and words as Hydra's overrides, the words as literals.
+
+    Words are what is no setting (KEY=VALUE). The first is a verb or one of `sweeps`.
+
+    Raises:
+        SpecError: there is no such verb or sweep, a word is too many, or given as a setting, too.
+    """
+    words = [t for t in typed if not _SETTING.match(t)]
+    settings = ["+" * t.startswith("sweep=") + t for t in typed if _SETTING.match(t)]
+    if not words:
+        return settings
+    first, *given = words
+    verb, keys, head = first, list(SWEEP), list[str]()
+    if first in sweeps:
+        verb, given = f"[run] {first}", words
+    elif first in VERBS:
+        head = [f"action={VERBS[first]}"] if first != "run" else []
+        keys = ACTIONS[VERBS[first]].words.split()
+        if given[:1] == ["fleet"] and first in OF_FLEET:
+            keys, given = ["customers"], given[1:]
+        if keys and not given and not settings:
+            raise SpecError(f"{first} needs more:\n{usage(first)}")
+    elif Path(first).expanduser().exists():
+        raise SpecError(f"{first!r} is no command. To find its settings: lorasweep tune {first}")
+    else:
+        raise SpecError(unknown("command", first, [*VERBS, *sweeps, "help"]))
+    if keys[:1] == ["sweep"] and given and given[0] not in sweeps:
+        raise SpecError(unknown("sweep", given[0], sweeps))
+    if len(given) > len(keys):
+        raise SpecError(
+            f"{given[len(keys)]!r} is one word too many after {verb}: expected "
+            f"{' '.join(map(str.upper, keys)) or 'only settings'}. Settings are KEY=VALUE; a file "
+            "whose name has = in it is ./NAME."
+        )
+    for key, word in zip(keys, given):
+        text = word if key in SWEEP else literal(word)
+        head.append(f"+sweep={word}" if key == "sweep" else f"{key}={quoted(text)}")
+    named = {text.lstrip("+").partition("=")[0] for text in head}
+    if twice := [t for t in settings if t.lstrip("+~").partition("=")[0] in named]:
+        raise SpecError(
+            f"{twice[0]!r} is said twice, as the words before it say it. Leave one out."
+        )
+    return [*head, *settings]
 
 
 def check(request: Request) -> None:
     """Raise SpecError if the action does not exist, or does not take a setting that was given."""
     name, sweep, fleet = request.action, request.sweep_name, bool(request.customers)
     if name not in ACTIONS:
-        raise SpecError(unknown("action", name, ACTIONS))
+        renamed = f" It is now action={OLD[name]}." if name in OLD else ""
+        raise SpecError(unknown("action", name, ACTIONS) + renamed)
     action, hardware = ACTIONS[name], hardware_of(request) if request.hardware else None
     if sweep and (about := "customers" if fleet else action.about):
         raise SpecError(f"action={name} is about {about}. Leave +sweep={sweep} out.")
+    if name == "export" and request.table:
+        raise SpecError(f"table={request.table} is for input: action=export writes out=FILE.")
     if name in ("fleet", "verify_served") and not fleet:
         raise SpecError(
             f"action={name} is about the rows of a table. Add customers=FILE (CSV or YAML, with "
@@ -214,57 +330,86 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
 
 # ---------------------------------------------------------------- help
 
-START = """\
-lorasweep: when does LoRA match full fine-tuning, and with which learning rate?
-
-Ask a question (a sweep), or train one run:
-  python -m lorasweep +sweep=lr_ratio action=plan     show what would run and what it costs
-  python -m lorasweep +sweep=lr_ratio                 run what is missing, print the answer
-  python -m lorasweep +sweep=lr_ratio action=status   show what is done, running, failed
-  python -m lorasweep model=tiny128 dataset=dialect method=lora method.rank=16 lr=2e-3
-  python -m lorasweep model=./my-model dataset=rows.csv method.rank=16 lr=2e-4 steps=100
-Choose the size of a sweep with scale=smoke, tiny (the default), small, ...
-Running a command again is safe: finished runs are not repeated, interrupted runs resume.
-"""
 MORE = """\
-More commands
-  python -m lorasweep +sweep=study                   all questions, one after another
-  python -m analysis --help                          judge runs of your own, or all kept answers
-On a Slurm cluster (docs/clusters.md) a command submits what is missing and returns; the same
-command prints the answer later:
-  python -m lorasweep +sweep=lr_ratio cluster=slurm cluster.partition=gpu cluster.gpus=1
+Running a command again is safe: finished runs are not repeated, interrupted runs resume.
+Help: lorasweep help plan (a command), lorasweep help lr_ratio (a sweep), lorasweep --help (all)
 """
 SETTINGS = """\
 Settings
   format=json                               one JSON object on stdout
+  scale=NAME                                size of a sweep; the default is tiny
   exec.runs_dir=DIR (or LORASWEEP_RUNS)     exec.models_dir=[DIR] (LORASWEEP_MODELS)
   exec.data_dir=[DIR] (LORASWEEP_DATA)      exec.reports_dir=DIR (LORASWEEP_REPORTS)
   exec.workers=N exec.threads=N exec.pack_size=N exec.micro_batch_size=N
   exec.checkpoint_s=60 exec.retry=true                       mirror=wandb
   exec.world_size=4 exec.activation_checkpointing=true       a run on four GPUs
-Changing a sweep's grid: sweep.arms.lora.rank=[1,16] +sweep.axes.batch_size=[4,8] ~sweep.arms.fullft
+On a Slurm cluster (docs/clusters.md) a command submits what is missing and returns; the same
+command prints the answer later: lorasweep lr_ratio cluster=slurm cluster.partition=gpu
+Changing a sweep's grid
+  model=NAME,NAME dataset=NAME              other bases and data sets, for all arms
+  lora.rank=1,16 lora.lr=1e-3,2e-3          a setting of all arms of a method
+  +sweep.axes.batch_size=[4,8]              an axis that all arms share
+  sweep.arms.lora.rank=[1,16] ~sweep.arms.fullft             one arm
   'sweep.arms.lora.lr=${geom:1e-4,1e-2,4}'  4 learning rates per decade
   'sweep.arms.lora.lr=${around:1e-3,7,2}'   7 learning rates around 1e-3, a factor of 2 apart
 Your own model and rows
   model=FOLDER, FILE.gguf or owner/name@revision
   dataset=FILE (.jsonl, .json, .csv, .parquet), FOLDER or owner/name:configuration@revision
-  files in DIR/sweep, DIR/model, DIR/dataset: --config-dir DIR +sweep=mine model=mine
+  files in DIR/sweep, DIR/model, DIR/dataset: --config-dir DIR, then lorasweep mine model=mine
+Verbs are Hydra's overrides: lorasweep plan lr_ratio is +sweep=lr_ratio action=plan
 """
 
 
-def front_page(groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the page that is shown without arguments; `groups`: as of `help_page`."""
-    lists = {"Sweeps": groups["sweep"], "Scales": groups["scale"], "Actions": ACTIONS}
-    filled = [textwrap.fill(f"{k}: {', '.join(v)}", 90) for k, v in lists.items()]
-    return "\n".join([START, *filled, "", MORE, "All settings: python -m lorasweep --help"])
+def front_page(compose: Composer) -> str:
+    """Return the page that is shown without arguments."""
+    lines = ["lorasweep: LoRA or full fine-tuning, and with which learning rate, rank and batch?"]
+    verbs = {"tune": SEARCH, **{verb: ACTIONS[name] for verb, name in VERBS.items()}}
+    for block in BLOCKS:
+        shown = (
+            (f"lorasweep {verb} {a.example}".rstrip(), a.help.partition(";")[0])
+            for verb, a in verbs.items()
+            if a.block == block
+        )
+        lines += ["", block, *_columns(shown)]
+        if block == STUDY:
+            lines += ["  Questions", *_columns(compose.about("sweep", "question").items(), "    ")]
+            sizes = compose.about("scale", "scale.about").items()
+            lines += ["  Sizes", *_columns(((f"scale={k}", v) for k, v in sizes), "    ")]
+    return "\n".join([*lines, "", MORE.rstrip()])
 
 
-def help_page(groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the page of --help; `groups`: the options of each group of configuration files."""
-    lines = ["Actions (action=NAME)"]
-    for name, action in ACTIONS.items():
-        head = f"  {f'{name} {action.example}'.strip():24} "
-        lines += textwrap.wrap(head + action.help, 118, subsequent_indent=" " * len(head))
-    options = [f"{group}: {', '.join(names)}" for group, names in groups.items()]
+def _columns(pairs: Iterable[tuple[str, str]], indent: str = "  ") -> list[str]:
+    """Return rows of two columns, at most 110 characters wide."""
+    pairs, lines = list(pairs), list[str]()
+    width = max(len(left) for left, _ in pairs) + len(indent) + 2
+    for left, right in pairs:
+        head = f"{indent}{left}".ljust(width)
+        lines += textwrap.wrap(head + right, 110, subsequent_indent=" " * width)
+    return lines
+
+
+def usage(verb: str) -> str:
+    """Return the help of a verb: its words, what it does, its own settings, and an example."""
+    action = SEARCH if verb == "tune" else ACTIONS[VERBS[verb]]
+    words, settings = action.words.split(), action.more.split()
+    lines = [" ".join(["lorasweep", verb, *(f"[{w.upper()}]" for w in words), "[KEY=VALUE ...]"])]
+    lines += textwrap.wrap(action.help, 96, initial_indent="  ", subsequent_indent="  ")
+    lines += [f"  settings: {' '.join(f'{key}=' for key in settings)}"] if settings else []
+    return "\n".join([*lines, f"  example: lorasweep {verb} {action.example}".rstrip()])
+
+
+def help_of(words: Sequence[str], compose: Composer) -> str:
+    """Return the help of a verb or a sweep; without words, of everything."""
+    questions = compose.about("sweep", "question")
+    if words and (name := words[0]) in ("tune", *VERBS):
+        return usage(name)
+    if words and name in questions:
+        how = textwrap.wrap(compose.about("sweep", "how")[name], 100)
+        return "\n".join([f"{name}: {questions[name]}", *how, f"lorasweep plan {name}: its cost"])
+    if words:
+        raise SpecError(unknown("command", name, ["tune", *VERBS, *questions]))
+    groups = sorted({"method", *(p.name for p in conf_dir().iterdir() if p.is_dir())})
+    options = [f"{group}: {', '.join(compose.options(group))}" for group in groups]
     end = ["Groups (group=option)", *options, "Show the composed configuration: add --cfg job"]
-    return "\n".join([START, MORE, *lines, SETTINGS, *end])
+    verbs = "\n".join(map(usage, ("tune", *VERBS)))
+    return "\n".join(["lorasweep VERB [WORD ...] [KEY=VALUE ...]", verbs, SETTINGS, *end])

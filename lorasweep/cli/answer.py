@@ -191,16 +191,16 @@ def outlooks(
 
 
 @contextmanager
-def _table_errors() -> Iterator[None]:
+def _table_errors(
+    said: str = "the runs are finished and kept, but cannot be judged together",
+) -> Iterator[None]:
     """Make a table that cannot be judged a StoreError."""
     from analysis.runs.table import TableError
 
     try:
         yield
     except TableError as error:
-        raise StoreError(
-            f"the runs are finished and kept, but cannot be judged together: {error}"
-        ) from None
+        raise StoreError(f"{said}: {error}") from None
 
 
 @_table_errors()
@@ -282,6 +282,19 @@ def next_round(
         for seed in s.seeds
     ]
     return runs, lines(wanted)
+
+
+@_table_errors("action=fit (with --map: python -m analysis fit FILE)")
+def fit_table(path: Path) -> tuple[list[dict[str, Any]], list[str], Sequence[str]]:
+    """Return the fit of each learning-rate curve of a user's table, as lines, and notes on it.
+
+    Raises StoreError: the table cannot be read or used.
+    """
+    from analysis.runs.table import read_any
+    from analysis.tables.commands import fit, lines
+
+    reading = read_any(path, {}, None)
+    return (found := fit(reading)), lines(found), reading.notes
 
 
 def code_length(

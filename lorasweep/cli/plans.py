@@ -1,6 +1,6 @@
 """What a command would train and cost, and what was understood of the user's files.
 
-The actions plan, layers and fetch: none starts a run.
+The actions plan, matrices and fetch: none starts a run.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ def show(request: Request, store: RunStore) -> Answer:
     return Answer(found, [*lines, *(o.line() for o in outlooks)])
 
 
-def layers(request: Request, store: RunStore) -> Answer:
+def matrices(request: Request, store: RunStore) -> Answer:
     """Show the matrices that each kind of run trains, by layer set."""
     kinds, lines = [], list[str]()
     columns = ("layer_set", "matrices", "shapes", "ranks", "trained", "weights")

@@ -52,7 +52,7 @@ from lorasweep.spec.streams import stream
 from lorasweep.store import checkpoint, files, folders, looks
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import import_table, load_runs
+from lorasweep.store.table import import_table, load_runs, read_exported
 from lorasweep.sweep.grid import Point, curve_key, lrs_around_optimum, run_names
 from lorasweep.sweep.request import Request, question
 from lorasweep.sweep.search import LOWEST, is_short
@@ -93,6 +93,12 @@ def run(request: Request, store: RunStore, trainer: Trainer | str | None = None)
         )
     if request.mirror == "wandb":
         wandb.mirror(points, store, request.sweep_name or "single")
+    return answered(request, store, points, status)
+
+
+def answered(request: Request, store: RunStore, points: Sequence[Point], status: int = 0) -> Answer:
+    """Return the answer of the finished runs, and write the report; `status`: of their training."""
+    warn = notifier(request, always=True)
     finished = [p.id for p in judged(request, points) if store.result(p.id)]
     if not finished:
         why = "no run has finished"
@@ -101,7 +107,7 @@ def run(request: Request, store: RunStore, trainer: Trainer | str | None = None)
         warn(f"{why}, so there is no answer yet")
         return Answer(status=status)
     if request.sweep_name is None:
-        (rid,) = finished
+        (rid,), names = finished, run_names(points)
         result = store.result(rid) or {}
         metric, measure = metric_of(result), ""
         value = metric.value(result)
@@ -122,6 +128,35 @@ def run(request: Request, store: RunStore, trainer: Trainer | str | None = None)
     if searched:
         return Answer(*finish(request, store, points, json.loads(text)), status)
     return Answer(json.loads(text) if as_json else None, text, status)
+
+
+def report(request: Request, store: RunStore) -> Answer:
+    """Judge the finished runs of a sweep; SpecError: there are none, or it is a search."""
+    points, name = all_points(request, store), request.sweep_name
+    if is_search(request):
+        raise SpecError("action=report: a search answers itself. Give its command again.")
+    if not any(store.result(p.id) for p in points):
+        raise SpecError(
+            f"no run of this command has finished in {store.root}. Train them: the same command "
+            f"without report. The kept answer: python -m analysis {name or 'lr_ratio'}"
+        )
+    return answered(request, store, points)
+
+
+def fit(request: Request, store: RunStore) -> Answer:
+    """Fit every learning-rate curve of a user's table, and write the fits to request.out."""
+    if not request.table:
+        raise SpecError("action=fit needs table=FILE: one run per row, .csv, .parquet or .jsonl.")
+    path = Path(request.out).expanduser() if request.out else None
+    if path and (path.suffix != ".json" or path.exists()):
+        raise SpecError(f"out={path}: expected a new file that ends in .json.")
+    fits, lines, notes = answer.fit_table(Path(request.table).expanduser())
+    for note in notes:
+        notifier(request)(f"note: {note}")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, json.dumps(fits, indent=1).encode())
+    return Answer(fits, lines)
 
 
 # ---------------------------------------------------------------- before training
@@ -265,9 +300,11 @@ def cancel_jobs(request: Request, store: RunStore) -> Answer:
 
 def export(request: Request, store: RunStore) -> Answer:
     """Write the finished runs of the sweep, or without a sweep of the store, as a table."""
-    path = Path(request.table).expanduser()
+    path = Path(request.out).expanduser()
     if path.suffix not in (".parquet", ".csv"):
-        raise SpecError(f"table={request.table!r}: expected a file name in .parquet or .csv.")
+        raise SpecError(f"out={request.out!r}: expected a file name in .parquet or .csv.")
+    if path.exists():  # only an earlier export is replaced
+        read_exported(path)
     ids = [p.id for p in judged(request, all_points(request, store))] if request.sweep else None
     found = load_runs(store.root, ids)
     if found.empty:

@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.folders import exec_of
@@ -46,7 +48,7 @@ from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.model import ModelSpec, Recipe
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.spec.values import UNSET, build, fields, misfits, problems_of
-from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
+from lorasweep.sweep.grid import GENERATOR_PARAMS, Point, around, expand, fields_of, geom
 from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, made
 from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 from lorasweep.sweep.search import check_search
@@ -84,7 +86,7 @@ SCHEMA = {
     "serve": {},  # a file in conf/serve; a request has its name
     "arms": "",  # names of the sweep's arms to train, one or a list; empty: all
     # `extends`: another scale, whose block of a sweep is merged before the block of this one
-    "scale": {"name": UNSET, "extends": ""},
+    "scale": {"name": UNSET, "extends": "", "about": ""},
     "cluster": defaults_of(Cluster),
     "exec": defaults_of(Exec),
     "hardware": {},
@@ -158,6 +160,16 @@ class Composer:
         names = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
         return sorted(names | METHODS.keys() if group == "method" else names)
 
+    def about(self, group: str, key: str) -> dict[str, str]:
+        """Return what each file of a group says at a key, such as the question of a sweep."""
+        found: dict[str, str] = {}
+        for folder in [*self.folders, conf_dir()]:
+            for path in sorted((folder / group).glob("*.yaml")):
+                with suppress(OmegaConfBaseException, YAMLError, OSError):  # said when it is used
+                    said = OmegaConf.select(OmegaConf.load(path), key)
+                    found.setdefault(path.stem, " ".join(str(said or "").split()))
+        return found
+
     def composed(self, typed: Sequence[str]) -> DictConfig:
         """Return the configuration of a command line, with the sweep at its scale.
 
@@ -165,31 +177,47 @@ class Composer:
             SpecError: a file, model, data set or key does not exist, or the sweep's file is wrong.
             NotAtScale: the sweep does not have the scale.
         """
-        path = ",".join(_quoted(f"file://{folder}") for folder in self.folders)
+        path = ",".join(quoted(f"file://{folder}") for folder in self.folders)
         chosen, changes = [f"hydra.searchpath=[{path}]"], list[Override]()
+        asked, replaced = _value_of("sweep", typed), dict[str, list[Any]]()
         for text in typed:
             try:
                 override = OverridesParser.create().parse_override(text)
             except HydraException as error:
                 raise SpecError(f"{text!r}: {error}. Expected KEY=VALUE.") from None
             group, value = override.key_or_group, override.value()
-            is_group = bool(self.options(group))
-            is_one = not is_group or isinstance(value, str | int | float)
-            if override.is_sweep_override() or not is_one:
+            is_group, method = bool(self.options(group)), group.partition(".")[0]
+            if override.package is not None or (method in METHODS and not asked):
+                one_run = f" For one run: method={method} method.{group[len(method) + 1 :]}=..."
+                raise SpecError(
+                    f"{text!r}: expected KEY=VALUE. METHOD.FIELD is for the arms of a sweep."
+                    + one_run * (method in METHODS)
+                )
+            if asked and (method in METHODS or group in GROUPS):
+                replaced[group] = _listed(override)
+                value = replaced[group][0]
+            is_one = isinstance(value, str | int | float) or not (is_group or group in replaced)
+            if not is_one or (override.is_sweep_override() and group not in replaced):
+                axis = f"{group}=A,B" if group in replaced else f"'sweep.axes.{group}=[A,B]'"
                 raise SpecError(
                     f"{text!r}: expected one value of {group}. Several, as an axis of a sweep: "
-                    f"'sweep.axes.{group}=[A,B]'."
+                    f"{axis}."
                 )
             if is_group:
                 option = self._option(group, str(value), typed)
-                chosen.append(f"{text.partition('=')[0]}={_quoted(option)}")
-            else:
+                chosen.append(f"{text.partition('=')[0]}={quoted(option)}")
+            elif group not in replaced:
                 changes.append(override)
         cfg = hydra_compose("config", chosen)
         if cfg.model.recipe:
             cfg.model.recipe = {**defaults_of(Recipe), **cfg.model.recipe}
         if cfg.sweep:
-            cfg.sweep = _at_scale(_value_of("sweep", typed), cfg)
+            sweep = _at_scale(asked, cfg)
+            for key, values in (
+                () if sweep["parts"] else replaced.items()
+            ):  # else each part has them
+                _replace_axis(sweep, key, values, cfg.dataset.source == "synthetic")
+            cfg.sweep = sweep
         known: Any = OmegaConf.to_container(cfg, resolve=False)
         if wrong := next((key for key in known if key not in SCHEMA), None):
             raise SpecError(f"a configuration file: {unknown('setting', str(wrong), SCHEMA)}")
@@ -242,7 +270,7 @@ class Composer:
                     "by name. Rename one."
                 )
             values = json.loads(json.dumps(dataclasses.asdict(own.spec)))
-            node = {f.key: values[f.name] for f in fields(kind)}
+            node = literal({f.key: values[f.name] for f in fields(kind)})
             ConfigStore.instance().store(group=group, name=option, node=node)
             self._own[option] = own
         return option
@@ -366,7 +394,7 @@ class Composer:
                 raise SpecError(f"{group}={name!r}: expected a name. A number needs quotes.")
             key = (group, name, *of_group)
             if key not in self._looked_up:
-                values = _plain(self.composed([*of_group, f"{group}={_quoted(name)}"])[group])
+                values = _plain(self.composed([*of_group, f"{group}={quoted(name)}"])[group])
                 cls = ModelSpec if group == "model" else DatasetSpec
                 self._looked_up[key] = build(cls, values)
             return self._looked_up[key]
@@ -428,9 +456,19 @@ def _described(
         raise SpecError(f"{unknown(group, given, [*options, *beside])} {error}") from None
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Return text as Hydra reads it whatever its characters."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    inner = re.sub(r"(\\*)'", r"\1\1\'", text)  # a backslash counts only before a quote
+    return f"'{inner}{inner[len(inner.rstrip(chr(92))) :]}'"
+
+
+def literal(value: Any) -> Any:
+    """Return a value in which OmegaConf resolves no `${...}`; mappings and lists are entered."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: literal(v) for key, v in value.items()}
+    return [*map(literal, value)] if isinstance(value, list) else value
 
 
 def _value_of(key: str, typed: Sequence[str], default: str = "") -> str:
@@ -457,6 +495,43 @@ def _at_scale(name: str, cfg: DictConfig) -> dict[str, Any]:
             at = f"sweep {name!r} at scale {cfg.scale.name}"
             raise SpecError(f"{at}: {problem} (docs/sweep_files.md)")
     return dataclasses.asdict(Sweep(**values))
+
+
+def _listed(override: Override) -> list[Any]:
+    """Return the values of an option: of a list, of A,B, or one."""
+    value: Any = override.value()
+    if override.is_choice_sweep():
+        value = [getattr(v, "text", v) for v in value.list]  # of a quoted string
+    return value if isinstance(value, list) and value else [value]
+
+
+def _replace_axis(sweep: dict[str, Any], key: str, values: list[Any], synthetic: bool) -> None:
+    """Replace an axis at every depth: model or dataset, or METHOD.FIELD in all arms of the method.
+
+    Generator parameters go if the new data set is not synthetic.
+    """
+    method, _, field = key.rpartition(".")
+    gone = {field} | ({GENERATOR_PARAMS} if field == "dataset" and not synthetic else set())
+    arms = [axes for axes in sweep["arms"].values() if not method or axes["method"] == method]
+    if method and not arms:
+        raise SpecError(f"{key}: no arm of the sweep has method={method}. Leave it out.")
+
+    def strip(axes: Any) -> None:
+        for part in axes if isinstance(axes, list) else [axes]:
+            if isinstance(part, dict):
+                for name in gone & part.keys():
+                    del part[name]
+                for name, inner in part.items():
+                    if name != GENERATOR_PARAMS:
+                        strip(inner)
+
+    for axes in arms if method else [sweep["axes"], *arms]:
+        strip(axes)
+    if method:
+        for axes in arms:
+            axes[field] = values
+    elif len(values) > 1:
+        sweep["axes"][field] = values
 
 
 def _merged(top: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
@@ -534,17 +609,25 @@ def _run_spec(config: dict[str, Any]) -> RunSpec:
 
 
 def _refuse_overwritten(typed: Sequence[str], name: str, sweep: Sweep) -> None:
-    """Refuse values of the command line that the sweep's grid replaces."""
+    """Refuse values of the command line that the sweep's grid, or a later option, replaces."""
+    keys = {text.lstrip("+~").partition("=")[0] for text in typed}
+    set_by = {arm: {"method"} | fields_of(axes_of(a)) for arm, a in sweep.arms.items()}
     for text in typed:
         key, _, value = text.lstrip("+~").partition("=")
         axis = key.removeprefix("sweep.axes.").removeprefix("method.")
-        set_by = {arm: {"method"} | fields_of(axes_of(a)) for arm, a in sweep.arms.items()}
         parts = [f"sweep.arms.{arm}" for arm, axes in set_by.items() if axis in axes]
         if key.startswith("sweep.axes."):  # an arm's own values win
             parts = parts if len(parts) == len(sweep.arms) else []
+        elif key in GROUPS or key.partition(".")[0] in METHODS:  # replaced before these
+            method, _, axis = key.rpartition(".")
+            arms = [n for n, a in sweep.arms.items() if not method or a["method"] == method]
+            parts = ["sweep.axes"] * (not method) + [f"sweep.arms.{arm}" for arm in arms]
+            parts = [part for part in parts if f"{part}.{axis}" in keys]
         elif axis in fields_of(sweep.axes):
             parts = ["sweep.axes"]
         if parts:
+            if key.startswith("method.") and parts != ["sweep.axes"]:
+                parts = sorted({sweep.arms[part.split(".")[2]]["method"] for part in parts})
             hint = " or ".join(f"{part}.{axis}={value}" for part in parts)
             raise SpecError(
                 f"{text!r} has no effect: the grid of sweep {name!r} sets {axis!r}. Write {hint}."

@@ -67,25 +67,29 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def read_exported(path: Path) -> list[tuple[str, str]]:
+    """Return spec and result of each row; StoreError: the file is not an exported table."""
+    import pandas as pd
+
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        return list(zip(table["spec"], table["result"], strict=True))
+    except (OSError, ValueError, KeyError) as error:  # errors of pandas and pyarrow are ValueErrors
+        raise StoreError(
+            f"{path} is no exported table, with columns spec and result ({error}). Name another, "
+            "or write it with action=export."
+        ) from None
+
+
 def import_table(runs_dir: str | Path, path: str | Path) -> int:
     """Add the runs of an exported table to a store as imported runs; return how many were new.
 
     All rows are checked first. Raises StoreError if a row is not a finished run, or if the file is
     not an exported table.
     """
-    import pandas as pd
-
     path = Path(path)
-    try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-        texts = list(zip(table["spec"], table["result"], strict=True))
-    except (OSError, ValueError, KeyError) as error:  # errors of pandas and pyarrow are ValueErrors
-        raise StoreError(
-            f"table={path} is no table with columns spec and result ({error}). Write it again with "
-            "`action=export`."
-        ) from None
     rows: dict[str, tuple[RunSpec, dict[str, Any]]] = {}
-    for number, (spec_text, result_text) in enumerate(texts, start=1):
+    for number, (spec_text, result_text) in enumerate(read_exported(path), start=1):
         try:
             spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
             validate(spec)
