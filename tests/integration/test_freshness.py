@@ -106,7 +106,7 @@ def test_figures_of_the_validation_were_drawn_from_its_numbers(name, numbers):
 
 
 def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers():
-    paths = (KEPT / "README.md", *(KEPT / page.QUESTIONS).glob("*.md"))
+    paths = (*KEPT.glob("*.md"), *(KEPT / page.QUESTIONS).glob("*.md"))
     linked = {Path(t).name for p in paths for t in re.findall(r"\]\(([^)]+)\)", p.read_text())}
     wanted = linked & set(page.FIGURES)
     kept_ones = {p.name for p in KEPT.glob("*.png")} - {"interactive.png"}

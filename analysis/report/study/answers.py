@@ -202,7 +202,7 @@ def within(margin: tuple[float, float]) -> str:
 
 # ---------------------------------------------------------------- the findings
 
-TEXTS = Path(__file__).with_name("findings.yaml")
+TEXTS, SETTINGS = (Path(__file__).with_name(f"{name}.yaml") for name in ("findings", "settings"))
 ON_PAGE = 5
 """Number of findings on the page; the others have a line below."""
 Show = tuple[Callable[[float], float], Callable[[float], str], str]
@@ -210,10 +210,14 @@ SHOWN: dict[str, Show] = {
     "plain": (float, number, ""),
     "short": (float, lambda v: number(v, 2), ""),
     "times": (float, lambda v: fixed(v, 1), ""),
-    "speed": (float, lambda v: fixed(v, 2), ""),
     "percent": (float, lambda v: fixed(v, 1), "%"),
     "whole percent": (float, lambda v: number(v, 2), "%"),
     "points": (float, lambda v: fixed(v, 1, "+"), " points"),
+    "share": (lambda v: 100 * v, lambda v: fixed(v, 1), "%"),
+    "loss": (float, lambda v: fixed(v, 3), ""),
+    "rate": (float, lambda v: f"{v:.1e}".replace("e-0", "e-"), ""),
+    "needs": (lambda speed: 1 / speed, lambda v: fixed(v, 2), ""),
+    "fourfold": (lambda power: 4**power, lambda v: fixed(v, 2), ""),
     "fold": (math.exp, number, "-fold"),
     "rise": (lambda log: 100 * math.expm1(log), lambda v: number(v, 2), "%"),
     "fall": (lambda log: -100 * math.expm1(log), lambda v: fixed(v, 1), "%"),
@@ -233,16 +237,18 @@ class Finding(NamedTuple):
     """Other questions that the numbers come from."""
     used: tuple[Row, ...]
     """The rows whose numbers or outcomes the text states."""
+    row: tuple[str, ...]
+    """Of settings.yaml: what is asked, what to set, the numbers, where they were measured."""
 
 
-def findings(rows: Sequence[Row]) -> list[Finding]:
-    """Fill the numbers into findings.yaml; the first ON_PAGE are those of the page.
+def findings(rows: Sequence[Row], path: Path | None = None) -> list[Finding]:
+    """Fill the numbers into findings.yaml, or `path`; the first ON_PAGE are those of the page.
 
     Raises:
         TableError: rows have other outcomes than a text states, or lack one of its numbers.
     """
     known = {k: list(g) for k, g in itertools.groupby(rows, lambda r: f"{r.sweep}-{r.scale}")}
-    return [_filled(entry, known) for entry in yaml.safe_load(TEXTS.read_text())]
+    return [_filled(entry, known) for entry in yaml.safe_load((path or TEXTS).read_text())]
 
 
 def _filled(entry: dict[str, Any], known: dict[str, list[Row]]) -> Finding:
@@ -256,19 +262,18 @@ def _filled(entry: dict[str, Any], known: dict[str, list[Row]]) -> Finding:
         today = [r.verdict.shown for r in judged if r.verdict]
         if today != outcomes:
             raise TableError(
-                f"{TEXTS.name}: the finding {entry['lead']!r} states {place} {outcomes}, but its "
-                f"verdicts are {today}. Write the finding again."
+                f"the text {entry['lead']!r} in {TEXTS.parent} states {place} {outcomes}, but its "
+                f"verdicts are {today}. Write the text again."
             )
     numbers = {}
-    for name, asked in entry["numbers"].items():
+    for name, asked in entry.get("numbers", {}).items():
         numbers[name], mine = _number(known, **asked)
         used += mine
     mark = f" ({EXPLORATORY})" if explores else ""
-    post = f", {entry['post']}" if "post" in entry else ""
-    texts = [str(entry.get(k, "")).strip() for k in ("lead", "said", "more")]
-    lead, said, more = (text.format(**numbers) for text in texts)
-    text = f"**{lead}**{mark}{post}: {said}"
-    return Finding(entry["sweep"], text, more, tuple(entry.get("also", ())), tuple(used))
+    texts = [str(entry.get(k, "")).strip() for k in ("lead", "set", "said", "where", "more")]
+    *row, more = (text.format(**numbers) for text in texts)
+    text, also = f"**{row[0]}.**{mark} {row[2]}", tuple(entry.get("also", ()))
+    return Finding(entry["sweep"], text, more, also, tuple(used), tuple(row))
 
 
 def _number(
@@ -292,7 +297,7 @@ def _number(
         found = [r for r in found if getattr(r, key) in allowed]
     found = [r for r in found if r.estimate.value is not None]
     if not found or (len(found) > 1 and not join):
-        raise TableError(f"{TEXTS.name}: {len(found)} rows are {of} with {values}")
+        raise TableError(f"a text in {TEXTS.parent}: {len(found)} rows are {of} with {values}")
     ranked = sorted(found, key=lambda r: float(r.estimate.value or 0.0))
     ends, chosen = join in ("ends", "span"), ranked[-1:] if join == "most" else found
     chosen = [ranked[0], ranked[-1]] if ends else chosen

@@ -25,6 +25,7 @@ from analysis.report import plots_study
 from analysis.report.report import added_after, command_of, write_answer
 from analysis.report.study.answers import (
     ON_PAGE,
+    SETTINGS,
     Answer,
     Finding,
     called,
@@ -35,15 +36,13 @@ from analysis.report.study.answers import (
     where,
     within,
 )
-from analysis.report.text import Rows, rendered, text_hash, with_block
+from analysis.report.text import Rows, markdown, rendered, text_hash, with_block
 from analysis.runs.curves import in_words
 from analysis.runs.table import read as read_table
 
 FIGURES = (MAP, FOREST) = ("map.png", "forest.png")
 QUESTIONS = "questions"
 """Folder of the pages of the questions."""
-LAW = "rate_law"
-"""The question whose figure the page shows once it has runs."""
 TABLE = "rows.csv"
 """All rows: verdicts, and the measurements that the pages show."""
 MOST = 12
@@ -131,19 +130,20 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
         link = f"[{a.question['question']}]({QUESTIONS}/{a.sweep}.md)"
         rest = f" The answer on {stands} stands." if stands else ""
         withdrawn.append(f"**Withdrawn on {bases}**: {link} {why[0].upper()}{why[1:]}.{rest}")
-    law = [a.folder / "law.png" for a in by_sweep.get(LAW, [])]
     common: dict[str, Any] = {
         "kept": kept,
         "page": path.name,
         "n_claims": len({(r.sweep, v.claim) for a in answers for r, v in a.single}),
         "n_runs": len(set().union(*(a.run_ids for a in answers))),
         "figures": list(figures_of(answers)),
+        "n_forest": (min(n_claims, MOST), n_claims),
     }
     questions = [question_of(mine, folder / QUESTIONS, found) for mine in by_sweep.values()]
     texts = {
         path.name: rendered(
             "study/page.md",
             **common,
+            settings=settings_rows(rows) if kept else [],
             findings=found[:ON_PAGE],
             claims=[] if kept else primary,
             loads=first_pass_loads(rows),
@@ -151,8 +151,6 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
             tally=tally(answers),
             spans=[sizes.min(), sizes.max(), runs["steps"].max()] if len(sizes) else [],
             withdrawn=withdrawn,
-            law=next((os.path.relpath(p, folder) for p in law if p.is_file()), ""),
-            n_forest=(min(n_claims, MOST), n_claims),
             bases=base_rows(runs, " ".join(f.text for f in found[:ON_PAGE])),
             questions=questions,
         ),
@@ -252,12 +250,25 @@ def tally(answers: Sequence[Answer]) -> str:
 
 
 def readme(text: str, kept: Path) -> str:
-    """Return the project's README with its findings rendered again from kept results."""
-    found = findings(rows_of(read_answers([kept])))[:ON_PAGE]
-    return with_block(text, "answers", [f"{k}. {f.text}" for k, f in enumerate(found, 1)])
+    """Return the project's README with its table and findings rendered again from kept results."""
+    rows = rows_of(read_answers([kept]))
+    table = markdown(settings_rows(rows, "analysis/results/"))
+    found = [f"{k}. {f.text}" for k, f in enumerate(findings(rows)[:ON_PAGE], 1)]
+    return with_block(with_block(text, "settings", table), "answers", found)
 
 
 # ---------------------------------------------------------------- tables
+
+
+def settings_rows(rows: Sequence[Row], folder: str = "") -> Rows:
+    """Return the table of what to set; `folder`: of the kept results, seen from the page."""
+    sweeps = {r.sweep for r in rows}
+    table = [["", "set this", "the numbers behind it (outcome)", "measured on", "details"]]
+    for f in findings(rows, SETTINGS):
+        paths = [f"{QUESTIONS}/{s}" if s in sweeps else f"{s}/README" for s in (f.sweep, *f.also)]
+        links = [f"[{s}]({folder}{path}.md)" for s, path in zip((f.sweep, *f.also), paths)]
+        table.append([*f.row, ", ".join(links)])
+    return table
 
 
 def sizes_of(runs: pd.DataFrame) -> pd.Series:

@@ -131,7 +131,7 @@ def test_pages_replace_earlier_ones_once_all_of_them_can_be_written(reports, tmp
     assert {n: (tmp_path / n).read_text() for n in texts} == texts
     beside = {"ledger.md", "rows.csv", "questions/README.md", "questions/rank.md"}
     assert set(texts) == {"study.md", *beside}
-    assert f"]({page.FOREST})" in texts["study.md"] and (tmp_path / page.FOREST).is_file()
+    assert f"]({page.FOREST})" in texts["ledger.md"] and (tmp_path / page.FOREST).is_file()
     assert page.MAP not in texts["study.md"] and not (tmp_path / page.MAP).exists()
     assert not (tmp_path / "questions" / "gone.md").exists()
     assert (tmp_path / "questions" / "notes.md").read_text() == "mine"
@@ -204,8 +204,8 @@ def test_the_figure_of_claims_has_the_primary_verdicts_that_count(tmp_path):
     assert [r.value for r in rows] == pytest.approx([-5, -4, -3])
     assert (rows[0].margin, rows[0].outcome) == ("0.9 to 1.1", "REFUTED")
     many = answer(tmp_path, *(verdict(0.5, claim=f"c{k}") for k in range(14)))
-    assert "and 2 of 14 for want of room." in pages([many], tmp_path)["study.md"]
-    assert "for want" not in pages(made[:1], tmp_path)["study.md"]
+    assert "and 2 of 14 for want of room." in pages([many], tmp_path)["ledger.md"]
+    assert "for want" not in pages(made[:1], tmp_path)["ledger.md"]
 
 
 def plain(value, half=1.0):
@@ -302,7 +302,7 @@ def test_a_finding_is_marked_filled_and_stale_once_an_outcome_or_a_number_change
         return answers.findings(answer(tmp_path, v).rows)
 
     (found,) = made(verdict(0.5))
-    wanted = ("**It holds**: it is 0.5 [0.4, 0.6].", "Also 0.5 [0.4, 0.6].")
+    wanted = ("**It holds.** it is 0.5 [0.4, 0.6].", "Also 0.5 [0.4, 0.6].")
     assert (found.text, found.more) == wanted
     (later,) = made(verdict(0.5, exploratory="seen"), rests={})
     assert "(exploratory)" in later.text
@@ -316,27 +316,71 @@ def test_a_finding_is_marked_filled_and_stale_once_an_outcome_or_a_number_change
             made(v, **changes)
 
 
-def test_every_number_that_a_finding_writes_out_is_one_of_its_rows():
-    """Numbers of places stand in the text: ranks, updates, batches, alphas, widths and counts."""
+@pytest.fixture(scope="module")
+def kept_rows():
     found = read_answers([KEPT])
-    rows, texts = page.rows_of(found), yaml.safe_load(answers.TEXTS.read_text())
+    return found, page.rows_of(found)
+
+
+@pytest.mark.parametrize("path", [answers.TEXTS, answers.SETTINGS], ids=lambda p: p.stem)
+def test_every_number_that_a_text_writes_out_is_one_of_its_rows(path, kept_rows):
+    """Numbers of places stand in the text: ranks, updates, batches, alphas, widths and counts."""
+    found, rows = kept_rows
     # ahead; bits a parameter, margins, the post's ratio, the first evaluation, points, exp(0.15)
-    constants = {"0", "2", "3", "5", "0.9", "15", "64", "100", "1.16"}
-    for text, made in zip(texts, answers.findings(rows), strict=True):
+    constants = {"0", "2", "3", "5", "0.9", "10", "15", "64", "100", "1.16"}
+    for text, made in zip(
+        yaml.safe_load(path.read_text()), answers.findings(rows, path), strict=True
+    ):
         mine = {(r.sweep, r.scale) for r in made.used}
         near = [r for r in rows if (r.sweep, r.scale) in mine]
+        used = {id(r): r for r in made.used}.values()
         known = {getattr(r, k) for r in near for k in ("rank", "updates", "batch_size", "alpha")}
         known = {f"{v:g}" for v in known if v is not None} | constants
         known |= {f"{h:g}" for a in found if (a.sweep, a.scale) in mine for h in a.runs.hidden_size}
-        counts = [Counter((r.sweep, r.quantity) for r in of) for of in (near, made.used)]
+        counts = [Counter((r.sweep, r.quantity) for r in of) for of in (near, used)]
         counts = (str(n) for count in counts for n in count.values())
         words = " ".join([*(r.at + r.data + r.base for r in near), *counts])
         known |= set(re.findall(r"\d+(?:\.\d+)?", words))
         known |= {str(len(outcomes)) for outcomes in text.get("rests", {}).values()}
-        said = " ".join(str(text.get(k, "")) for k in ("lead", "said", "more"))
-        bare = re.sub(r"\{.*?\}|\b(tiny\d+(-\w+)?|SmolLM2)\b", "", said)
+        said = " ".join(str(text.get(k, "")) for k in ("lead", "set", "said", "where", "more"))
+        # not numbers of rows: placeholders, commands, names, and what the next test looks up
+        bare = said.replace(found_elsewhere(), "")
+        bare = re.sub(r"\{.*?\}|`.*?`|\b(tiny\d+(-\w+)?|SmolLM2|2e-4)\b", "", bare)
         written = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", bare))
         assert written <= known, (text["lead"], written - known)
+
+
+def found_elsewhere():
+    """What the table says of the search and of the adviser, from their kept results."""
+    search = json.loads((KEPT / "search" / "search.json").read_text())["replays"]
+    tune = [r["methods"]["tune"] for r in search]
+    right = sum(round(t["searches"] * t["right"]) for t in tune)
+    ends = sorted(f"{t['end']:.1f}" for t in tune)
+    rates = (KEPT / "advice" / "README.md").read_text().partition("## Best learning rates")[2]
+    of, hits = re.search(r"Of (\d+) rows (\d+) are hits", rates).groups()
+    return (
+        f"The search cost less than 1% in {right:,} of {sum(t['searches'] for t in tune):,} replays "
+        f"and ended after {ends[0]} to {ends[-1]} full runs per method (measured). The range that "
+        f"`action=advise` prints held {hits} of {of}"
+    )
+
+
+def test_the_table_states_each_outcome_and_no_other(kept_rows):
+    """In brackets stands a claim with its outcome, and nothing else is marked as judged."""
+    found, rows = kept_rows
+    texts = yaml.safe_load(answers.SETTINGS.read_text())
+    assert found_elsewhere() in " ".join(text["said"] for text in texts)
+    exploratory = {a.folder.name for a in found if a.exploratory}
+    for text, made in zip(texts, answers.findings(rows, answers.SETTINGS), strict=True):
+        marks = " ".join(re.findall(r"\(([^()]*)\)", made.row[2]))
+        said = set(re.findall(r"supported|refuted|undecided|exploratory", marks))
+        outcomes = " ".join(str(o) for of in text.get("rests", {}).values() for o in of).lower()
+        known = set(re.findall(r"\w+", outcomes))
+        of = {n["of"].partition(": ")[0] for n in text["numbers"].values()}
+        known |= {"exploratory"} if of & exploratory or "action=advise" in made.row[2] else set()
+        assert said == known, made.row[0]
+    asked = json.loads((KEPT / "recipes-tiny" / "question.json").read_text())["claims"]
+    assert "2e-4" in asked["default_rate"]["text"]
 
 
 def test_pages_of_planted_answers_are_the_golden_ones(tmp_path):
