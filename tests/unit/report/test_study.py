@@ -361,7 +361,7 @@ def found_elsewhere():
     return (
         f"The search cost less than 1% in {right:,} of {sum(t['searches'] for t in tune):,} replays "
         f"and ended after {ends[0]} to {ends[-1]} full runs per method (measured). The range that "
-        f"`action=advise` prints held {hits} of {of}"
+        f"`lorasweep advise` prints held {hits} of {of}"
     )
 
 
@@ -377,7 +377,7 @@ def test_the_table_states_each_outcome_and_no_other(kept_rows):
         outcomes = " ".join(str(o) for of in text.get("rests", {}).values() for o in of).lower()
         known = set(re.findall(r"\w+", outcomes))
         of = {n["of"].partition(": ")[0] for n in text["numbers"].values()}
-        known |= {"exploratory"} if of & exploratory or "action=advise" in made.row[2] else set()
+        known |= {"exploratory"} if of & exploratory or "lorasweep advise" in made.row[2] else set()
         assert said == known, made.row[0]
     asked = json.loads((KEPT / "recipes-tiny" / "question.json").read_text())["claims"]
     assert "2e-4" in asked["default_rate"]["text"]
