@@ -35,7 +35,7 @@ def test_a_sweep_answers_and_asked_again_trains_nothing(smoke_copy, tmp_path, co
     for figure in ("lr_nll.png", "learning.png"):
         assert (report / figure).stat().st_size > 8_000
     other = f"exec.runs_dir={tmp_path}/other"
-    assert command(*SMOKE, "action=export", f"table={tmp_path}/t.parquet").returncode == 0
+    assert command(*SMOKE, "action=export", f"out={tmp_path}/t.parquet").returncode == 0
     imported = command("action=import", f"table={tmp_path}/t.parquet", other)
     assert "6 runs imported" in imported.stdout
     assert "to do" not in command(*SMOKE, other).stderr

@@ -4,6 +4,7 @@ A documented command is tried at `scale=smoke` on the runs of one small sweep. O
 single model, or changes the grid, is only planned.
 """
 
+import argparse
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from analysis.__main__ import main as analysis
 from analysis.report.study import answers
 from analysis.report.study import page as study_page
+from lorasweep.cli.actions import as_overrides
 from lorasweep.cli.answer import KEPT
 from tests.conftest import SMOKE
 from tests.customers import make_base, write_rows
@@ -26,9 +28,22 @@ MAY_REFUSE = {
     "action=cancel": "no cluster is there",
     "action=fetch": "the hub may be out of reach",
     "action=measure": "the file and the weights are not there",
-    "customers=customers.csv": "the file is not there",
+    "customers='customers.csv'": "no server is there",
 }
-COMMAND = re.compile(r"^python -m (lorasweep|analysis)\b(.*)$", re.MULTILINE)
+COMMAND = re.compile(r"^(?:python -m )?(lorasweep|analysis)\b(.*)$", re.MULTILINE)
+SWEEPS = {path.stem for path in (ROOT / "sweeps").glob("*.yaml")} | {"alpha"}
+
+
+def in_overrides(args):
+    """Verbs as overrides; flags stay in front."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir")
+    named, rest = parser.parse_known_args(args)
+    mine = ["--config-dir", named.config_dir] if named.config_dir else []
+    return [
+        *mine,
+        *(rest if "--help" in rest or rest[:1] == ["help"] else as_overrides(rest, SWEEPS)),
+    ]
 
 
 def tried(args):
@@ -54,7 +69,7 @@ def halves():
         blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
         for m in (m for block in blocks for m in COMMAND.finditer(block.replace("\\\n", " "))):
             package, args = m[1], shlex.split(m[2], comments=True)
-            args = tried(args) if package == "lorasweep" else args
+            args = tried(in_overrides(args)) if package == "lorasweep" else args
             found.setdefault((package, *args), (page.name, package, *args))
     long = tuple(f"action={a}" for a in ("fleet", "extend", "verify", "check_gpu"))
     short, every = {}, [*found.values()]
@@ -81,7 +96,7 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
     (tmp_path / "rows.csv").write_text(f"question,answer\n{rows}")
     row = f"name,model,task,data\ndental-notes,{config},sft,dental.jsonl\n"
     (tmp_path / "customers.csv").write_text(row)
-    assert command(*SMOKE, "action=export", "table=runs.parquet").returncode == 0
+    assert command(*SMOKE, "action=export", "out=runs.parquet").returncode == 0
     monkeypatch.setenv("WANDB_MODE", "offline")
     wanted, failed = halves()[half], []
     assert len(wanted) > 9

@@ -17,7 +17,7 @@ from analysis.report.report import judge_and_report
 from analysis.runs.table import read
 from lorasweep.__main__ import main as lorasweep
 from lorasweep.cli import runs
-from lorasweep.cli.actions import ACTIONS, act
+from lorasweep.cli.actions import ACTIONS, VERBS, act, as_overrides
 from lorasweep.cli.answer import all_points
 from lorasweep.cli.plans import understood
 from lorasweep.data import load, sources
@@ -53,10 +53,31 @@ def refused(done, *words):
         ("--resolve", "--cfg job"),
         ("+sweep=lr_ratio exec.runs_dir='~nobody9/r'", "no such user"),
         ("model=tiny64,tiny128 lr=1e-3", "sweep.axes.model"),
+        ("model@x=tiny64 lr=1e-3", "expected KEY=VALUE"),
+        ("lora.rank=4", "method=lora method.rank=..."),
+        ("+sweep=lr_ratio lora.rnak=4", "Did you mean 'rank'"),
+        ("+sweep=lr_ratio lora.rank=4 sweep.arms.lora.rank=8", "Write sweep.arms.lora.rank=4"),
+        ("+sweep=lr_ratio method.rank=4", "Write lora.rank=4"),
+        ("+sweep=lr_ratio model=tiny64 +sweep.axes.model=[tiny128]", "sweep.axes.model=tiny64"),
+        ("+sweep=lr_ratio lora.rank=range(1,3)", "lora.rank=A,B"),
+        ("+sweep=invariance fullft.lr=1e-3", "no arm of the sweep has method=fullft"),
+        ("plam lr_ratio", "Did you mean 'plan'"),
+        ("plan lr_ration", "Did you mean 'lr_ratio'"),
+        ("customers.csv", "lorasweep tune customers.csv"),
+        ("check-gpu here", "expected only settings"),
+        ("plan lr_ratio action=status", "'action=status' is said twice"),
+        ("lr_ratio sweep=rank", "said twice"),
+        ("tune tiny64 rows.csv model=tiny128", "said twice"),
+        ("action=layers", "now action=matrices"),
+        ("export lr_ratio table=x.csv", "writes out=FILE"),
+        ("export lr_ratio out=customers.csv", "no exported table"),
+        ("fit customers.csv", "no column 'lr'"),
+        ("fit customers.csv out=customers.csv", "a new file"),
+        ("report lr_ratio", "no run of this command has finished"),
         ("+sweep=lr_ratio scale.name=small", "scale=NAME"),
         ("steps", "steps"),
         ("hardware=h100", "Add action=plan"),
-        ("table=x.csv", "action=export and action=import"),
+        ("table=x.csv", "action=fit and action=import"),
         ("--follow", "--follow"),
         ("+sweep=lr_ratio exec.runs_dir=customers.csv/runs", "cannot be written"),
         ("method=lora exec.world_size=3 batch_size=8", "does not divide batch_size=8"),
@@ -124,11 +145,83 @@ def test_jobs_are_submitted_with_a_warning_of_names_that_change(tmp_path, monkey
 def test_every_action_has_a_function_and_stands_in_the_help(command, tmp_path):
     assert all(callable(resolve_name(f"lorasweep.cli.{a.does}")) for a in ACTIONS.values())
     text, short = command("--help").stdout, command().stdout
-    groups = ("sweep: batch_size, capacity", "method: fullft, lora", "${geom:1e-4,1e-2,4}")
-    for words in (*groups, *(f"\n  {name} {a.example}".rstrip() for name, a in ACTIONS.items())):
-        assert words in text
-    assert all(name in short for name in (*ACTIONS, "batch_size, capacity", "tiny_beyond"))
+    assert all(w in text for w in ("sweep: batch_size, capacity", "${geom:1e-4,1e-2,4}"))
+    assert short.index("lorasweep tune ./my-model rows.csv") < short.index("lorasweep run")
+    assert "lr_ratio        Is LoRA's best" in short and "scale=tiny_beyond  as tiny" in short
+    for verb in ("tune", *VERBS):
+        assert f"\nlorasweep {verb}" in text and f"  lorasweep {verb}" in short
+        for asked in (("help", verb), (verb, "--help")):
+            assert f"example: lorasweep {verb}" in command(*asked).stdout
+    assert "Alpha is 32" in command("help", "lr_ratio").stdout
+    refused(command("plan"), "example: lorasweep plan lr_ratio")
     assert list(tmp_path.iterdir()) == []  # nothing is dropped into the current folder
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        ("plan lr_ratio scale=small", "+sweep=lr_ratio action=plan scale=small"),
+        ("lr_ratio", "+sweep=lr_ratio"),
+        ("run layers", "+sweep=layers"),
+        ("layers sweep.arms.lora.rank=[4]", "+sweep=layers sweep.arms.lora.rank=[4]"),
+        ("tune ./m r.csv budget=2h", "+sweep=tune model='./m' dataset='r.csv' budget=2h"),
+        ("plan tune ./m r.csv", "+sweep=tune model='./m' dataset='r.csv' action=plan"),
+        ("fleet c.csv", "action=fleet customers='c.csv'"),
+        ("status fleet c.csv", "action=status customers='c.csv'"),
+        (
+            "verify-served c.csv url=http://x:1",
+            "action=verify_served customers='c.csv' url=http://x:1",
+        ),
+        ("check-gpu", "action=check_gpu"),
+        ("adapter 0123 out=d", "action=adapter run='0123' out=d"),
+        ("sweep=rank ~sweep.arms.common", "+sweep=rank ~sweep.arms.common"),
+    ],
+)
+def test_verbs_are_overrides(words, overrides):
+    assert sorted(as_overrides(words.split(), ("lr_ratio", "layers", "tune"))) == sorted(
+        overrides.split()
+    )
+
+
+def test_the_composed_configuration_of_a_verb_is_shown(command):
+    by_verb = command("plan", "lr_ratio", "tiny64", "--cfg", "job").stdout
+    assert (
+        by_verb == command("+sweep=lr_ratio", "model=tiny64", "action=plan", "--cfg", "job").stdout
+    )
+
+
+ODD = ("a,b", "c=d", "e f", "${oc.env:HOME}", "g'h", 'i"j', "k\\", "k\\l", "[x]")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_words_are_literals(here, name):
+    """A model and a folder of rows of any name; of a table, as of every setting, too."""
+    (here / "support-model").rename(here / name)
+    (here / f"of {name}").mkdir()
+    (here / "rows.jsonl").rename(here / f"of {name}/rows.jsonl")
+    words = ["tune", f"./{name}", f"./of {name}/rows.jsonl"]
+    spec = compose_request(as_overrides(words, ["tune"])).points[0].spec
+    assert (spec.model.location, spec.dataset.source) == (name, "jsonl")
+    asked = compose_request(as_overrides(["fleet", f"./{name}.csv"], []))
+    assert asked.customers == f"./{name}.csv" and asked.action == "fleet"
+
+
+def test_a_sweep_takes_a_base_data_and_settings_of_a_method(compose, here):
+    sweep = ("+sweep=lr_ratio", "scale=tiny")
+    one = compose(*sweep, "model=tiny64", "dataset=rows.jsonl")  # without generator parameters
+    assert {p.spec.model.name for p in one.points} == {"tiny64"} and one.changed
+    assert {p.spec.dataset.source for p in one.points} == {"jsonl"}
+    two = compose(*sweep, "model=tiny64,./support-model", "lora.rank=1,4", "lora.lr=1e-3")
+    found = {(p.spec.model.name[:7], getattr(p.spec.method, "rank", 0)) for p in two.points}
+    assert found == {(m, r) for m in ("tiny64", "support") for r in (0, 1, 4)}
+    assert {p.spec.lr for p in two.points if p.arm == "lora"} == {1e-3}
+    nested = compose("+sweep=layers", "model=tiny128", "dataset=dialect", "lora.lr=1e-3,2e-3")
+    assert {(p.spec.model.name, p.spec.dataset.name[:7]) for p in nested.points} == {
+        ("tiny128", "dialect")
+    }
+    assert {p.spec.lr for p in nested.points if p.spec.method.name == "lora"} == {1e-3, 2e-3}
+    parts = compose(*STUDY, "model=tiny128", "lora.rank=2")
+    assert {p.spec.model.name for part in parts.parts for p in part.points} == {"tiny128"}
 
 
 def own(folder, name, text):
@@ -308,7 +401,7 @@ CASES = {  # in this order: later cases read what earlier ones leave
     "run alone": ("scale=smoke", "method=lora", "lr=5e-3"),
     "plan alone": ("scale=smoke", "action=plan"),
     "verify": ("scale=smoke", "method=lora", "lr=5e-3", "action=verify", "sample=1"),
-    "layers": ("scale=smoke", "action=layers"),
+    "matrices": ("matrices", "scale=smoke"),
     "plan": (*SMOKE, "action=plan"),
     "plan gpus": (*SMOKE, "action=plan", "hardware=h100"),
     "plan study": (*STUDY, "action=plan"),
@@ -316,7 +409,9 @@ CASES = {  # in this order: later cases read what earlier ones leave
     "plan search": ("+sweep=tune", "scale=smoke", "model=./base", "dataset=ann.jsonl", "action=plan"),
     "status": (*SMOKE, *RATES, "action=status"),
     "extend": (*SMOKE, *RATES, "action=extend"),
-    "export": (*SMOKE, *RATES, "action=export", "table=runs.csv"),
+    "report": ("report", *SMOKE, *RATES),
+    "export": ("export", *SMOKE, *RATES, "out=runs.csv"),
+    "fit": ("fit", "runs.csv"),
     "cancel": (*SMOKE, "action=cancel"),
     "status study": (*STUDY, "action=status"),
     "advise": ("action=advise", "customers=advised.csv"),
@@ -340,12 +435,12 @@ def keys(value, path=""):
 
 def test_a_full_disk_leaves_an_earlier_table_and_is_named(compose, tmp_path, monkeypatch):
     assert act(compose(*SMOKE, *RATES), FakeTrainer(VALLEY.nll)) == 0
-    (tmp_path / "runs.csv").write_text("earlier")
+    (tmp_path / "runs.csv").write_text(earlier := "spec,result\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(files, "_write_new", Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(OSError, match=r"runs\.csv"):
-        act(compose(*SMOKE, *RATES, "action=export", "table='~/runs.csv'"))
-    assert (tmp_path / "runs.csv").read_text() == "earlier"
+        act(compose(*SMOKE, *RATES, "action=export", "out='~/runs.csv'"))
+    assert (tmp_path / "runs.csv").read_text() == earlier
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """What the command line means, what a sweep must state, what requests are called; the shipped sweep
-files: runs at every scale, kept questions, what `action=layers` lists; the search of learning rates on
+files: runs at every scale, kept questions, what `action=matrices` lists; the search of learning rates on
 planted losses: what it asks for, and when it ends."""
 
 import dataclasses
@@ -255,7 +255,7 @@ def test_counts_add_up(name, method):
 
 
 def test_the_command_lists_every_kind_of_run_of_a_sweep(compose, capsys):
-    asked = ("+sweep=experts", "scale=paper", "action=layers")
+    asked = ("+sweep=experts", "scale=paper", "action=matrices")
     assert act(compose(*asked)) == 0
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert any(x.startswith("lora on qwen3-30b-a3b-base (alpha=32.0, expert_alpha=32") for x in out)
