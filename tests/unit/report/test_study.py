@@ -27,6 +27,7 @@ from analysis.report.study import answers, page
 from analysis.report.study.answers import NO_CELL, claims_table, read_answers
 from analysis.runs.curves import at_step, lr_curves, title
 from analysis.runs.table import TableError
+from lorasweep.advise import rules
 from lorasweep.cli.answer import KEPT
 from tests import planted
 from tests.planted import kept_answer
@@ -381,6 +382,15 @@ def test_the_table_states_each_outcome_and_no_other(kept_rows):
         assert said == known, made.row[0]
     asked = json.loads((KEPT / "recipes-tiny" / "question.json").read_text())["claims"]
     assert "2e-4" in asked["default_rate"]["text"]
+
+
+def test_the_table_advises_what_the_adviser_does():
+    """Its smallest rank in supervised learning, its alpha, and the batch that it takes for safe."""
+    advice = {text["lead"]: text["set"] for text in yaml.safe_load(answers.SETTINGS.read_text())}
+    floors = [e["rank"] for e in rules.texts("published")["least_rank"] if e["task"] == "sft"]
+    assert advice["rank, supervised"].startswith(f"{max(floors)};")
+    assert advice["alpha"].startswith(f"{rules.ALPHA}, ")
+    assert advice["batch size"].startswith(f"{rules.SAFE} rows or fewer")
 
 
 def test_pages_of_planted_answers_are_the_golden_ones(tmp_path):
