@@ -98,7 +98,7 @@ ARROWS = [(module, other) for module, others in GRAPH.items() for other in other
 
 # From the bottom; a room uses those below it only. `methods` and `data` do not know each other.
 ORDER = {
-    "lorasweep": "errors < spec < methods data < sweep < store < tracking < plan < models < train"
+    "lorasweep": "errors < plugins < spec < methods data < sweep < store < tracking < plan < models < train"
     " < launch < check < advise < fleet < config < cli < follow_up < __main__",
     "analysis": "runs < inference < optimum < measures < questions < report < tables < __main__",
 }

@@ -41,6 +41,7 @@ CONDITIONS = {
     "layers": "LoRA layer sets",
     "hidden_size": "hidden size",
     "seed": "seeds",
+    "packages": "from packages",
 }
 """Columns of which a report lists the values -> their names in the report."""
 

@@ -24,7 +24,7 @@ CURVE_KEYS = (
     *("start", "init_seed", "expert_rank", "expert_alpha", "expert_outer", "schedule"),
     *("warmup_steps", "precision", "beta1", "beta2", "eps", "weight_decay", "clip_norm"),
     *("group_size", "max_new_tokens", "reward_scale", "ratio_level", "clip_ratio", "kl_weight"),
-    "early_stopping",
+    *("early_stopping", "method_fields"),
 )
 """Runs that agree in these columns form one LR curve: they differ only in lr and seed."""
 CUT_FROM = "cut_from_steps"
@@ -104,7 +104,7 @@ def check(table: pd.DataFrame) -> None:
     """Raise TableError unless a table can be analysed.
 
     A table is refused if columns are missing, a lora run has no rank, a run is repeated, a
-    fingerprint of data is missing, or one name stands for different base weights or data.
+    fingerprint of data is missing, or one name stands for different base weights, data or versions.
     """
     check_columns(table)
     unranked = int(table.loc[table["method"] == "lora", "rank"].isna().sum())
@@ -122,7 +122,8 @@ def check(table: pd.DataFrame) -> None:
         names = [str(v) for v in runs.get("run_id", runs.index)]
         return f"runs {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
-    for column, of in (("base_sha256", ["model"]), ("data_sha256", ["model", "dataset"])):
+    same = {"base_sha256": ["model"], "data_sha256": ["model", "dataset"]}
+    for column, of in {**same, "packages": ["model", "dataset", "method"]}.items():
         if column not in table.columns or table[column].isna().all():
             continue
         if column == "data_sha256" and len(unknown := table[table[column].isna()]):
@@ -134,11 +135,12 @@ def check(table: pd.DataFrame) -> None:
         for name, part in table.groupby(of):
             counts = part[column].value_counts()
             if len(counts) > 1:
-                shown = ", ".join(f"{sha[:8]} in {n} runs" for sha, n in counts.items())
+                digits = None if column == "packages" else 8
+                shown = ", ".join(f"{v[:digits]} in {n} runs" for v, n in counts.items())
                 fewest = some(part[part[column] == counts.index[-1]])
                 raise TableError(
-                    f"the runs of {' on '.join(map(repr, name))} have {len(counts)} different "
-                    f"values of {column} ({shown}; {fewest}): other base weights or other data, "
+                    f"the runs of {', '.join(map(repr, name))} have {len(counts)} different "
+                    f"values of {column} ({shown}; {fewest}): other base weights, data or code, "
                     "which cannot share a curve. Train the smaller part again, or give each its "
                     "own name."
                 )

@@ -213,6 +213,7 @@ def train(
         notify(line)
     points = all_points(request, store)
     check(request)
+    _check_versions(points, store)
     for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
         if outlook.warns and any(not store.result(p.id) for p in points):
             notify(outlook.line())
@@ -261,6 +262,17 @@ def train(
             return points, STOPPED, None
     states = store.states(p.id for p in points).values()
     return points, int(not {"failed", "interrupted"}.isdisjoint(states)), None
+
+
+def _check_versions(points: Sequence[Point], store: RunStore) -> None:
+    """Raise StoreError if runs are missing, and others were trained with other versions."""
+    now = {p.id: packages for p in points if (packages := provenance.packages_of(p.spec))}
+    then = {i: (store.result(i) or {}).get("packages") for i in now}
+    for i in (i for i in now if None in then.values() and then[i] not in (None, now[i])):
+        raise StoreError(
+            f"run {i} was trained with {then[i]}, and {now[i]} is installed. Their runs share no "
+            f"curve: install the first, or use a new run folder (exec.runs_dir={store.root}-2)."
+        )
 
 
 def _submitted(request: Request, work: Work) -> Answer:

@@ -35,11 +35,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lorasweep import plugins
 from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.folders import exec_of
 from lorasweep.data.column_names import as_served
 from lorasweep.errors import ClusterError, DataError, ModelError, NotAtScale, SpecError, unknown
-from lorasweep.methods.registry import METHODS, spec_from
+from lorasweep.methods.registry import METHODS, method_class, spec_from
 from lorasweep.models.describe import describe_model
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
@@ -153,17 +154,23 @@ class Composer:
         self._own: dict[str, Own] = {}
         """By the option of the group with which it is registered."""
         self._looked_up: dict[tuple[str, ...], Any] = {}
+        self._of_packages: dict[Path, None] = {}  # folders of which a file was named
 
     def options(self, group: str) -> list[str]:
-        """List the options of a group, shipped and of the user; none: there is no such group."""
+        """List the options of a group, all that are installed; none: there is no such group."""
+        return sorted(self._files(group) | plugins.offers(group).keys())
+
+    def _files(self, group: str) -> set[str]:
+        """Return the options of a group that are shipped or of the user."""
         folders = [*self.folders, conf_dir()]
         names = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
-        return sorted(names | METHODS.keys() if group == "method" else names)
+        return names | METHODS.keys() if group == "method" else names
 
     def about(self, group: str, key: str) -> dict[str, str]:
         """Return what each file of a group says at a key, such as the question of a sweep."""
         found: dict[str, str] = {}
-        for folder in [*self.folders, conf_dir()]:
+        packages = [o.folder for several in plugins.offers(group).values() for o in several]
+        for folder in dict.fromkeys([*self.folders, conf_dir(), *packages]):
             for path in sorted((folder / group).glob("*.yaml")):
                 with suppress(OmegaConfBaseException, YAMLError, OSError):  # said when it is used
                     said = OmegaConf.select(OmegaConf.load(path), key)
@@ -177,8 +184,7 @@ class Composer:
             SpecError: a file, model, data set or key does not exist, or the sweep's file is wrong.
             NotAtScale: the sweep does not have the scale.
         """
-        path = ",".join(quoted(f"file://{folder}") for folder in self.folders)
-        chosen, changes = [f"hydra.searchpath=[{path}]"], list[Override]()
+        chosen, changes, methods = list[str](), list[Override](), self.options("method")
         asked, replaced = _value_of("sweep", typed), dict[str, list[Any]]()
         for text in typed:
             try:
@@ -187,13 +193,13 @@ class Composer:
                 raise SpecError(f"{text!r}: {error}. Expected KEY=VALUE.") from None
             group, value = override.key_or_group, override.value()
             is_group, method = bool(self.options(group)), group.partition(".")[0]
-            if override.package is not None or (method in METHODS and not asked):
+            if override.package is not None or (method in methods and not asked):
                 one_run = f" For one run: method={method} method.{group[len(method) + 1 :]}=..."
                 raise SpecError(
                     f"{text!r}: expected KEY=VALUE. METHOD.FIELD is for the arms of a sweep."
-                    + one_run * (method in METHODS)
+                    + one_run * (method in methods)
                 )
-            if asked and (method in METHODS or group in GROUPS):
+            if asked and (method in methods or group in GROUPS):
                 replaced[group] = _listed(override)
                 value = replaced[group][0]
             is_one = isinstance(value, str | int | float) or not (is_group or group in replaced)
@@ -208,7 +214,9 @@ class Composer:
                 chosen.append(f"{text.partition('=')[0]}={quoted(option)}")
             elif group not in replaced:
                 changes.append(override)
-        cfg = hydra_compose("config", chosen)
+        folders = [*self.folders, *self._of_packages]
+        path = ",".join(quoted(f"file://{folder}") for folder in folders)
+        cfg = hydra_compose("config", [f"hydra.searchpath=[{path}]", *chosen])
         if cfg.model.recipe:
             cfg.model.recipe = {**defaults_of(Recipe), **cfg.model.recipe}
         if cfg.sweep:
@@ -245,8 +253,10 @@ class Composer:
         Raises:
             SpecError: there is no such option, model or data set.
         """
-        known = self.options(group)
-        if given.removesuffix(".yaml") in known:
+        known, name = self.options(group), given.removesuffix(".yaml")
+        if name in plugins.offers(group):
+            self._of_package(group, name)
+        if name in known:
             return given
         if group not in GROUPS or not given:  # an empty path would be the current folder
             raise SpecError(
@@ -275,6 +285,19 @@ class Composer:
             self._own[option] = own
         return option
 
+    def _of_package(self, group: str, name: str) -> None:
+        """Make Hydra find an option of an installed package; SpecError: twice or broken."""
+        if group == "method":
+            node = defaults_of(method_class(name))
+            return ConfigStore.instance().store(group=group, name=name, node=node)
+
+        def read(offer: plugins.Offer) -> Any:
+            self._of_packages[offer.folder] = None
+            return OmegaConf.load(offer.folder / group / f"{name}.yaml")
+
+        files = dict.fromkeys(self._files(group))
+        plugins.find(group, name, files, lambda v: group == "sweep" or v.name == name, read)
+
     def _own_of(self, points: Iterable[Point]) -> list[Own]:
         """Return the models and data sets of some runs that were described here."""
         wanted = {(type(x), x.name) for p in points for x in (p.spec.model, p.spec.dataset)}
@@ -289,12 +312,13 @@ class Composer:
             SpecError: the configuration or a run of the sweep is not valid.
         """
         request = self._request(typed, whole)
-        for own in self._own_of(request.points):
-            key = "models_dir" if isinstance(own.spec, ModelSpec) else "data_dir"
-            dirs = dict.fromkeys([*getattr(request.exec, key), *filter(None, [own.folder])])
-            changes: dict[str, Any] = {key: list(dirs)}
+        owned, kinds = self._own_of(request.points), {"model": ModelSpec, "dataset": DatasetSpec}
+        for key, group in (("models_dir", "model"), ("data_dir", "dataset")):
+            more = [o.folder for o in owned if o.folder and type(o.spec) is kinds[group]]
+            more += [str(folder / group) for folder in self._of_packages]  # beside their YAML
+            changes: Any = {key: [*dict.fromkeys([*getattr(request.exec, key), *more])]}
             request.exec = dataclasses.replace(request.exec, **changes)
-            request.described.append(own.spec.name)
+        request.described += [o.spec.name for o in owned]
         return request
 
     def _request(self, typed: Sequence[str], whole: str) -> Request:
@@ -618,8 +642,8 @@ def _refuse_overwritten(typed: Sequence[str], name: str, sweep: Sweep) -> None:
         parts = [f"sweep.arms.{arm}" for arm, axes in set_by.items() if axis in axes]
         if key.startswith("sweep.axes."):  # an arm's own values win
             parts = parts if len(parts) == len(sweep.arms) else []
-        elif key in GROUPS or key.partition(".")[0] in METHODS:  # replaced before these
-            method, _, axis = key.rpartition(".")
+        elif key in GROUPS or key.partition(".")[0] in {a["method"] for a in sweep.arms.values()}:
+            method, _, axis = key.rpartition(".")  # replaced before these
             arms = [n for n, a in sweep.arms.items() if not method or a["method"] == method]
             parts = ["sweep.axes"] * (not method) + [f"sweep.arms.{arm}" for arm in arms]
             parts = [part for part in parts if f"{part}.{axis}" in keys]

@@ -399,6 +399,8 @@ class _Attempt:
                 "pack_size": len(self.ids),
                 **{k: self.circumstances[k] for k in ("threads", RESUMED_WITH_DIFFERENT_PACK)},
             }
+            if packages := provenance.packages_of(spec):
+                result["packages"] = packages
             self.store.finish(i, state, result)
             metric = metric_of(measures)
             outcome = {"measure": metric.label, "value": metric.value(measures)}

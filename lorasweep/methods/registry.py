@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorasweep.errors import SpecError, unknown
+from lorasweep import plugins
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import Method
@@ -13,10 +13,12 @@ METHODS: dict[str, type[Method]] = {"fullft": FullFT, "lora": LoRA}
 
 
 def method_class(name: str) -> type[Method]:
-    """Look up a method by name; raise SpecError, which lists all names, if the name is unknown."""
-    if name not in METHODS:
-        raise SpecError(unknown("method", str(name), METHODS))
-    return METHODS[name]
+    """Look up a method by name, shipped or of a package; SpecError: unknown, twice or broken."""
+
+    def fits(cls: type[Method]) -> bool:
+        return issubclass(cls, Method) and cls().name == name
+
+    return plugins.find("method", name, METHODS, fits)
 
 
 def spec_from(plain: dict[str, Any]) -> RunSpec:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import StoreError
-from lorasweep.methods.registry import spec_from
+from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec, validate
@@ -59,7 +59,10 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         row["expert_alpha"] = method["alpha"]
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
-    row |= {k: result.get(k) for k in _RESULT_COLUMNS}
+    row |= {k: result.get(k) for k in (*_RESULT_COLUMNS, *({"packages"} & result.keys()))}
+    if method["name"] not in METHODS:  # of a package, with fields that have no columns
+        own = (f"{k}={v}" for k, v in sorted(method.items()) if k not in row and k != "name")
+        row |= {"method_fields": ", ".join(own)}
     metric = metric_of(result)
     if metric != Metric():
         row |= {"metric": metric.name, metric.name: metric.value(result)}

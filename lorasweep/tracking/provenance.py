@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import lorasweep
+from lorasweep import plugins
+from lorasweep.spec.run import RunSpec
 
 PACKAGES: tuple[str, ...] = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 PACKAGES += ("hydra-core", "omegaconf")
@@ -46,6 +48,15 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "slurm": slurm if "job" in slurm else None,
     }
+
+
+def packages_of(spec: RunSpec) -> str:
+    """Name the packages, with versions, that give parts of a run by entry points; '' if none."""
+    data, parts = spec.dataset, [("method", spec.method.name), ("model", spec.model.name)]
+    parts += [("dataset", data.name.partition("(")[0])]  # without the parameters of a grid
+    parts += [("generator", data.location)] * (data.source == "synthetic")
+    found = {o.package for kind, name in parts for o in plugins.offers(kind).get(name, [])}
+    return ", ".join(sorted(found))
 
 
 def code() -> dict[str, Any]:

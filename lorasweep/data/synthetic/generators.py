@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from lorasweep import plugins
 from lorasweep.data.examples import (
     Data,
     Example,
@@ -40,7 +41,7 @@ from lorasweep.data.examples import (
     with_fingerprint,
 )
 from lorasweep.data.synthetic import dialect
-from lorasweep.errors import DataError, unknown
+from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
@@ -279,10 +280,11 @@ GENERATORS = {
 
 
 def generator(name: str) -> Generator:
-    """Return a generator by name (the data set's location); raise DataError if there is none."""
-    if name not in GENERATORS:
-        raise DataError(unknown("synthetic data set", name, GENERATORS))
-    return GENERATORS[name]
+    """Return a generator by name (a data set's location); DataError: none, two, or a broken one."""
+    try:
+        return plugins.find("generator", name, GENERATORS, lambda g: isinstance(g, Generator))
+    except SpecError as error:
+        raise DataError(str(error)) from None
 
 
 def check(spec: DatasetSpec) -> None:

@@ -178,10 +178,17 @@ def test_runs_of_different_or_unknown_bases_or_data_are_never_mixed():
     assert len(lr_curves(both)) == 2
     lr_curves(both.assign(data_sha256=[a] * 7 + [b] * 7, model=["m"] * 7 + ["n"] * 7))
     lr_curves(both.drop(columns="data_sha256"))
+    assert len(lr_curves(both.assign(packages=["it 1"] * 7 + ["it 2"] * 7))) == 2
+    assert len(lr_curves(both.assign(method_fields=["x=1", "x=2"] * 7))) == 4
     for column, values, words in (
         ("base_sha256", [a, b] * 7, "cannot share a curve"),
         ("data_sha256", [*[a] * 9, b, *[a] * 4], r"a in 13 runs, b{8} in 1 runs; runs run9\)"),
         ("data_sha256", [*[a] * 3, None, None, *[a] * 9], r"2 of 14 runs \(runs run3, run4\)"),
+        (
+            "packages",
+            ["it 1"] * 9 + ["it 2"] * 5,
+            "'lora' .*it 2 in 5 runs, it 1 in 2 runs; .* code",
+        ),
     ):
         with pytest.raises(TableError, match=words):
             lr_curves(both.assign(**{column: values}))

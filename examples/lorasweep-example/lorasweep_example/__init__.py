@@ -1,0 +1,1 @@
+"""A question, a method, a model and a data set for lorasweep."""
