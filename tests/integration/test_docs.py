@@ -5,9 +5,11 @@ single model, or changes the grid, is only planned.
 """
 
 import argparse
+import os
 import re
 import shlex
 import shutil
+import subprocess
 
 import pytest
 
@@ -110,6 +112,21 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
         if code != 0 and not MAY_REFUSE.keys() & set(args):
             failed.append(f"{page}: {package} {' '.join(args)}: exit {code}\n{said[-800:]}")
     assert not failed, "\n\n".join(failed)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_commands_of_the_front_page_mean_the_same_in_every_shell(shell, tmp_path):
+    """No word of them is a pattern, a variable or a subscript, so no quotes are needed."""
+    if not shutil.which(shell) and not os.environ.get("LORASWEEP_NO_SKIP"):
+        pytest.skip(f"{shell} is not installed")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    found = [m[0].split(" #")[0] for block in blocks for m in COMMAND.finditer(block)]
+    settings = (ROOT / "analysis/report/study/settings.yaml").read_text()
+    found += re.findall(r"`(lorasweep [^`]+)`", settings)
+    script = "lorasweep() { printf '%s\\n' \"$@\"; }\n" + "\n".join(found)
+    said = subprocess.run([shell, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert said.stderr == "" and len(found) > 15
+    assert said.stdout.split("\n")[:-1] == [w for c in found for w in c.split()[1:]]
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda p: str(p.relative_to(ROOT)))
