@@ -313,6 +313,14 @@ class Composer:
         """
         request = self._request(typed, whole)
         owned, kinds = self._own_of(request.points), {"model": ModelSpec, "dataset": DatasetSpec}
+        for own in owned:
+            data = {p.spec.dataset for p in request.points if p.spec.model == own.spec}
+            named = any("dataset" in key.split(".") for key in request.given)
+            if not named and (made_up := next((d for d in data if d.source == "synthetic"), None)):
+                raise SpecError(
+                    f"model={own.given} on {made_up.name!r}, an artificial language: which rows? Add "
+                    f"dataset=ROWS, a file. (If that language is meant: dataset={made_up.name}.)"
+                )
         for key, group in (("models_dir", "model"), ("data_dir", "dataset")):
             more = [o.folder for o in owned if o.folder and type(o.spec) is kinds[group]]
             more += [str(folder / group) for folder in self._of_packages]  # beside their YAML
