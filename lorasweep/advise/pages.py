@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lorasweep.advise.advice import plain_of, totals
@@ -27,7 +28,7 @@ BASIS = (
     f"lie within {MEMORY_ERROR:.0%} of the memory and {SPEED_ERROR:.0%} of the time. Method, rank "
     "and learning rate follow published rules, which disagree; measured regret covers small "
     "models only. Load is the information in the data, in bits, over 2 bits for each trained "
-    "parameter. Where the method is undecided, search on the customer's rows: +sweep=tune."
+    "parameter. Where the method is undecided, search on the customer's rows: lorasweep tune."
 )
 
 
@@ -55,7 +56,7 @@ def _environment() -> Any:
         keep_trailing_newline=True,
     )
     filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "repr": repr}
-    found.filters |= {**filters, "dollars": "${:,.0f}".format, "json": json.dumps}
+    found.filters |= {**filters, "dollars": "${:,.0f}".format, "json": json.dumps, "sh": quote}
     return found
 
 

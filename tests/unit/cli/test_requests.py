@@ -317,7 +317,7 @@ def test_a_table_is_answered_in_text_with_a_page_and_as_a_list(command, tmp_path
     assert "acme" in page.read_text() and (tmp_path / "reports/advice-customers.html").exists()
     why = command(*asked, "why=acme")
     assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
-    assert "+sweep=tune model=llama-3.1-8b dataset=ROWS sweep.arms.lora.rank=" in why.stdout
+    assert "lorasweep tune llama-3.1-8b ROWS lora.rank=" in why.stdout
     table.write_text(f"{TABLE}bad,gpt-9,sft,10,10,\n")  # a wrong row makes the status 1
     done = command(*asked, "format=json", "hardware=a100")
     found = json.loads(done.stdout)
