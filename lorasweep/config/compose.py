@@ -185,6 +185,7 @@ class Composer:
             NotAtScale: the sweep does not have the scale.
         """
         chosen, changes, methods = list[str](), list[Override](), self.options("method")
+        methods = self.options("method")
         asked, replaced = _value_of("sweep", typed), dict[str, list[Any]]()
         for text in typed:
             try:
@@ -318,8 +319,8 @@ class Composer:
             named = any("dataset" in key.split(".") for key in request.given)
             if not named and (made_up := next((d for d in data if d.source == "synthetic"), None)):
                 raise SpecError(
-                    f"model={own.given} on {made_up.name!r}, an artificial language: which rows? Add "
-                    f"dataset=ROWS, a file. (If that language is meant: dataset={made_up.name}.)"
+                    f"model={own.given} on {made_up.name!r}, an artificial language: which rows? "
+                    f"Add dataset=ROWS, a file. (If it is meant: dataset={made_up.name}.)"
                 )
         for key, group in (("models_dir", "model"), ("data_dir", "dataset")):
             more = [o.folder for o in owned if o.folder and type(o.spec) is kinds[group]]
@@ -644,6 +645,7 @@ def _refuse_overwritten(typed: Sequence[str], name: str, sweep: Sweep) -> None:
     """Refuse values of the command line that the sweep's grid, or a later option, replaces."""
     keys = {text.lstrip("+~").partition("=")[0] for text in typed}
     set_by = {arm: {"method"} | fields_of(axes_of(a)) for arm, a in sweep.arms.items()}
+    methods = {axes["method"] for axes in sweep.arms.values()}
     for text in typed:
         key, _, value = text.lstrip("+~").partition("=")
         axis = key.removeprefix("sweep.axes.").removeprefix("method.")
