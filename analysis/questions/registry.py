@@ -45,15 +45,21 @@ def question_named(
     if not estimands:
         if name in QUESTIONS:
             return QUESTIONS[name]
-        declared = {p.stem: p for p in SWEEPS.glob("*.yaml") if "\nestimands:" in p.read_text()}
+        declared = {p.stem for p in SWEEPS.glob("*.yaml") if "\nestimands:" in p.read_text()}
         if (name := OLDER_NAMES.get(name, name)) not in declared:
             known = ", ".join(sorted([*QUESTIONS, *declared]))
             raise TableError(f"analysis: unknown {name!r}. Use one of: {known}.")
-        content = yaml.safe_load(declared[name].read_text())
+        content = shipped(name)
         estimands, variants = content["estimands"], content.get("variants")
     if problem := next(problems(estimands, variants or {}), None):
         raise TableError(problem)
     return question_of(estimands, variants or {})
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """Return the content of a shipped sweep's file; empty if there is no such file."""
+    path = SWEEPS / f"{OLDER_NAMES.get(name, name)}.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 
 def read_question(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.resources
 import json
 import math
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -19,19 +20,24 @@ import pandas as pd
 from analysis.inference.decide import Verdict
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.optimum.fit import WITHIN, Optimum
-from analysis.questions.base import Analysis, level_of
+from analysis.questions.base import NO_CELL, Analysis, level_of
 from analysis.questions.registry import analyse
+from analysis.report.sentences import lines_of, sentences_of
 from analysis.report.text import aligned, check_installed, missing, plain, rendered, text_hash
 from analysis.runs.curves import by_run, full_names, in_words, learning_curves, runs_of
 from analysis.runs.table import NLL, as_losses, whole, write
 
 NOT_JUDGED = (
     *("text", "source", "measure", "note", "planning", "underpowered", "better"),
-    *("exploratory", "not_withdrawn"),
+    *("exploratory", "not_withdrawn", "cost", "if_supported", "if_refuted", "if_open"),
 )
 """Fields of a claim that are left out of its hash: wording, planned power, and marks."""
 NEEDED = ("matplotlib", "jinja2", "plotly")
 """Packages that a report's pages and figures are made with."""
+PLACE = "model and data"
+"""Head of the column of groups."""
+SETTINGS = re.compile(r", (?![^(]*\))")
+"""What separates the settings of a group; commas in the parameters of a data set do not."""
 CONDITIONS = {
     "batch_size": "sequences per update",
     "steps": "updates",
@@ -66,6 +72,7 @@ def judge_and_report(
     """
     found = analyse(table, question, kept)
     results, left_out = results_of(found, question, table), ""
+    answer = sentences_of(found, question, results, table)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
@@ -78,25 +85,31 @@ def judge_and_report(
             else:
                 title = f"{question['name']} at scale {question['scale']}: {question['question']}"
                 shown = (found.optima, found.ratios, found.verdicts)
+                shown = (*shown, WITHIN, lines_of(answer, question), question)
                 write_html(new / "report.html", title, as_losses(table), *shown)
             for file in [*new.iterdir()]:
                 file.replace(folder / file.name)
     if as_json:
         report = None if folder is None or left_out else str(folder / "report.md")
         left = [left_out] if left_out else []
-        return json.dumps({**results, "report": report, "left_out": left})
-    out = [question["question"], ""]
+        return json.dumps({"answer": answer, **results, "report": report, "left_out": left})
+    out = [*lines_of(answer, question), "", f"Question: {question['question']}", ""]
     if found.optima:
-        out += [*aligned(optima_rows(found.optima)), ""]
+        place, rows = apart(optima_rows(found.optima))
+        out += [*map(in_words, place), *aligned(rows), ""]
     for section in found.sections:
         if section.rows:
             out += [section.title, *aligned(section.rows), ""]
-    for v in found.verdicts:
-        margin, primary = f"[{v.margin[0]:g}, {v.margin[1]:g}]", " (primary)" if v.primary else ""
+    if question.get("withdrawn"):
+        out += [f"WITHDRAWN: {question['withdrawn']}", ""]
+    place, (head, *rows) = apart(verdict_rows(found.verdicts, question))
+    out += [line for line in map(in_words, place) if line not in out]
+    for row in (dict(zip(head, row)) for row in rows):
+        at = f" on {row[PLACE]}" if row.get(PLACE) else ""
         out.append(
-            f"{v.shown}: {v.claim} ({v.group}) {with_interval(v.estimate)}, expected "
-            f"{v.expected:g} within {margin}{primary}: {v.why}"
-            + (f". Needed: {v.needed}" if v.needed else "")
+            f"{row['verdict'].strip('*')}: {row['claim']}{at}: {row[head[-5]]}, expected "
+            f"{row['expected']}, agreement {row['margin']}: {row['why']}"
+            + (f". Needed: {row['needed']}" if row["needed"] != "-" else "")
         )
     if left_out:
         out += ["", f"left out: {left_out}", f"report: {folder / 'results.json'}"]
@@ -188,16 +201,18 @@ def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> st
             exploratory.setdefault(v.exploratory, {})[v.claim] = None
     pooled = [o for o in found.optima if o.pooled is not None]
     noise = {o.curve.shown: o.pooled for o in reversed(pooled)}  # of each metric's first curve
+    answer = sentences_of(found, question, results_of(found, question, table), table)
     text = rendered(
         "report.md",
         question={"source": "", "withdrawn": "", "rounds": 1, **question},
+        answer=lines_of(answer, question),
         exploratory=exploratory,
-        verdicts=verdict_rows(found.verdicts, question),
+        verdicts=apart(verdict_rows(found.verdicts, question)),
         has_primary=any(v.primary for v in found.verdicts),
         added=added_after(question),
         level=f"{100 * level_of(question):.3g}%",
         sections=found.sections,
-        optima=optima_rows(found.optima) if found.optima else None,
+        optima=apart(optima_rows(found.optima)) if found.optima else None,
         metrics=" or ".join(dict.fromkeys(o.curve.shown.name for o in found.optima)),
         noise=noise,
         has_curves=bool(found.optima) and bool(by_run(table)),
@@ -252,12 +267,12 @@ def command_of(question: dict[str, Any]) -> str:
 def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
     """Return one row per verdict, after the head."""
     level = f"{100 * level_of(question):.3g}%"
-    head = ["claim", "model and data", "verdict", f"measured [{level}]", "expected"]
+    head = ["claim", PLACE, "verdict", f"measured [{level}]", "expected"]
     return [
         [*head, "margin", "why", "needed"],
         *(
             [
-                v.claim + (" (primary)" if v.primary else ""),
+                f"{says(question, v.claim)} ({v.claim}{', primary' if v.primary else ''})",
                 v.group,
                 f"**{v.shown}**",
                 with_interval(v.estimate),
@@ -271,12 +286,34 @@ def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[
     ]
 
 
+def says(question: dict[str, Any], claim: str) -> str:
+    """Return a claim's sentence."""
+    return question["claims"][claim].get("text") or claim.replace("_", " ")
+
+
+def apart(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Take out of a table what its rows share of model, data, batch and updates: a line, and rows.
+
+    Without a shared setting, there is no line; if all of them are shared, there is no column.
+    """
+    head, *cells = map(list, rows)
+    k = head.index(PLACE)
+    parts = [SETTINGS.split(row[k]) for row in cells]
+    known = [mine for mine in parts if mine != [NO_CELL]] or parts
+    shared = [p for p in (known or [[]])[0] if all(p in mine for mine in known)]
+    rest = [", ".join(p for p in mine if p not in shared) for mine in parts]
+    line = [f"All rows: {', '.join(shared)}."] if shared else []
+    if not any(rest):
+        return line, [row[:k] + row[k + 1 :] for row in (head, *cells)]
+    return line, [head, *(row[:k] + [r or "-"] + row[k + 1 :] for row, r in zip(cells, rest))]
+
+
 def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
     """Return one row per curve, after the head: the optimum, the low-regret band, the best loss."""
     metrics = list(dict.fromkeys(o.curve.shown for o in optima)) or [NLL]
     unit = metrics[0].unit if len(metrics) == 1 else ""
     best = " or ".join(m.name for m in metrics)
-    head = ["curve", "model and data", "best LR [95%]", f"within {WITHIN:g}{unit}", f"best {best}"]
+    head = ["curve", PLACE, "best LR [95%]", f"within {WITHIN:g}{unit}", f"best {best}"]
     return [
         [*head, "runs", "not fitted", "flags"],
         *(
@@ -321,6 +358,8 @@ def write_html(
     ratios: Sequence[tuple[str, str, Estimate]] = (),
     verdicts: Sequence[Verdict] = (),
     within: float = WITHIN,
+    answer: Sequence[str] = (),
+    question: dict[str, Any] | None = None,
 ) -> None:
     """Write the interactive report: one HTML file with its data and its plotting library inside.
 
@@ -331,6 +370,8 @@ def write_html(
         table: runs to which the optima were fitted, one per row, with the metric as a loss.
         ratios: (group, name, LoRA / FullFT) for the forest plot.
         within: extra loss allowed in the low-regret band.
+        answer: sentences at the top of the page.
+        question: the question of the verdicts.
 
     Raises:
         TableError: plotly or jinja2 is not installed.
@@ -392,6 +433,7 @@ def write_html(
         "verdicts": [
             {
                 **{k: getattr(v, k) for k in ("claim", "group", "why", "needed")},
+                "text": says(question, v.claim),
                 "outcome": v.shown,
                 **{k: getattr(v.estimate, k) for k in ("value", "low", "high")},
                 "margin": list(v.margin),
@@ -405,6 +447,8 @@ def write_html(
         files("analysis.report").joinpath("templates", name).read_text()
         for name in ("report.css", "report.js")
     )
-    page = rendered("report.html", data=data, style=style, code=code, library=library)
+    page = rendered(
+        "report.html", answer=answer, data=data, style=style, code=code, library=library
+    )
     with whole(path) as part:
         part.write_text(page)

@@ -46,6 +46,12 @@ class Claim:
     """The measured quantity and its unit, as shown in tables."""
     note: str = ""
     """Remarks shown with the verdict, such as where the claim was published."""
+    if_supported: str = ""
+    if_refuted: str = ""
+    if_open: str = ""
+    """What to do about the answer: one sentence without numbers, which are measured elsewhere."""
+    cost: str = ""
+    """Another claim of the sweep, whose measured number is shown with the answer."""
     estimand: str = ""
     expected: float | None = None
     margin: list[float] = field(default_factory=list)
@@ -190,6 +196,7 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
         low_high = len(claim.margin) == 2 and claim.margin[0] < claim.margin[1]
         for wrong, expected in (
             (not low_high, f"margin={claim.margin}. Expected [low, high] with low < high"),
+            (claim.cost not in ("", *sweep.claims), f"cost={claim.cost}. Expected a claim's name"),
             (claim.expected is None, "expected: missing. State the claimed value of the estimand"),
             (not all(claim.exploratory.values()), "exploratory. Expected {scale: why}"),
             (

@@ -157,7 +157,7 @@ def claims_table(answers: Sequence[Answer]) -> list[list[str]]:
             where = f", {r.task}" if many else ""
             rows.append(
                 [
-                    f"{a.sweep}: {v.claim}{' (primary)' if v.primary else ''}{where}",
+                    f"{r.says}{where} ({a.sweep}: {v.claim}{', primary' if v.primary else ''})",
                     a.scale,
                     f"{v.expected:g}, within {within(v.margin)}",
                     with_interval(v.estimate),
@@ -177,7 +177,7 @@ def where(r: Row) -> str:
     one_set = r.setting == Setting.IN_REGIME and " on " in r.task
     data = "only rules new" if one_set else " and ".join(map(called, r.data.split(" and ")))
     more = "; ".join(filter(None, (data, r.at.partition(";")[0])))
-    return f"{' and '.join(map(called, r.base.split(' and ')))} ({more})"
+    return f"{listed([called(base) for base in r.base.split(' and ')])} ({more})"
 
 
 def listed(words: Sequence[str]) -> str:
