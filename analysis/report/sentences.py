@@ -129,7 +129,7 @@ def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str
     declared = question.get("estimands") or shipped(question["analysis"]).get("estimands", {})
     said, gain, known = declared.get(r.quantity, {}), _gain(found, r.task), _quantities()
     kind = said.get("measure", r.quantity)
-    if kind.startswith("over_allowed") and not gain:
+    if kind.startswith("over_allowed") and not (gain and gain > 0):
         kind = IN_NATS
     key = max((k for k in known if kind.startswith(k)), key=len, default="")
     entry = known.get(key, {"says": "{measure}: {n}"})
@@ -139,7 +139,8 @@ def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str
         "gain": (lambda v: 100 * (ALLOWED + v / gain), lambda v: fixed(v, 1), "%"),
     }
     to, write, unit = shows[entry.get("show", "plain")]
-    e, (low, high) = r.estimate, (float(write(to(v))) for v in r.verdict.margin)
+    e, (least, most) = r.estimate, r.verdict.margin
+    low, high = (float(write(to(v))) for v in (max(least, -FAR), min(most, FAR)))  # far: open
     n, ends = f"{write(to(e.value))}{unit}", [write(to(v)) for v in e.interval]
     n += f" [{', '.join(ends)}]" if e.low != e.high else ""
     margin = f"{within((low, high))}{unit}"

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from analysis.__main__ import main
-from tests.planted import planted
+from analysis.report.report import judge_and_report
+from lorasweep.cli.answer import KEPT
+from tests.planted import kept_answer, planted
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (BROWSER and DRIVER):
@@ -113,3 +115,37 @@ def test_names_are_text_and_nothing_else(browser, tmp_path):
     assert HOSTILE in text_of(browser, "details")
     assert browser.execute_script("return window.hacked") is None
     quiet(browser)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (375, 667)])
+def test_the_answer_is_above_the_fold_and_only_tables_scroll_sideways(
+    browser, tmp_path, width, height
+):
+    """Even where no script runs; `height`: what a phone shows below its bars."""
+    table, question = kept_answer(KEPT / "lr_ratio-tiny")
+    first = judge_and_report(table, question, tmp_path).splitlines()[0]
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        for scripts in (False, True):
+            off = {"value": not scripts}
+            browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", off)
+            browser.get_log("performance"), browser.get_log("browser")
+            browser.get((tmp_path / "report.html").as_uri())
+            (sentence, *_) = browser.find_elements("css selector", "#answer p")
+            assert sentence.is_displayed() and sentence.text == first
+            box = sentence.rect
+            assert box["y"] >= 0 and box["y"] + box["height"] <= height
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width
+        drawn(browser)
+        measured = "const s = document.documentElement; return [s.scrollWidth, innerWidth]"
+        scrolled, shown = browser.execute_script(measured)
+        assert scrolled <= shown == width
+        assert float(sentence.value_of_css_property("font-size").removesuffix("px")) >= 16
+        wide = "const b = document.getElementById('verdicts'); return b.scrollWidth > b.clientWidth"
+        assert browser.execute_script(wide) == (width < 500)
+        assert "(ratio)" in text_of(browser, "verdicts")
+        quiet(browser)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -88,7 +88,7 @@ def pages(found, folder):
 def test_a_verdict_is_the_one_of_its_own_report(reports):
     """All ranks of the planted runs need 1 / 0.7 as many updates, whatever the length."""
     (kept,) = read_answers([reports])
-    assert {r[0].split(":")[0] for r in claims_table([kept])[1:]} == {"rank"}
+    assert {re.search(r"\((\w+): ", r[0])[1] for r in claims_table([kept])[1:]} == {"rank"}
     rows = plots_study.speed_rows([kept])
     found = pick(rows, "speed")  # along the run, at each length's best rate
     assert {r.updates for r in found} >= {16, 32, 64} and len({r.rank for r in found}) > 1
@@ -452,6 +452,7 @@ def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
     again = {v.claim: v.shown for v in analyse(table, asked).verdicts}
     assert again.pop(first).endswith(" (exploratory)") and set(again.values()) == {"WITHDRAWN"}
     asked["claims"][first] |= {"text": "other", "planning": {"smoke": {"sd": 0.5, "units": 7}}}
+    asked["claims"][first] |= {"if_supported": "a", "if_refuted": "b", "if_open": "c", "cost": "d"}
     assert question_hash(asked) == as_asked
     asked["claims"][first]["margin"] = [0.0, 1e9]
     assert question_hash(asked) != as_asked

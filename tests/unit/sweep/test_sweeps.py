@@ -213,7 +213,8 @@ def compare_with_kept(today, name, scale):
     for name in today["claims"].keys() - kept["claims"].keys():
         assert scale not in today["claims"][name]["planning"], name
     for name in judged & kept["claims"].keys():
-        later = {"planning": {}, "underpowered": False}
+        advice = dict.fromkeys(("if_supported", "if_refuted", "if_open", "cost"), "")
+        later = {"planning": {}, "underpowered": False, **advice}
         assert {**kept["claims"][name], **later} == {**today["claims"][name], **later}, name
     assert today["analysis"] == OLDER_NAMES.get(kept["analysis"], kept["analysis"])
     wanted = {"withdrawn": kept.get("withdrawn", ""), "added_after": kept.get("added_after", [])}

@@ -1,0 +1,193 @@
+"""The answer in sentences: yes, no or open, the number with its unit and place, what to do."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import yaml
+
+from analysis.inference.decide import Gate, GateCode
+from analysis.questions.registry import analyse, question_named
+from analysis.report import report
+from analysis.report.sentences import lines_of, sentences_of, worded
+from lorasweep.cli.answer import KEPT
+from tests.planted import kept_answer
+from tests.world import ROOT
+
+SWEEPS = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / "sweeps").glob("*.yaml")}
+DO = ("if_supported", "if_refuted", "if_open")
+NUMBER = (
+    r"\d|\b(two|three|four|five|six|seven|eight|nine|ten|twice|half|third|dozen|hundred|percent)\b"
+)
+
+
+@pytest.mark.parametrize("name", sorted(SWEEPS))
+def test_a_shipped_sweep_says_what_to_do_without_a_number(name):
+    for claim in (c for c in SWEEPS[name].get("claims", {}).values() if c.get("primary")):
+        said = [claim[key] for key in DO]
+        assert len({*said}) == 3 and all(re.fullmatch(r"[A-Z].*\.", text) for text in said)
+        assert not re.search(NUMBER, " ".join(said).lower())
+
+
+@pytest.fixture(scope="module")
+def ratio():
+    """The kept answer on the ratio: its runs, its question, its analysis."""
+    table, question = kept_answer(KEPT / "lr_ratio-tiny")
+    return table, question, analyse(table, question, KEPT)
+
+
+def said(ratio, changes=None, claim="ratio", **asked):
+    """The objects and the lines of an answer with changed verdicts on a claim, or another question."""
+    table, question, found = ratio
+    question = {**question, **asked}
+    verdicts = [
+        dataclasses.replace(v, primary=v.claim == claim, **(changes or {})) for v in found.verdicts
+    ]
+    found = dataclasses.replace(found, verdicts=verdicts)
+    answer = sentences_of(found, question, report.results_of(found, question, table), table)
+    return answer, lines_of(answer, question)
+
+
+PLACE = "on tiny128 (only rules new; rank 16, 128 updates)"
+RATIO = f"{PLACE} the best learning rate of LoRA is 4.2 [3.1, 5.4] times that of full fine-tuning; "
+RATIO += "7.1 to 14.1 counts as agreement with \"LoRA's best learning rate is 10 times full fine-tuning's\""
+COST = (
+    "10 times the best learning rate of full fine-tuning costs LoRA 9.4% [4.2, 14.7] of what full"
+)
+EDGE = {
+    "outcome": "UNDECIDED",
+    "why": "lora r16: at_edge",
+    "needed": "learning rates beyond the edge",
+}
+EDGE |= {"gates": (Gate(GateCode.FLAGGED, place="lora r16: ", flags=("at_edge",)),)}
+GONE = {"outcome": "UNDECIDED", "gates": (Gate(GateCode.WITHDRAWN, "an arm is missing, so"),)}
+CASES = {  # changes of the verdict -> the begin of the sentence, what else it has, what it lacks
+    "no": ({}, f"No: {RATIO}.", (COST, "if_refuted"), "Needed"),
+    "yes": ({"outcome": "SUPPORTED"}, f"Yes: {RATIO}.", (COST, "if_supported"), "Needed"),
+    "open": (
+        {"outcome": "UNDECIDED", "why": "too wide", "needed": "9 seeds"},
+        f"Open: {RATIO}. Not decided: too wide. Needed: 9 seeds.",
+        (COST, "if_open"),
+        "Exploratory",
+    ),
+    "exploratory": (
+        {"exploratory": "asked later"},
+        f"Exploratory: no, {RATIO}. It is exploratory: asked later.",
+        ("if_open",),
+        "Do not take",
+    ),
+    "gate": (EDGE, f"Open: \"LoRA's best learning rate is 10 times full fine-tuning's\" is not decided {PLACE}: LoRA rank 16: at edge.", ("if_open",), "4.2"),
+    "withdrawn": (GONE, "Open: \"LoRA's", ("The answer is withdrawn: an arm is missing.", "if_open"), "4.2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_says_yes_no_or_open_with_the_number_or_the_reason(ratio, case):
+    changes, begin, has, lacks = CASES[case]
+    (one,), lines = said(ratio, changes)
+    texts = SWEEPS["lr_ratio"]["claims"]["ratio"]
+    assert one["sentence"].startswith(begin) and lacks not in one["sentence"]
+    assert all(texts.get(part, part) in one["sentence"] for part in has)
+    assert lines == [one["sentence"], "Brackets: 97.1% intervals."]
+    assert one["outcome"] == changes.get("outcome", "REFUTED") and one["claim"] == "ratio"
+
+
+def test_a_loss_is_in_percent_of_the_gain_where_one_curve_measures_the_gain(ratio):
+    table, question, found = ratio
+    (one,), _ = said(ratio, claim="no_regret")
+    gap = next(s for s in found.sections if s.rows).rows[2]  # LoRA's row
+    percent = float(gap[7].split()[0])
+    assert f"is {percent:.1f}% [" in one["sentence"] and "; up to 5% counts" in one["sentence"]
+    (bare,), _ = said((table, question, dataclasses.replace(found, members={})), claim="no_regret")
+    assert "is -0.0121 [-0.0219, -0.00234] nats; -10 to 0 counts" in bare["sentence"]
+
+
+def test_of_many_groups_three_are_said_and_the_others_counted(ratio):
+    table, question, found = ratio
+    (v,) = (v for v in found.verdicts if v.claim == "ratio")
+    group = f"{v.group.removesuffix('batch 16, steps 128')}batch {{}}, steps 128"
+    many = [dataclasses.replace(v, group=group.format(k)) for k in (1, 2, 4, 8)]
+    many[2] = dataclasses.replace(many[2], outcome="SUPPORTED")
+    asked = table, question, dataclasses.replace(found, verdicts=many)
+    answer, lines = said(asked)
+    assert len({a["sentence"] for a in answer}) == 4
+    assert all(f"batch {k}, " in line for k, line in zip((1, 2, 4), lines))
+    assert [bool(re.search("use the measured factor", line)) for line in lines] == [0, 1, 0, 0, 0]
+    assert lines[3:] == ["And 1 more in the table.", "Brackets: 97.1% intervals."]
+
+
+def test_a_question_says_what_its_own_file_says_and_the_shipped_one_fills_the_rest(ratio):
+    table, question, _ = ratio
+    asked = json.loads(json.dumps(question))
+    mine = asked["claims"]["ratio"]
+    mine["if_refuted"] = "Stop."
+    assert worded(asked)["ratio"]["if_refuted"] == "Stop."
+    assert worded(asked)["ratio"]["if_open"] == SWEEPS["lr_ratio"]["claims"]["ratio"]["if_open"]
+    del mine["if_refuted"]
+    mine["text"] = "the ratio is ten"
+    (one,), _ = said((table, asked, analyse(table, asked)))
+    assert one["do"] == "" and one["sentence"].endswith('agreement with "the ratio is ten".')
+    (none,), _ = said(ratio, name="../lr_ratio")
+    assert none["do"] == ""
+    assert question_named("lr_ratio") and "cost" not in mine
+
+
+def test_every_kept_answer_has_a_sentence_for_each_primary_claim():
+    for folder in (p.parent for p in KEPT.glob("*/report.md")):
+        question = json.loads((folder / "question.json").read_text())
+        head, _, rest = (folder / "report.md").read_text().partition("\nQuestion: ")
+        _, *sentences, brackets = [line for line in head.splitlines() if line]
+        results = json.loads((folder / "results.json").read_text())
+        primary = [v for v in results["verdicts"] if v["primary"]]
+        assert {re.match(r"\w+", s)[0] for s in sentences} <= {
+            "Yes",
+            "No",
+            "Open",
+            "Exploratory",
+            "And",
+        }
+        assert len(sentences) >= len({v["claim"] for v in primary}) and brackets.startswith(
+            "Brackets: "
+        )
+        for claim in {v["claim"] for v in primary}:
+            assert (
+                f'"{question["claims"][claim]["text"]}"' in head and f"({claim}, primary)" in rest
+            )
+
+
+def test_what_all_rows_share_of_their_place_is_said_once():
+    groups = (
+        "m on d(a=1, b=2), batch 4, steps 8",
+        "m on d(a=1, b=2), batch 16, steps 8",
+        "no cell",
+    )
+
+    def place(*groups):
+        return report.apart([["x", "model and data", "y"], *(["1", g, "2"] for g in groups)])
+
+    line, rows = place(*groups)
+    assert line == ["All rows: m on d(a=1, b=2), steps 8."]
+    assert [row[1] for row in rows] == ["model and data", "batch 4", "batch 16", "no cell"]
+    assert place(groups[0], groups[0]) == (
+        [f"All rows: {groups[0]}."],
+        [["x", "y"], ["1", "2"], ["1", "2"]],
+    )
+    assert place("a on b", "c on d")[0] == [] and place() == ([], [["x", "y"]])
+
+
+def test_every_text_of_an_answer_begins_with_the_sentence(ratio, tmp_path):
+    table, question, _ = ratio
+    question = json.loads(json.dumps(question))
+    question["claims"]["ratio"]["text"] = "<b>ten</b> & 'more'"
+    text = report.judge_and_report(table, question, tmp_path)
+    first = text.splitlines()[0]
+    assert first.startswith(f"No: {PLACE}") and "<b>ten</b> & 'more'" in first
+    answer = json.loads(report.judge_and_report(table, question, None, as_json=True))["answer"]
+    assert [a["sentence"] for a in answer] == [first]
+    assert (tmp_path / "report.md").read_text().splitlines()[2] == first
+    page = (tmp_path / "report.html").read_text()
+    escaped = (
+        first.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&#34;")
+    )
+    assert f"<p>{escaped}</p>".replace("'", "&#39;") in page
