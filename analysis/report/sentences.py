@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from analysis.inference.decide import FAR, REMEDIES, GateCode, Verdict
-from analysis.inference.estimate import AT_LEAST, fixed, number
+from analysis.inference.estimate import AT_LEAST, fixed
 from analysis.measures.regret import ALLOWED
 from analysis.measures.rows import Row, rows_of
 from analysis.questions.base import NO_CELL, Analysis, level_of
@@ -135,7 +135,7 @@ def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str
     entry = known.get(key, {"says": "{measure}: {n}"})
     shows: dict[str, Show] = {
         **SHOWN,
-        "share": (lambda v: 100 * v, lambda v: number(v, 2), "%"),
+        "factor": (float, lambda v: fixed(v, 2), ""),
         "gain": (lambda v: 100 * (ALLOWED + v / gain), lambda v: fixed(v, 1), "%"),
     }
     to, write, unit = shows[entry.get("show", "plain")]
