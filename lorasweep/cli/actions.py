@@ -3,6 +3,7 @@
 `lorasweep plan lr_ratio scale=small` is rewritten as +sweep=lr_ratio action=plan scale=small.
 """
 
+import dataclasses
 import inspect
 import json
 import os
@@ -116,7 +117,13 @@ ACTIONS = {
         "show what would run and what it costs; here, or on a machine of conf/hardware",
         "hardware",
     ),
-    "status": Action("status:status", "lr_ratio", "show what is done, running, diverged, failed"),
+    "status": Action(
+        "status:status",
+        "lr_ratio watch=5s",
+        "show what is done, running, diverged, failed; watch=5s: again every 5 seconds, until all "
+        "runs have ended or Ctrl-C. fleet customers.csv: of a fleet",
+        "watch",
+    ),
     "report": Action(
         "runs:report", "lr_ratio", "judge the finished runs and print the answer; train nothing"
     ),
@@ -272,7 +279,9 @@ def check(request: Request) -> None:
             raise SpecError(f"{key} is only for {' and '.join(readers)}, so leave it out here.")
 
 
-def act(request: Request, trainer: Trainer | str | None = None) -> int:
+def act(
+    request: Request, trainer: Trainer | str | None = None, store: RunStore | None = None
+) -> int:
     """Do the requested action and print its answer; return the exit status.
 
     A sweep of sweeps is answered part by part, as one JSON object with format=json.
@@ -280,14 +289,18 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
     `trainer`: replaces the real trainer in tests and benchmarks.
     """
     from lorasweep.cli import customers, runs  # --help needs neither
+    from lorasweep.cli.status import watch
 
-    store = RunStore(request.exec.runs_dir, jobs=RunningJobs(request.exec.runs_dir))
+    store = store or RunStore(request.exec.runs_dir, jobs=RunningJobs(request.exec.runs_dir))
     with suppress(FileNotFoundError, PermissionError):  # the action reports them
         os.scandir(store.root).close()
     name, as_json = request.action, request.format == "json"
     if request.customers and name != "advise":
         request = customers.plan_fleet(request)
         name = "fleet" if request.action == "run" else name
+    if request.watch:
+        once = dataclasses.replace(request, watch="")
+        return watch(request, store, lambda: act(once, trainer, store))
     status = int(name != "fleet" and any(m["problem"] for m in request.members))
     if name != "fleet" and request.members and not request.points:
         faults = [{"name": m["name"], "error": m["problem"]} for m in request.members]

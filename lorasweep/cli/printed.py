@@ -63,6 +63,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def time_left(
+    work: Mapping[str, float], before: Mapping[str, float], now: Mapping[str, float], seconds: float
+) -> float | None:
+    """Return the seconds that runs still need at their speed over `seconds`; None without progress.
+
+    By run: `work`, its operations; `before`, `now`: the share done then and now (no key: none).
+    """
+    left = sum(w * (1 - now.get(i, 0.0)) for i, w in work.items())
+    done = sum(w * (now.get(i, 0.0) - before.get(i, 0.0)) for i, w in work.items())
+    return seconds * left / done if done > 0 else None if left else 0.0
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(map(_cell, dict.fromkeys(value))) or "-"
@@ -122,10 +134,9 @@ class Display:
         elif now - self._said < SAID_S:
             return
         self._said, total = now, sum(self._work.values()) or 1.0
-        done = sum(self._work[i] * share for i, share in self._share.items()) / total
-        here = done - sum(self._work[i] * share for i, share in self._first.items()) / total
-        left = duration((now - self._started) * (1 - done) / here) if here > 0 else "?"
-        text = f"{done:.0%} done"
+        left_s = time_left(self._work, self._first, self._share, now - self._started)
+        left = "?" if left_s is None else duration(left_s)
+        text = f"{sum(self._work[i] * share for i, share in self._share.items()) / total:.0%} done"
         if ended:
             text = f"{self._names[rid]:32} {rid}  {ended:8}"
             if event.get("value") is not None:

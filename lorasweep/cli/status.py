@@ -1,18 +1,25 @@
 """The action status: how far a sweep is, its failed runs with their causes, and its jobs."""
 
+import io
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
 from lorasweep.cli.answer import all_points
-from lorasweep.cli.printed import Answer, duration, table
+from lorasweep.cli.printed import Answer, duration, table, time_left
+from lorasweep.errors import SpecError
 from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.plan import detect
+from lorasweep.plan.budget import amount_of, union_s
 from lorasweep.plan.load import run_flops
-from lorasweep.plan.planner import make_plan
+from lorasweep.plan.planner import Plan, make_plan
 from lorasweep.store import files
-from lorasweep.store.run_store import RunStore
+from lorasweep.store.run_store import FINAL, Entry, RunStore
 from lorasweep.sweep.grid import run_names
 from lorasweep.sweep.request import Request
 
@@ -20,7 +27,7 @@ COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "mi
 SHOWN = 20
 """Maximum lines for running runs, for jobs and for problems; format=json has all of them."""
 WINDOW_S = 1800.0
-"""The speed counts runs that finished within this time before the latest one."""
+"""The speed counts the runs that train, and those that ended within this time before the latest."""
 
 
 def status(request: Request, store: RunStore) -> Answer:
@@ -50,15 +57,7 @@ def status(request: Request, store: RunStore) -> Answer:
         shown[name]["best"] = f"{e.value:.4f} ({names[i]})"
     running = [p for p in plan.points if states[p.id] == "running"]
     steps = {p.id: (store.records(p.id) or [{"step": 0}])[-1]["step"] for p in running}
-    flops_left = plan.flops - sum(run_flops(p.spec) * steps[p.id] / p.spec.steps for p in running)
-    ends = sorted((e.mtime_ns / 1e9 for e in entries.values()), reverse=True)
-    recent = [t for t in ends if ends[0] - t < WINDOW_S]
-    left_s = plan.hours * 3600 * (flops_left / plan.flops if plan.flops else 0.0)
-    if len(recent) >= 3 and recent[0] > recent[-1] and plan.todo and queue.jobs:
-        # at the recent speed of the jobs
-        run_s = (recent[0] - recent[-1]) / (len(recent) - 1)
-        of_a_run = sum(run_flops(p.spec) for p in plan.points if p.id in entries) / len(entries)
-        left_s = flops_left / of_a_run * run_s
+    left_s = _left_s(plan, steps, entries, store)
     bad = {i: s for i, s in states.items() if s in ("failed", "diverged", "interrupted")}
     lost = [i for i, s in bad.items() if s == "interrupted" and not store.failure(i)]
     owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
@@ -121,3 +120,52 @@ def status(request: Request, store: RunStore) -> Answer:
         lines.append(f"  queued runs are not shown: {queue.unavailable}")
     again = ["  try failed runs again: exec.retry=true"] if runs["failed"] else []
     return Answer(found, [*lines, *again])
+
+
+def watch(request: Request, store: RunStore, show: Callable[[], int]) -> int:
+    """Call `show` every request.watch until no run is left to wait for; return its exit status.
+
+    A picture on a terminal replaces the one before.
+    """
+    found = amount_of(request.watch, "s", "min", "h")
+    if found is None:
+        raise SpecError(f"watch={request.watch}: expected a time, such as watch=5s or watch=1min.")
+    while True:
+        parts = [all_points(part, store) for part in request.parts or [request]]
+        states = {*store.states(p.id for points in parts for p in points).values()}
+        with redirect_stdout(io.StringIO()) as picture:  # made before the last one is cleared
+            code = show()
+        clear = "\033[2J\033[H" if sys.stdout.isatty() and request.format != "json" else ""
+        print(clear + picture.getvalue(), end="", flush=True)
+        if states <= {*FINAL, "failed"}:
+            return code
+        time.sleep(found[0])
+
+
+def _left_s(
+    plan: Plan, steps: Mapping[str, int], entries: Mapping[str, Entry], store: RunStore
+) -> float:
+    """Return the seconds that the plan's runs still need: at the recent speed, else as planned.
+
+    `steps`: updates of the runs that train. `entries`: the finished runs.
+    """
+    runs = {p.id: p.spec for p in plan.points}
+    now = {i: step / runs[i].steps for i, step in steps.items()} | dict.fromkeys(entries, 1.0)
+    ends = {i: e.mtime_ns / 1e9 for i, e in entries.items()}
+    saved = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
+    now |= {i: store.saved_step(i) / runs[i].steps for i in saved}
+    before, latest, spans = dict(now), max(ends.values(), default=0.0), []
+    for i in (*steps, *(i for i, end in ends.items() if latest - end < WINDOW_S)):
+        begun = files.status(store.attempt(i, store.last_attempt(i) or 0) / "owner.json")
+        seen = files.status(store.folder(i) / "metrics.jsonl")
+        first = store.env(i).get("resumed_from_step") or 0
+        # else imported; or loaded just now, with one update
+        if begun and seen and (i in ends or steps[i] > first + 1):
+            spans.append((begun.st_mtime, ends.get(i, seen.st_mtime)))
+            before[i] = first / runs[i].steps
+    work = {i: run_flops(runs[i]) for i in (*before, *(p.id for p in plan.todo))}
+    left = time_left(work, before, now, union_s(spans))
+    if left is None:
+        todo = sum(work[p.id] * (1 - now.get(p.id, 0.0)) for p in plan.todo)
+        left = plan.hours * 3600 * todo / plan.flops
+    return left

@@ -10,7 +10,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.search import full_runs
 
-UNITS = {"min": 60.0, "h": 3600.0, "gpuh": 3600.0, "runs": 1.0}
+UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "gpuh": 3600.0, "runs": 1.0}
 """Unit -> its size in seconds, or in runs of full length."""
 
 
@@ -45,11 +45,7 @@ class Budget:
                 busy += (end - start) * share
         if self.unit == "gpuh":
             return busy
-        total, until = 0.0, 0.0
-        for start, end in sorted(spans):
-            total += max(0.0, end - max(start, until))
-            until = max(until, end)
-        return total
+        return union_s(spans)
 
     def allows(self, new: Sequence[Point], known: Sequence[Point], store: RunStore) -> bool:
         """Return whether runs may begin after others; runs that have begun always go on.
@@ -63,6 +59,21 @@ class Budget:
         return more <= self.amount
 
 
+def union_s(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the seconds that lie in at least one span (start, end)."""
+    total, until = 0.0, 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def amount_of(text: str, *units: str) -> tuple[float, str] | None:
+    """Read an amount above 0 and its unit, in seconds or runs; None if it is none of `units`."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(units)})", text.strip())
+    return (float(found[1]) * UNITS[found[2]], found[2]) if found and float(found[1]) else None
+
+
 def parse_budget(text: str, steps: int) -> Budget | None:
     """Read budget=2h, 90min, 40runs or 500gpuh; None if empty; SpecError if it is none of them.
 
@@ -70,11 +81,11 @@ def parse_budget(text: str, steps: int) -> Budget | None:
     """
     if not text:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(h|min|runs|gpuh)", text.strip())
-    if found is None or not float(found[1]):
+    found = amount_of(text, "h", "min", "runs", "gpuh")
+    if found is None:
         raise SpecError(
             f"budget={text}: expected an amount and its unit, for example budget=2h, "
             "budget=90min (time here, or of the chain of jobs), budget=40runs (of full length) or "
             "budget=500gpuh."
         )
-    return Budget(text, found[2], float(found[1]) * UNITS[found[2]], steps)
+    return Budget(text, found[1], found[0], steps)

@@ -31,6 +31,8 @@ class Settings:
     """action=verify: number of runs to train again."""
     max_difference: Annotated[float | None, Is("nats", 0)] = None
     """action=adapter: accepted difference of the final metric; None: the noise between seeds."""
+    watch: str = ""
+    """action=status: time between pictures, such as 5s or 1min; empty: one picture."""
     customers: str = ""
     """A table of customers, for action=advise, action=fleet and actions on the runs of a fleet."""
     customer: dict[str, Any] = field(default_factory=dict)

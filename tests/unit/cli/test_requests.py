@@ -22,6 +22,7 @@ from lorasweep.cli.answer import all_points
 from lorasweep.cli.plans import understood
 from lorasweep.data import load, sources
 from lorasweep.errors import ClusterError, DataError, SpecError
+from lorasweep.launch import local
 from lorasweep.models.describe import describe_model
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.store import files
@@ -78,6 +79,8 @@ def refused(done, *words):
         ("steps", "steps"),
         ("hardware=h100", "Add action=plan"),
         ("table=x.csv", "action=fit and action=import"),
+        ("watch=5s", "only for action=status"),
+        ("action=status watch=5", "watch=5s"),
         ("--follow", "--follow"),
         ("+sweep=lr_ratio exec.runs_dir=customers.csv/runs", "cannot be written"),
         ("method=lora exec.world_size=3 batch_size=8", "does not divide batch_size=8"),
@@ -461,6 +464,34 @@ def test_the_keys_of_json_are_kept(command, compose, capsys, tmp_path):
         FILE.write_text(json.dumps(now, indent=1) + "\n")
         pytest.fail(f"{FILE} is written anew: commit it")
     assert now == json.loads(FILE.read_text())
+
+
+@pytest.mark.parametrize(("asked", "pictures"), [(SMOKE, 2), (STUDY, 3)])  # 3: a second stage
+def test_a_watch_shows_until_all_runs_have_ended(compose, capsys, monkeypatch, asked, pictures):
+    """Pictures before and after the runs, at a terminal in the same place; JSON a line each."""
+    for terminal, form, batch in ((True, "text", 2), (False, "text", 4), (False, "json", 8)):
+        whole = compose(
+            *asked, f"batch_size={batch}", "action=status", "watch=1min", f"format={form}"
+        )
+
+        def train(seconds, parts=whole.parts or [whole]):
+            assert seconds == 60
+            for part in parts:
+                store, trainer = RunStore(part.exec.runs_dir), FakeTrainer(VALLEY.nll)
+                points = all_points(part, store)  # those of the second stage, too
+                local.run_points(points, store, part.exec, lambda event: None, trainer)
+
+        monkeypatch.setattr("lorasweep.cli.status.time.sleep", train)
+        monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+        assert act(whole) == 0
+        out = capsys.readouterr().out
+        assert out.count("\033[2J\033[H") == pictures * terminal
+        if form == "json":
+            found = [keys(json.loads(line)) for line in out.splitlines()]
+            missing = [any("runs.missing" in key for key in picture) for picture in found]
+            assert missing[0] and not missing[-1] and len(found) == pictures
+        else:
+            assert "6 missing" in out and "missing" not in out.rpartition(" at scale")[2]
 
 
 RUN = ("method.rank=1", "steps=2", "batch_size=2")

@@ -6,6 +6,7 @@ which claims can be decided."""
 import dataclasses
 import json
 import math
+import os
 import re
 
 import pandas as pd
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from lorasweep.cli import answer, runs
 from lorasweep.cli.actions import act
 from lorasweep.cli.answer import all_points, judged
+from lorasweep.cli.printed import Display, duration, time_left
 from lorasweep.cli.runs import CHANGED_CLAIMS, noise_floor, train_again
 from lorasweep.cli.status import status
 from lorasweep.errors import LorasweepError, NotAtScale, SpecError, TrainingError
 from lorasweep.launch import local
 from lorasweep.plan import detect
+from lorasweep.plan.load import run_flops
 from lorasweep.spec.metric import METRICS
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
@@ -112,6 +115,52 @@ def test_the_highest_reward_is_the_best_and_its_noise_is_the_metrics(compose):
     seeds = ("sweep.axes.seed=[0,1]", "sweep.arms.fullft.lr=[1e-3]", "~sweep.arms.lora")
     request, store = trained(compose, lambda s: 1.0, lambda s: 2.0 * s.seed, *seeds)
     assert noise_floor(request.points, store) == 2**0.5
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "left"),
+    [
+        ({}, {}, None),  # no progress yet
+        ({"a": 0.5}, {"a": 0.5}, None),  # resumed, no progress yet
+        ({}, {"a": 0.5}, 350),  # 35 of 40 are left, at 5 in 50 s
+        ({"a": 0.5}, {"a": 0.75}, 650),  # resumed: 32.5 at 2.5
+        ({}, {"a": 1.0, "b": 0.5}, 15 / 25 * 50),
+        ({"b": 0.5}, {"a": 1.0, "b": 1.0}, 0),
+    ],
+)
+def test_the_time_left_is_of_planted_numbers(before, now, left):
+    assert time_left({"a": 10.0, "b": 30.0}, before, now, 50.0) == left
+
+
+def test_status_and_progress_say_the_same_time_left(compose, monkeypatch, capsys):
+    """A resumed run, a finished one of other size that ran beside it, and one that was stopped."""
+    request = compose(*SMOKE, "steps=8", "~sweep.arms.fullft", "+sweep.axes.batch_size=[2,4,8]")
+    store = RunStore(request.exec.runs_dir)
+    store.prepare()
+    resumed, stopped = (p.spec for p in request.points[:2])
+    done = next(p.spec for p in request.points if run_flops(p.spec) != run_flops(resumed))
+    for spec, step in ((resumed, 4), (done, None), (stopped, None)):
+        store.claim(spec)
+        store.write_env(spec.id, 1, {"resumed_from_step": step})
+        store.record(spec.id, *({"step": k} for k in range(1, 7)))
+    store.finish(done.id, "done", planted_end(done, 3.0, 2.0, [])[1])
+    store.write_end(stopped.id, 1, "stopped", "")
+    ends = {done: (100, "result.json"), resumed: (160, "metrics.jsonl")}
+    for spec, (end, name) in ends.items():
+        os.utime(store.attempt(spec.id, 1) / "owner.json", (60, 60))
+        os.utime(store.folder(spec.id) / name, (end, end))
+    work = {p.id: run_flops(p.spec) for p in request.points}
+    left = sum(work.values()) - work[done.id] - work[resumed.id] * 6 / 8
+    expected = 100 * left / (work[done.id] + work[resumed.id] * 2 / 8)
+    assert status(request, store).value["left_s"] == pytest.approx(expected)
+    clock = [60.0]
+    monkeypatch.setattr("lorasweep.cli.printed.time.monotonic", lambda: clock[0])
+    display = Display(request.points, request)
+    display.event({"runs": [resumed.id], "step": 4})
+    display.event({"run": done.id, "ended": "done", "wall_s": 40.0})
+    clock[0] = 160.0
+    display.event({"runs": [resumed.id], "step": 6})
+    assert f"({duration(expected)} left)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_run_is_not_trained_again_on_other_data(compose):
