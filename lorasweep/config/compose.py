@@ -185,7 +185,6 @@ class Composer:
             NotAtScale: the sweep does not have the scale.
         """
         chosen, changes, methods = list[str](), list[Override](), self.options("method")
-        methods = self.options("method")
         asked, replaced = _value_of("sweep", typed), dict[str, list[Any]]()
         for text in typed:
             try:
@@ -645,7 +644,6 @@ def _refuse_overwritten(typed: Sequence[str], name: str, sweep: Sweep) -> None:
     """Refuse values of the command line that the sweep's grid, or a later option, replaces."""
     keys = {text.lstrip("+~").partition("=")[0] for text in typed}
     set_by = {arm: {"method"} | fields_of(axes_of(a)) for arm, a in sweep.arms.items()}
-    methods = {axes["method"] for axes in sweep.arms.values()}
     for text in typed:
         key, _, value = text.lstrip("+~").partition("=")
         axis = key.removeprefix("sweep.axes.").removeprefix("method.")

@@ -214,7 +214,13 @@ def test_a_sweep_takes_a_base_data_and_settings_of_a_method(compose, here):
     one = compose(*sweep, "model=tiny64", "dataset=rows.jsonl")  # without generator parameters
     assert {p.spec.model.name for p in one.points} == {"tiny64"} and one.changed
     assert {p.spec.dataset.source for p in one.points} == {"jsonl"}
-    two = compose(*sweep, "dataset=rows.jsonl", "model=tiny64,./support-model", "lora.rank=1,4", "lora.lr=1e-3")
+    two = compose(
+        *sweep,
+        "dataset=rows.jsonl",
+        "model=tiny64,./support-model",
+        "lora.rank=1,4",
+        "lora.lr=1e-3",
+    )
     found = {(p.spec.model.name[:7], getattr(p.spec.method, "rank", 0)) for p in two.points}
     assert found == {(m, r) for m in ("tiny64", "support") for r in (0, 1, 4)}
     assert {p.spec.lr for p in two.points if p.arm == "lora"} == {1e-3}

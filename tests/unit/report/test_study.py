@@ -360,9 +360,9 @@ def found_elsewhere():
     rates = (KEPT / "advice" / "README.md").read_text().partition("## Best learning rates")[2]
     of, hits = re.search(r"Of (\d+) rows (\d+) are hits", rates).groups()
     return (
-        f"The search cost less than 1% in {right:,} of {sum(t['searches'] for t in tune):,} replays "
-        f"and ended after {ends[0]} to {ends[-1]} full runs per method (measured). The range that "
-        f"`lorasweep advise` prints held {hits} of {of}"
+        f"Replayed {sum(t['searches'] for t in tune):,} times on kept runs, the search cost less than "
+        f"1% in {right:,}, and ended after {ends[0]} to {ends[-1]} runs of full length per method "
+        f"(measured). The range that `lorasweep advise` prints held {hits} of {of}"
     )
 
 
