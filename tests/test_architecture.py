@@ -21,6 +21,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import lorasweep
+
 Graph = dict[str, set[str]]
 
 
@@ -226,6 +228,15 @@ def test_the_packages_are_no_longer_than_agreed():
     agreed = PYPROJECT["tool"]["lorasweep"]["lines"]
     ours = [ROOT / path for module, path in PATHS.items() if house(module) != "benchmarks"]
     assert sum(len(p.read_text().splitlines()) for p in ours) <= agreed
+
+
+def test_one_version_is_stated_everywhere():
+    version = PYPROJECT["project"]["version"]
+    texts = {name: (ROOT / name).read_text() for name in ("CITATION.cff", "CHANGELOG.md")}
+    released = re.search(r"^date-released: (.*)$", texts["CITATION.cff"], re.M)[1]
+    assert f"\nversion: {version}\n" in texts["CITATION.cff"] and lorasweep.__version__ == version
+    heads = re.findall(r"^## (.*)$", texts["CHANGELOG.md"], re.M)
+    assert heads[:2] == ["Unreleased", f"{version} ({released})"]
 
 
 def versions(name):

@@ -1,9 +1,12 @@
 """The command line end to end at scale=smoke: an answer, without packages, a wheel, a mirror, a study."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 
@@ -41,30 +44,88 @@ def test_a_sweep_answers_and_asked_again_trains_nothing(smoke_copy, tmp_path, co
     assert "to do" not in command(*SMOKE, other).stderr
 
 
-@pytest.mark.full
-def test_an_installed_wheel_answers_in_an_empty_folder(tmp_path):
-    """Built, installed without its dependencies, and used by README's command at scale=smoke from a
-    folder that holds nothing but a package of the user's with the name of ours."""
-    site, wheels, home = tmp_path / "site", tmp_path / "wheel", tmp_path / "home"
+EXAMPLE = ROOT / "examples/lorasweep-example"
+OF_SOURCE = ("docs", "examples", "tests", "benchmarks", "*.md", "LICENSE", "CITATION.cff")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The source distribution, the wheel, that of the source distribution, that of the example."""
+    folder = tmp_path_factory.mktemp("built")
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", wheels, ROOT], check=True, timeout=300)
-    (wheel,) = wheels.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
-    assert (site / "analysis" / "results" / "rows.csv").is_file()
+    subprocess.run([*pip, "install", "--target", folder / "hatch", "hatchling"], check=True)
+    env = {**os.environ, "PYTHONPATH": str(folder / "hatch")}
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder / "sdist"]
+    subprocess.run(build, cwd=ROOT, env=env, check=True, capture_output=True)
+    (sdist,) = folder.glob("sdist/*.tar.gz")
+    wheels = []
+    for k, source in enumerate((ROOT, sdist, EXAMPLE)):
+        wheel = [*pip, "wheel", "--no-deps", "-w", folder / str(k), source]
+        subprocess.run(wheel, check=True, timeout=300)
+        wheels += folder.glob(f"{k}/*.whl")
+    return sdist, *wheels
+
+
+@pytest.mark.full
+def test_the_source_distribution_is_whole_and_makes_the_same_wheel(built):
+    sdist, wheel, again, _ = built
+    listed = ["git", "ls-files", "-z", "--", "lorasweep", "analysis", "sweeps", *OF_SOURCE]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = {name for name in done.stdout.split("\0") if name}
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert len(tracked) > 300 and not tracked - packed
+    in_wheels = [set(zipfile.ZipFile(w).namelist()) for w in (wheel, again)]
+    assert in_wheels[0] == in_wheels[1]
+    code = {n for n in tracked if n.startswith(("lorasweep/", "analysis/"))}
+    kept = {n for n in code if n.startswith("analysis/results/")} - {"analysis/results/rows.csv"}
+    conf = {f"lorasweep/{p.relative_to(ROOT)}" for p in ROOT.glob("conf/*/*.yaml")}
+    assert "lorasweep/conf/sweep/lr_ratio.yaml" in conf
+    (info,) = {n.partition("/")[0] for n in in_wheels[0] if ".dist-info/" in n}
+    ours = {n for n in in_wheels[0] if not n.startswith(info)}
+    assert ours == (code - kept) | conf | {"lorasweep/conf/config.yaml"}
+
+
+@pytest.mark.full
+def test_an_installed_wheel_answers_in_an_empty_folder(built, tmp_path):
+    """Installed without its dependencies and without a network, with a package that adds names, and
+    used from a folder that holds nothing but a package of the user's with the name of ours."""
+    site, home = tmp_path / "site", tmp_path / "home"
+    pip = [sys.executable, "-m", "pip", "--quiet", "install", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", site, built[1], built[3]], check=True)
     installed = {p.name for p in site.iterdir() if p.suffix != ".dist-info"} - {"bin"}
-    assert installed == {"analysis", "lorasweep"}
+    assert installed == {"analysis", "lorasweep", "lorasweep_example"}
     (home / "analysis").mkdir(parents=True)
     (home / "analysis/__init__.py").write_text("raise ImportError('the wrong analysis')")
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "lorasweep", *SMOKE],
-        cwd=home,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
+
+    def use(*words, module="lorasweep"):
+        return subprocess.run(
+            [sys.executable, "-P", "-m", module, *map(str, words)],
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    assert "orthogonal_init" in use().stdout
+    nothing = use("lr_ratio", module="analysis")
+    assert nothing.returncode == 2 and "no report 'lr_ratio'" in nothing.stderr
+    advice = use("action=advise", f"customers={ROOT}/docs/customers.csv", "format=json")
+    assert json.loads(advice.stdout)[0]["method"] == "lora", advice.stderr
+    for asked, claim in ((SMOKE, "ratio"), (("+sweep=orthogonal_init", "scale=smoke"), "same")):
+        done = use(*asked)
+        assert done.returncode == 0 and f"UNDECIDED: {claim}" in done.stdout, done.stderr
+        again = use(asked[0].partition("=")[2], module="analysis")
+        assert again.stdout.splitlines()[0] == done.stdout.splitlines()[0]
+    assert "<html" in (home / "reports/lr_ratio-smoke/report.html").read_text()
+    table = home / "runs.csv"
+    assert (
+        use("+sweep=orthogonal_init", "scale=smoke", "action=export", f"out={table}").returncode
+        == 0
     )
-    assert done.returncode == 0 and "UNDECIDED" in done.stdout, done.stderr
-    (page,) = home.rglob("report.html")
-    assert "<html" in page.read_text()
+    rows = list(csv.DictReader(table.open()))
+    assert {r["packages"] for r in rows} == {"lorasweep-example 0.1.0"} and len(rows) == 6
+    assert {r["method"]: r["method_fields"] for r in rows}["lora_orthogonal"] == "gain=1.0"
 
 
 def test_finished_runs_are_mirrored_once_and_read_back(tmp_path):

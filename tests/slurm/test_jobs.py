@@ -483,3 +483,31 @@ def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
         (clone / "lorasweep/launch/worker.py").write_text("a syntax error")
     queue.drain()
     assert len(results(tmp_path)) == 6
+
+
+@pytest.mark.full
+def test_jobs_find_the_method_the_model_and_the_data_of_an_installed_package(queue, tmp_path):
+    """The package is on the path of the command that submits; jobs run a copy of our code alone."""
+    site, example = tmp_path / "site", ROOT / "examples/lorasweep-example"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "install",
+        "--no-deps",
+        "--target",
+        site,
+        example,
+    ]
+    subprocess.run(pip, check=True, timeout=300)
+    env = {"PYTHONPATH": f"{ROOT}:{site}"}
+    setup = "cluster.setup=['export LORASWEEP_HOST=$SLURMD_NODENAME']"
+    asked = ("+sweep=orthogonal_init", "scale=smoke", *ALONE, setup, "cluster.mem_gib=1.8")
+    assert "submitted 6 runs" in cli(*asked, cwd=tmp_path, env=env).stdout
+    queue.drain()
+    assert "UNDECIDED: same" in cli(*asked, cwd=tmp_path, env=env).stdout
+    store = RunStore(tmp_path / "runs")
+    packages = {store.result(i)["packages"] for i in store.existing()}
+    assert packages == {"lorasweep-example 0.1.0"} and len(store.existing()) == 6
+    assert all(store.env(i)["slurm"]["job"] for i in store.existing())
