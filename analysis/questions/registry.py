@@ -1,6 +1,7 @@
 """Find a question by name, and analyse a table with it."""
 
 import dataclasses
+import functools
 import importlib
 import json
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ def question_named(
     return question_of(estimands, variants or {})
 
 
+@functools.cache
 def shipped(name: str) -> dict[str, Any]:
     """Return the content of a shipped sweep's file; empty if there is no such file."""
     path = SWEEPS / f"{OLDER_NAMES.get(name, name)}.yaml"

@@ -11,7 +11,6 @@ from analysis.measures import next_runs
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse, read_question
 from analysis.report import plots, report
-from analysis.report.sentences import lines_of, sentences_of
 from analysis.report.study.answers import claims_table, read_answers
 from analysis.runs.table import read
 
@@ -46,9 +45,8 @@ def sentences(found: Analysis, folder: Path | str) -> Any:
     """Show the answer: yes, no or open for each primary claim, the number, and what to do."""
     from IPython.display import Markdown
 
-    question, runs = read_question(Path(folder)), table(folder)
-    results = report.results_of(found, question, runs)
-    return Markdown("\n\n".join(lines_of(sentences_of(found, question, results, runs), question)))
+    lines = report.answer_lines(found, read_question(Path(folder)), table(folder))
+    return Markdown("\n\n".join(lines))
 
 
 def optima(found: Analysis) -> pd.DataFrame:

@@ -5,6 +5,7 @@ Questions contribute sections; this module knows no particular claim.
 
 import hashlib
 import importlib.resources
+import itertools
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.optimum.fit import WITHIN, Optimum
 from analysis.questions.base import NO_CELL, Analysis, level_of
 from analysis.questions.registry import analyse
-from analysis.report.sentences import lines_of, sentences_of
+from analysis.report.sentences import lines_of, sentences_of, worded
 from analysis.report.text import aligned, check_installed, missing, plain, rendered, text_hash
 from analysis.runs.curves import by_run, full_names, in_words, learning_curves, runs_of
 from analysis.runs.table import NLL, as_losses, whole, write
@@ -34,10 +35,7 @@ NOT_JUDGED = (
 """Fields of a claim that are left out of its hash: wording, planned power, and marks."""
 NEEDED = ("matplotlib", "jinja2", "plotly")
 """Packages that a report's pages and figures are made with."""
-PLACE = "model and data"
-"""Head of the column of groups."""
-SETTINGS = re.compile(r", (?![^(]*\))")
-"""What separates the settings of a group; commas in the parameters of a data set do not."""
+PLACE = "model and data"  # head of the column of groups
 CONDITIONS = {
     "batch_size": "sequences per update",
     "steps": "updates",
@@ -84,9 +82,9 @@ def judge_and_report(
                     (folder / page).unlink(missing_ok=True)
             else:
                 title = f"{question['name']} at scale {question['scale']}: {question['question']}"
-                shown = (found.optima, found.ratios, found.verdicts)
-                shown = (*shown, WITHIN, lines_of(answer, question), question)
-                write_html(new / "report.html", title, as_losses(table), *shown)
+                shown = (found.optima, found.ratios, found.verdicts, WITHIN)
+                said = (lines_of(answer, question), question)
+                write_html(new / "report.html", title, as_losses(table), *shown, *said)
             for file in [*new.iterdir()]:
                 file.replace(folder / file.name)
     if as_json:
@@ -102,15 +100,14 @@ def judge_and_report(
             out += [section.title, *aligned(section.rows), ""]
     if question.get("withdrawn"):
         out += [f"WITHDRAWN: {question['withdrawn']}", ""]
-    place, (head, *rows) = apart(verdict_rows(found.verdicts, question))
+    place, (_, *rows) = apart(verdict_rows(found.verdicts, question))
     out += [line for line in map(in_words, place) if line not in out]
-    for row in (dict(zip(head, row)) for row in rows):
-        at = f" on {row[PLACE]}" if row.get(PLACE) else ""
-        out.append(
-            f"{row['verdict'].strip('*')}: {row['claim']}{at}: {row[head[-5]]}, expected "
-            f"{row['expected']}, agreement {row['margin']}: {row['why']}"
-            + (f". Needed: {row['needed']}" if row["needed"] != "-" else "")
+    for claim, *at, verdict, measured, expected, margin, why, needed in rows:
+        shown = (
+            f"{verdict.strip('*')}: {' on '.join([claim, *at])}: {measured}, expected {expected}"
         )
+        more = f". Needed: {needed}" if needed != "-" else ""
+        out.append(f"{shown}, agreement {margin}: {why}{more}")
     if left_out:
         out += ["", f"left out: {left_out}", f"report: {folder / 'results.json'}"]
     elif folder is not None:
@@ -169,6 +166,12 @@ def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -
     }
 
 
+def answer_lines(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> list[str]:
+    """Return the answer as sentences, the first lines of every text."""
+    answer = sentences_of(found, question, results_of(found, question, table), table)
+    return lines_of(answer, question)
+
+
 def inputs_hash(table: pd.DataFrame, results: str) -> str:
     """Hash the inputs of a report's figures: the table of runs, and results.json."""
     return text_hash(table.to_csv(index=False) + results)
@@ -201,11 +204,10 @@ def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> st
             exploratory.setdefault(v.exploratory, {})[v.claim] = None
     pooled = [o for o in found.optima if o.pooled is not None]
     noise = {o.curve.shown: o.pooled for o in reversed(pooled)}  # of each metric's first curve
-    answer = sentences_of(found, question, results_of(found, question, table), table)
     text = rendered(
         "report.md",
         question={"source": "", "withdrawn": "", "rounds": 1, **question},
-        answer=lines_of(answer, question),
+        answer=answer_lines(found, question, table),
         exploratory=exploratory,
         verdicts=apart(verdict_rows(found.verdicts, question)),
         has_primary=any(v.primary for v in found.verdicts),
@@ -266,13 +268,13 @@ def command_of(question: dict[str, Any]) -> str:
 
 def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
     """Return one row per verdict, after the head."""
-    level = f"{100 * level_of(question):.3g}%"
+    level, claims = f"{100 * level_of(question):.3g}%", worded(question)
     head = ["claim", PLACE, "verdict", f"measured [{level}]", "expected"]
     return [
         [*head, "margin", "why", "needed"],
         *(
             [
-                f"{says(question, v.claim)} ({v.claim}{', primary' if v.primary else ''})",
+                f"{claims[v.claim]['text']} ({v.claim}{', primary' if v.primary else ''})",
                 v.group,
                 f"**{v.shown}**",
                 with_interval(v.estimate),
@@ -286,26 +288,17 @@ def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[
     ]
 
 
-def says(question: dict[str, Any], claim: str) -> str:
-    """Return a claim's sentence."""
-    return question["claims"][claim].get("text") or claim.replace("_", " ")
-
-
 def apart(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Take out of a table what its rows share of model, data, batch and updates: a line, and rows.
-
-    Without a shared setting, there is no line; if all of them are shared, there is no column.
-    """
+    """Return what a table's rows share of model, data, batch and updates, and the other cells."""
     head, *cells = map(list, rows)
     k = head.index(PLACE)
-    parts = [SETTINGS.split(row[k]) for row in cells]
-    known = [mine for mine in parts if mine != [NO_CELL]] or parts
-    shared = [p for p in (known or [[]])[0] if all(p in mine for mine in known)]
+    parts = [re.split(r", (?![^(]*\))", row[k]) for row in cells]  # not inside brackets
+    known = [mine for mine in parts if mine != [NO_CELL]] or [[]]
+    shared = [p for p in known[0] if all(p in mine for mine in known)]
     rest = [", ".join(p for p in mine if p not in shared) for mine in parts]
-    line = [f"All rows: {', '.join(shared)}."] if shared else []
-    if not any(rest):
-        return line, [row[:k] + row[k + 1 :] for row in (head, *cells)]
-    return line, [head, *(row[:k] + [r or "-"] + row[k + 1 :] for row, r in zip(cells, rest))]
+    column = [[PLACE], *([r or "-"] for r in rest)] if any(rest) else itertools.repeat([])
+    left = [row[:k] + of + row[k + 1 :] for row, of in zip((head, *cells), column)]
+    return [f"All rows: {', '.join(shared)}."] if shared else [], left
 
 
 def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
@@ -433,7 +426,7 @@ def write_html(
         "verdicts": [
             {
                 **{k: getattr(v, k) for k in ("claim", "group", "why", "needed")},
-                "text": says(question, v.claim),
+                "text": worded(question)[v.claim]["text"],
                 "outcome": v.shown,
                 **{k: getattr(v.estimate, k) for k in ("value", "low", "high")},
                 "margin": list(v.margin),

@@ -1,10 +1,8 @@
 """The answer of a sweep in sentences: yes, no or open, the number, where it holds, what to do.
 
-Numbers and places are those of the verdicts' rows (`analysis.measures.rows`). quantities.yaml has
-the quantities in words; what to do stands in the sweep's file.
+quantities.yaml has the quantities in words; what to do stands in the sweep's file.
 """
 
-import functools
 import itertools
 import re
 from collections import Counter
@@ -24,12 +22,11 @@ from analysis.questions.registry import shipped
 from analysis.report.study.answers import SHOWN, Show, where, within
 from analysis.runs.curves import in_words
 
+QUANTITIES = yaml.safe_load(Path(__file__).with_name("quantities.yaml").read_text())
 MOST = 3
 """Number of groups of a claim that texts have sentences for."""
 WORDS = {"SUPPORTED": "Yes", "REFUTED": "No", "UNDECIDED": "Open"}
 ARMS = {"full": "full fine-tuning", "control": "full fine-tuning of LoRA's matrices"}
-IN_NATS = "over_allowed in nats"
-"""Quantity in place of over_allowed where its unit, the gain of one curve, is not known."""
 
 
 def sentences_of(
@@ -37,70 +34,59 @@ def sentences_of(
 ) -> list[dict[str, Any]]:
     """Return one object for each verdict on a primary claim; on any claim if none is primary.
 
-    The verdicts on a claim follow each other. `do`, what to do, is the end of `sentence`.
-    `results`: see `report.results_of`.
+    `do`, what to do, is the end of `sentence`. `results`: see `report.results_of`.
     """
     rows = [r for r in rows_of(results, question, table) if r.verdict]
-    names, claims, out = list(question["claims"]), worded(question), []
     asked = [r for r in rows if r.verdict.primary] or rows
-    by_name = {(r.claim, r.task): r for r in rows}
+    names, claims, out = list(question["claims"]), worded(question), []
     places = Counter((r.claim, where(r)) for r in asked)
     for r in sorted(asked, key=lambda r: names.index(r.claim)):
-        v, said = r.verdict, claims[r.claim]
-        one = places[r.claim, where(r)] == 1
-        place = where(r) if one else ", ".join(filter(None, (in_words(r.task), r.at)))
+        v, said, place = r.verdict, claims[r.claim], where(r)
+        if places[r.claim, place] > 1:
+            place = ", ".join(filter(None, (in_words(r.task), r.at)))
         parts = [_answer(r, place, found, question)]
-        cost = by_name.get((said.get("cost"), r.task))
-        if cost and _has_number(v) and _has_number(cost.verdict):
-            phrase, _ = _in_words(cost, found, question)
-            parts.append(phrase[0].upper() + phrase[1:])
+        for cost in (c for c in rows if (c.claim, c.task) == (said.get("cost"), r.task)):
+            if _has_number(v) and _has_number(cost.verdict):
+                phrase, _ = _in_words(cost, found, question)
+                parts.append(phrase[0].upper() + phrase[1:])
         # An exploratory verdict confirms nothing, so it is no reason to act.
         is_open = v.exploratory or v.outcome == "UNDECIDED"
-        do = _stopped(said.get("if_open" if is_open else f"if_{v.outcome.lower()}"))
-        out.append(
-            {
-                **{"claim": r.claim, "text": r.says, "group": r.task, "outcome": v.outcome},
-                "exploratory": bool(v.exploratory),
-                "sentence": " ".join(filter(None, [*map(_stopped, parts), do])),
-                "do": do,
-            }
-        )
+        parts.append(said.get("if_open" if is_open else f"if_{v.outcome.lower()}") or "")
+        *before, do = [f"{p.strip().removesuffix('.')}." if p else "" for p in parts]
+        one = {"claim": r.claim, "text": r.says, "group": r.task, "outcome": v.outcome, "do": do}
+        text = " ".join([*before, do]).strip()
+        out.append({**one, "exploratory": bool(v.exploratory), "sentence": text})
     return out
 
 
-def lines_of(answer: Sequence[Mapping[str, Any]], question: Mapping[str, Any]) -> list[str]:
+def lines_of(answer: Sequence[Mapping[str, Any]], question: dict[str, Any]) -> list[str]:
     """Return the sentences, of at most MOST groups of a claim, and the level of the intervals."""
-    lines: list[str] = []
+    lines = []
     for _, of in itertools.groupby(answer, lambda a: a["claim"]):
         shown = {a["sentence"]: a["do"] for a in of}  # groups may share a reason
-        for k, (text, do) in enumerate(shown.items()):
-            again = do in list(shown.values())[k + 1 : MOST]  # said once for several groups
-            lines += [text.removesuffix(do).strip() if again else text][: k < MOST]
+        for k, (text, do) in enumerate([*shown.items()][:MOST], 1):
+            again = do in [*shown.values()][k:MOST]  # said once for several groups
+            lines.append(text.removesuffix(do).strip() if again else text)
         lines += [f"And {len(shown) - MOST} more in the table."] * (len(shown) > MOST)
-    return [*lines, f"Brackets: {100 * level_of(dict(question)):.3g}% intervals."] if lines else []
+    return [*lines, f"Brackets: {100 * level_of(question):.3g}% intervals."] if lines else []
 
 
 def worded(question: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the claims; what one lacks is filled from the same claim of the shipped sweep."""
     known, out = shipped(question["name"]).get("claims", {}), {}
     for name, claim in question["claims"].items():
-        same = known.get(name, {})
+        same = known.get(name, {}) if known.get(name, {}).get("text") == claim.get("text") else {}
         own = {k: v for k, v in claim.items() if v}
-        out[name] = {**(same if same.get("text") == claim.get("text") else {}), **own}
+        out[name] = {"text": name.replace("_", " "), **same, **own}
     return out
-
-
-def _stopped(text: str | None) -> str:
-    return f"{text.strip().removesuffix('.')}." if text else ""
 
 
 def _answer(r: Row, place: str, found: Analysis, question: Mapping[str, Any]) -> str:
     """Say yes, no or open, with the number and its place."""
-    v, claim, begin = r.verdict, f'"{r.says}"', f"{WORDS[r.verdict.outcome]}:"
+    v, claim, begin, end = r.verdict, f'"{r.says}"', f"{WORDS[r.verdict.outcome]}:", ""
     if v.is_withdrawn:
-        why, _, _ = str(v.gates[0].subject).partition(", ")
+        why = str(v.gates[0].subject).partition(", ")[0]
         return f"Open: {claim} is not decided. The answer is withdrawn: {why}"
-    end = ""
     if v.exploratory:
         begin = f"Exploratory: {WORDS[v.outcome].lower()},"
         end = f". It is exploratory: {v.exploratory}"
@@ -112,10 +98,9 @@ def _answer(r: Row, place: str, found: Analysis, question: Mapping[str, Any]) ->
         at = "" if r.task == NO_CELL else f" on {place}"
         return f"{begin} {claim} is not decided{at}: {why}{end}"
     phrase, margin = _in_words(r, found, question)
-    text = f"{begin} on {place} {phrase}; {margin} counts as agreement with {claim}"
-    if v.outcome == "UNDECIDED":
-        return f"{text}. Not decided: {why}{end}"
-    return f"{text}{', and this is better' if v.is_better else ''}{end}"
+    end = (", and this is better" * v.is_better) + end
+    end = f". Not decided: {why}{end}" if v.outcome == "UNDECIDED" else end
+    return f"{begin} on {place} {phrase}; {margin} counts as agreement with {claim}{end}"
 
 
 def _has_number(v: Verdict) -> bool:
@@ -127,49 +112,34 @@ def _has_number(v: Verdict) -> bool:
 def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str, str]:
     """Return a row's quantity with its number and interval in words, and the claim's margin."""
     declared = question.get("estimands") or shipped(question["analysis"]).get("estimands", {})
-    said, gain, known = declared.get(r.quantity, {}), _gain(found, r.task), _quantities()
+    said, gain, e = declared.get(r.quantity, {}), _gain(found, r.task), r.estimate
     kind = said.get("measure", r.quantity)
     if kind.startswith("over_allowed") and not (gain and gain > 0):
-        kind = IN_NATS
-    key = max((k for k in known if kind.startswith(k)), key=len, default="")
-    entry = known.get(key, {"says": "{measure}: {n}"})
-    shows: dict[str, Show] = {
-        **SHOWN,
-        "factor": (float, lambda v: fixed(v, 2), ""),
-        "gain": (lambda v: 100 * (ALLOWED + v / gain), lambda v: fixed(v, 1), "%"),
-    }
+        kind = "over_allowed in nats"
+    key = max((k for k in QUANTITIES if kind.startswith(k)), key=len, default="")
+    entry = QUANTITIES.get(key, {"says": "{measure}: {n}"})
+    shows: dict[str, Show] = {**SHOWN, "factor": (float, lambda v: fixed(v, 2), "")}
+    shows["gain"] = (lambda v: 100 * (ALLOWED + v / gain), lambda v: fixed(v, 1), "%")
     to, write, unit = shows[entry.get("show", "plain")]
-    e, (least, most) = r.estimate, r.verdict.margin
+    least, most = r.verdict.margin
     low, high = (float(write(to(v))) for v in (max(least, -FAR), min(most, FAR)))  # far: open
-    n, ends = f"{write(to(e.value))}{unit}", [write(to(v)) for v in e.interval]
-    n += f" [{', '.join(ends)}]" if e.low != e.high else ""
-    margin = f"{within((low, high))}{unit}"
-    if max(-low, high) >= FAR:
-        margin = f"{low:g}{unit} and more" if high >= FAR else f"up to {high:g}{unit}"
-    phrase = entry["says"].format(
-        n=f"at least {n}" if AT_LEAST in e.flags else n,
-        of=_arm(said.get("of", "LoRA")),
-        over=_arm(said.get("over", "full")),
-        times=said.get("times"),
-        measure=r.asked.get("measure") or r.quantity.replace("_", " "),
-    )
-    return phrase, margin
-
-
-@functools.cache
-def _quantities() -> dict[str, dict[str, str]]:
-    return yaml.safe_load(Path(__file__).with_name("quantities.yaml").read_text())
+    margin = f"{low:g}{unit} and more" if high >= FAR else f"{within((low, high))}{unit}"
+    n = f"{'at least ' * (AT_LEAST in e.flags)}{write(to(e.value))}{unit}"
+    n += f" [{', '.join(write(to(v)) for v in e.interval)}]" if e.low != e.high else ""
+    of, over = _arm(said.get("of", {})), _arm(said.get("over", "full"))
+    words = {"times": said.get("times"), "measure": r.asked.get("measure") or r.quantity}
+    return entry["says"].format(n=n, of=of, over=over, **words), margin
 
 
 def _arm(arm: str | Mapping[str, Any]) -> str:
     """Name an arm of a declared estimand in words."""
     if isinstance(arm, str):
-        return ARMS.get(arm, arm if arm == "LoRA" else f"LoRA (variant {arm})")
-    rank, layers = arm.get("rank"), arm.get("layers", "")
+        return ARMS.get(arm, f"LoRA (variant {arm})")
+    rank, layers = arm.get("rank"), arm.get("layers")
     name = f"LoRA of rank {rank}" if isinstance(rank, int) else "LoRA"
-    if layers in ("fewest", "most"):
-        return f"{name} on the {layers} matrices"
-    return f"{name} on {layers.replace('+', ' and ').replace('mlp', 'MLP')}" if layers else name
+    of = str(layers).replace("+", " and ").replace("mlp", "MLP")
+    of = f"the {of} matrices" if of in ("fewest", "most") else of
+    return f"{name} on {of}" if layers else name
 
 
 def _gain(found: Analysis, group: str) -> float | None:
