@@ -5,6 +5,7 @@ single model, or changes the grid, is only planned.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -16,14 +17,15 @@ import pytest
 from analysis.__main__ import main as analysis
 from analysis.report.study import answers
 from analysis.report.study import page as study_page
-from lorasweep.cli.actions import as_overrides
+from lorasweep.cli.actions import ACTIONS, as_overrides
 from lorasweep.cli.answer import KEPT
 from tests.conftest import SMOKE
 from tests.customers import make_base, write_rows
 from tests.world import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = [ROOT / name for name in ("slurm/README.md", "DECISIONS.md", "docs/log/README.md")]
+OTHERS = ("AGENTS.md", "slurm/README.md", "DECISIONS.md", "docs/log/README.md")
+OTHERS = [ROOT / name for name in (*OTHERS, "examples/lorasweep-example/README.md")]
 LINKED = [*PAGES, *OTHERS, *sorted(KEPT.glob("*.md")), *sorted(KEPT.glob("questions/*.md"))]
 MAY_REFUSE = {
     "action=extend": "nothing would decide more at smoke",
@@ -127,6 +129,22 @@ def test_commands_of_the_front_page_mean_the_same_in_every_shell(shell, tmp_path
     said = subprocess.run([shell, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert said.stderr == "" and len(found) > 15
     assert said.stdout.split("\n")[:-1] == [w for c in found for w in c.split()[1:]]
+
+
+def test_the_page_for_programs_names_every_action_and_keys_that_are_there():
+    text = (ROOT / "AGENTS.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|.*\|.*\|$", text, re.M)
+    said = {
+        verb: set(re.findall(r"`(\w+)`", value)) - ACTIONS.keys()
+        for verbs, value in rows
+        for verb in re.findall(r"`(\w+)`", verbs)
+    }
+    assert said.keys() == ACTIONS.keys()
+    golden = json.loads((ROOT / "tests/golden/json_keys.json").read_text())
+    for verb in said.keys() & golden.keys():
+        there = {key.removeprefix("[].").split(".")[0].removesuffix("[]") for key in golden[verb]}
+        assert said[verb] <= there, verb
+    assert re.findall(r"^\| (\d+) \|", text, re.M) == ["0", "1", "2", "130", "141"]
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda p: str(p.relative_to(ROOT)))
