@@ -103,11 +103,9 @@ def judge_and_report(
     place, (_, *rows) = apart(verdict_rows(found.verdicts, question))
     out += [line for line in map(in_words, place) if line not in out]
     for claim, *at, verdict, measured, expected, margin, why, needed in rows:
-        shown = (
-            f"{verdict.strip('*')}: {' on '.join([claim, *at])}: {measured}, expected {expected}"
-        )
+        begin = f"{verdict.strip('*')}: {' on '.join([claim, *at])}: {measured}"
         more = f". Needed: {needed}" if needed != "-" else ""
-        out.append(f"{shown}, agreement {margin}: {why}{more}")
+        out.append(f"{begin}, expected {expected}, agreement {margin}: {why}{more}")
     if left_out:
         out += ["", f"left out: {left_out}", f"report: {folder / 'results.json'}"]
     elif folder is not None:

@@ -121,6 +121,7 @@ def added(stated, rounds=2):
         ({"replicate": {"arms": ["b"]}}, "replicate.arms: arm 'b' not found"),
         (claim(margin=[2, 1]), "low < high"),
         (claim(margin=[]), "margin="),
+        (claim(cost="d"), "claim 'c': cost=d. Expected a claim's name"),
         (claim(source="x"), "source='x'. Allowed: study, popular, ours"),
         (claim(except_models=["tiny46"]), "'c': model 'tiny46'.* mean 'tiny64'"),
         (claim(exploratory={"tiny": ""}), "claim 'c': exploratory"),
