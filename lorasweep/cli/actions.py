@@ -279,9 +279,7 @@ def check(request: Request) -> None:
             raise SpecError(f"{key} is only for {' and '.join(readers)}, so leave it out here.")
 
 
-def act(
-    request: Request, trainer: Trainer | str | None = None, store: RunStore | None = None
-) -> int:
+def act(request: Request, trainer: Trainer | str | None = None) -> int:
     """Do the requested action and print its answer; return the exit status.
 
     A sweep of sweeps is answered part by part, as one JSON object with format=json.
@@ -291,7 +289,7 @@ def act(
     from lorasweep.cli import customers, runs  # --help needs neither
     from lorasweep.cli.status import watch
 
-    store = store or RunStore(request.exec.runs_dir, jobs=RunningJobs(request.exec.runs_dir))
+    store = RunStore(request.exec.runs_dir, jobs=RunningJobs(request.exec.runs_dir))
     with suppress(FileNotFoundError, PermissionError):  # the action reports them
         os.scandir(store.root).close()
     name, as_json = request.action, request.format == "json"
@@ -299,8 +297,7 @@ def act(
         request = customers.plan_fleet(request)
         name = "fleet" if request.action == "run" else name
     if request.watch:
-        once = dataclasses.replace(request, watch="")
-        return watch(request, store, lambda: act(once, trainer, store))
+        return watch(request, store, lambda: act(dataclasses.replace(request, watch="")))
     status = int(name != "fleet" and any(m["problem"] for m in request.members))
     if name != "fleet" and request.members and not request.points:
         faults = [{"name": m["name"], "error": m["problem"]} for m in request.members]

@@ -249,10 +249,6 @@ def fleet(request: Request, store: RunStore, trainer: Trainer | str | None = Non
     profile = catalogue.profiles([Path(f) for f in request.folders])[request.serve]()
     outcomes = adapters.export(outcomes, store, folder, title, write_adapter, tokenizer_of, profile)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
-    if request.mirror == "wandb":
-        from lorasweep.tracking.wandb import mirror
-
-        mirror(chosen, store, request.sweep_name or "")
     facts, head = [o.facts() for o in outcomes], adapters.HEAD
     rows = [dict(zip(head, adapters.cells(p))) for p in facts]
     for row, m in zip(rows, (o.member for o in outcomes)):

@@ -10,6 +10,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from lorasweep.cli.plans import (
     unpinned_lines,
 )
 from lorasweep.cli.printed import Answer, Display, duration, notifier, table
+from lorasweep.config.catalogue import conf_dir
 from lorasweep.data import text
 from lorasweep.errors import (
     GaveUp,
@@ -41,7 +43,7 @@ from lorasweep.launch.slurm.submit import Work, cancel, hardware_of, submit, upd
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.launch.worker import check_world_size
 from lorasweep.methods.lora import LoRA
-from lorasweep.methods.registry import spec_from
+from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.planner import Planner, make_plan, place
@@ -91,8 +93,6 @@ def run(request: Request, store: RunStore, trainer: Trainer | str | None = None)
             "exec.retry=true; after kills also fewer exec.workers, a smaller exec.micro_batch_size "
             "or a larger exec.max_attempts"
         )
-    if request.mirror == "wandb":
-        wandb.mirror(points, store, request.sweep_name or "single")
     return answered(request, store, points, status)
 
 
@@ -217,49 +217,52 @@ def train(
     for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
         if outlook.warns and any(not store.result(p.id) for p in points):
             notify(outlook.line())
-    if request.cluster.kind == "slurm":
-        idle = 0
-        for line in unpinned_lines(points):
-            notify(line)
-        if task := request.task:
-            idle = task["idle"] + 1 if updates_of(points, store) <= task["updates"] else 0
-            if idle >= MAX_IDLE:
-                raise GaveUp(
-                    f"no run got further in {idle} rounds of jobs, so no more are submitted. "
-                    "See the causes with action=status."
+    with mirroring(request, store) as name:
+        name([p.id for p in points])
+        if request.cluster.kind == "slurm":
+            idle = 0
+            for line in unpinned_lines(points):
+                notify(line)
+            if task := request.task:
+                idle = task["idle"] + 1 if updates_of(points, store) <= task["updates"] else 0
+                if idle >= MAX_IDLE:
+                    raise GaveUp(
+                        f"no run got further in {idle} rounds of jobs, so no more are submitted. "
+                        "See the causes with action=status."
+                    )
+            named = trainer if isinstance(trainer, str) else None
+            work = submit(request, store, lambda: all_points(request, store), notify, named, idle)
+            points, sent = all_points(request, store), _submitted(request, work)
+            if searched:
+                prune(request, store, points)
+            if work.queued or work.running:
+                return points, 0, sent
+            for line in sent.as_text().splitlines():
+                notify(line)
+        else:
+            plan = make_plan(points, store, request.exec, detect.this_machine())
+            lines = plan_lines(request, plan)
+            try:
+                with local.Workers(store, request.exec.world_size) as workers:
+                    while plan.todo:  # results of the first stage choose the second
+                        notify("\n".join(lines))
+                        show = Display(plan.todo, request).event
+                        local.run_points(points, store, request.exec, show, trainer, plan, workers)
+                        if searched:
+                            prune(request, store, points)
+                        known, points = len(points), all_points(request, store)
+                        if len(points) == known:
+                            break
+                        name([p.id for p in points])
+                        plan = make_plan(points, store, request.exec, plan.hardware)
+                        brief = request.members or searched  # the first plan has listed the arms
+                        lines = plan_lines(request, plan)[: 1 if brief else None]
+            except (Stopped, KeyboardInterrupt):
+                notifier(request, always=True)(
+                    "stopped; finished runs are kept, unfinished runs resume from their "
+                    "checkpoints when you run the command again"
                 )
-        named = trainer if isinstance(trainer, str) else None
-        work = submit(request, store, lambda: all_points(request, store), notify, named, idle)
-        points, sent = all_points(request, store), _submitted(request, work)
-        if searched:
-            prune(request, store, points)
-        if work.queued or work.running:
-            return points, 0, sent
-        for line in sent.as_text().splitlines():
-            notify(line)
-    else:
-        plan = make_plan(points, store, request.exec, detect.this_machine())
-        lines = plan_lines(request, plan)
-        try:
-            with local.Workers(store, request.exec.world_size) as workers:
-                while plan.todo:  # results of the first stage choose the second
-                    notify("\n".join(lines))
-                    show = Display(plan.todo, request).event
-                    local.run_points(points, store, request.exec, show, trainer, plan, workers)
-                    if searched:
-                        prune(request, store, points)
-                    known, points = len(points), all_points(request, store)
-                    if len(points) == known:
-                        break
-                    plan = make_plan(points, store, request.exec, plan.hardware)
-                    brief = request.members or searched  # the first plan has listed the arms
-                    lines = plan_lines(request, plan)[: 1 if brief else None]
-        except (Stopped, KeyboardInterrupt):
-            notifier(request, always=True)(
-                "stopped; finished runs are kept, unfinished runs resume from their checkpoints "
-                "when you run the command again"
-            )
-            return points, STOPPED, None
+                return points, STOPPED, None
     states = store.states(p.id for p in points).values()
     return points, int(not {"failed", "interrupted"}.isdisjoint(states)), None
 
@@ -273,6 +276,14 @@ def _check_versions(points: Sequence[Point], store: RunStore) -> None:
             f"run {i} was trained with {then[i]}, and {now[i]} is installed. Their runs share no "
             f"curve: install the first, or use a new run folder (exec.runs_dir={store.root}-2)."
         )
+
+
+def mirroring(request: Request, store: RunStore) -> Any:
+    """Return the copying of a request's runs to W&B; only names of shipped files may be sent."""
+    if request.mirror == "none":
+        return nullcontext(lambda ids: None)
+    words = [*METHODS, "single", *(path.stem for path in conf_dir().glob("*/*.yaml"))]
+    return wandb.mirroring(store, request.sweep_name or "single", words)
 
 
 def _submitted(request: Request, work: Work) -> Answer:

@@ -1,22 +1,38 @@
-"""Copy finished runs to Weights & Biases. lorasweep reads results only from the run folder.
+"""Copy runs to Weights & Biases while they train. lorasweep reads results only from the run folder.
 
-No other file imports wandb. WANDB_MODE defaults to offline, which needs neither network nor
-account; WANDB_PROJECT, WANDB_DIR and WANDB_ENTITY decide where the copies go. After a kill
-a copy is made again: online, W&B resumes the run of that id; offline, the old one was still hidden.
+A process beside the command does it, so that W&B delays and fails no run. WANDB_MODE is by default
+offline, which needs neither network nor account. After a kill, W&B says online which step is next;
+offline, a copy is hidden until it is whole, and begun again.
 """
 
-import json
+import ctypes
+import fcntl
+import hashlib
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import SpecError, check_installed
-from lorasweep.store.files import check_writable
+from lorasweep.store.files import check_writable, write_atomic
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.grid import Point, run_names
+
+GRACE_S, SEND_S = 30.0, 1.0
+"""Seconds that the command waits for W&B, and one a run; seconds between copies of records."""
+HIDDEN, KEPT = ".lorasweep-", ("precision", "schedule", "objective", "layers")
+"""Beginning of the name of an unfinished copy; settings whose text is sent."""
+ON = ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git", "disable_code")
+OFF = {
+    **dict.fromkeys((*ON, "silent"), True),
+    **dict.fromkeys(("host", "username", "email", "program", "program_relpath"), ""),
+    **{"console": "off", "symlink": False, "x_save_requirements": False},
+}
 
 
 def check() -> Path:
@@ -32,53 +48,118 @@ def check() -> Path:
     return folder / "wandb"
 
 
-def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
-    """Copy newly finished runs; return how many. Raises as `check` does."""
+def _mark(store: RunStore, rid: str) -> Path:
+    return store.folder(rid) / f"mirrored-{os.environ.get('WANDB_MODE', 'offline')}.json"
+
+
+@contextmanager
+def mirroring(
+    store: RunStore, group: str, words: Iterable[str]
+) -> Iterator[Callable[[Iterable[str]], None]]:
+    """Give a function that names runs to copy; `words`: names that may be sent."""
+    command = [sys.executable, "-m", __name__, str(store.root), group, *words]
+    # files never block the command
+    with tempfile.TemporaryFile("w+") as ids, tempfile.TemporaryFile("w+") as said:
+        given: Any = {"stdin": ids, "stdout": said, "stderr": said, "start_new_session": True}
+        process = subprocess.Popen(command, **given)
+        try:
+            yield lambda new: print(*new, file=ids, flush=True)
+        finally:
+            ids.seek(0)
+            left = list(store.finished(ids.read().split()))
+            until = time.monotonic() + GRACE_S + len(left)
+            while left := [i for i in left if not _mark(store, i).exists()]:
+                if process.poll() is not None or time.monotonic() > until:
+                    said.seek(0)
+                    why = said.read().strip().rpartition("\n")[2] or "no answer"
+                    text = f"not copied to W&B, run the command again: {len(left)} runs ({why})"
+                    print(text, file=sys.stderr)
+                    break
+                time.sleep(0.1)
+            process.kill()
+            process.wait()
+
+
+def main(root: str, group: str, *words: str) -> None:
+    """Copy the runs that the standard input names, a file that grows, until killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: end with the command
+    store, home = RunStore(root), check()
+    runs, steps = dict[str, Any](), dict[str, int]()  # by id: W&B's run, and its next step
+    for partial in home.glob(f"{HIDDEN}*"):
+        _publish(store, partial)
+    while True:
+        there = store.existing()
+        for rid in os.pread(0, 1 << 24, 0).decode().split():
+            if rid in there and rid not in runs and not _mark(store, rid).exists():
+                runs[rid] = _begin(store, rid, home / f"{HIDDEN}{rid}", group, words)
+            if run := runs.get(rid):
+                result = store.result(rid)  # before the records, which are then complete
+                for r in store.records(rid):
+                    if r["step"] >= steps.setdefault(rid, run.starting_step):
+                        run.log({k: v for k, v in _numbers(r) if k != "step"}, step=r["step"])
+                        steps[rid] = r["step"] + 1
+                if result is not None:
+                    run.summary.update({**dict(_numbers(result)), "state": result["state"]})
+                    run.finish()
+                    write_atomic(_mark(store, rid), b"{}\n")
+                    _publish(store, home / f"{HIDDEN}{rid}")
+                    runs[rid] = None
+        time.sleep(SEND_S)
+
+
+def _numbers(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in values.items() if isinstance(v, int | float)]
+
+
+def _begin(store: RunStore, rid: str, partial: Path, group: str, words: Iterable[str]) -> Any:
+    """Begin or resume a copy; return W&B's run, None if another command copies it."""
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE", "offline")
-    count, names, home = 0, run_names(points), check()
-    for point in points:
-        result = store.result(point.id)
-        mark = store.folder(point.id) / f"mirrored-{mode}.json"
-        if result is None:
-            continue
-        partial = home / f".lorasweep-{point.id}"
-        if not mark.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            try:
-                run = wandb.init(
-                    dir=partial if mode == "offline" else None,
-                    id=point.id,
-                    name=names[point.id],
-                    group=group,
-                    mode=mode,
-                    resume="allow",
-                    project=os.environ.get("WANDB_PROJECT", "lorasweep"),
-                    config=point.spec.plain(),
-                    settings=wandb.Settings(
-                        x_disable_stats=True,
-                        x_disable_meta=True,
-                        console="off",
-                        silent=True,
-                        disable_git=True,
-                        disable_code=True,
-                    ),
-                )
-            except wandb.errors.Error as error:  # the results are in the run folder
-                print(f"not copied to W&B, run the command again: {error}", file=sys.stderr)
-                break
-            for r in store.records(point.id):
-                numbers = {k: v for k, v in r.items() if isinstance(v, int | float)}
-                run.log({k: v for k, v in numbers.items() if k != "step"}, step=r["step"])
-            run.summary.update(
-                {k: v for k, v in result.items() if isinstance(v, int | float | str)}
-            )
-            run.finish()
-            mark.write_text(json.dumps({"group": group}) + "\n")
-            count += 1
+    partial.mkdir(parents=True, exist_ok=True)
+    try:  # until this process ends
+        fcntl.flock(os.open(partial, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    shutil.rmtree(partial / "wandb", ignore_errors=True)
+    spec = store.spec(rid)
+    return wandb.init(
+        dir=partial if mode == "offline" else None,
+        **{"id": rid, "name": f"{spec['method']['name']} lr={spec['lr']:g} {rid}"},
+        group=group if group in words else _hash(group),
+        **{"mode": mode, "resume": "allow", "reinit": "create_new"},
+        project=os.environ.get("WANDB_PROJECT", "lorasweep"),
+        config=public(spec, words),
+        settings=wandb.Settings(**OFF),
+    )
+
+
+def _publish(store: RunStore, partial: Path) -> None:
+    """Move a whole copy to its place, without W&B's logs, which have paths."""
+    if _mark(store, partial.name.removeprefix(HIDDEN)).exists():
         for copy in partial.glob("wandb/offline-run-*"):
-            copy.rename(home / copy.name)
+            shutil.rmtree(copy / "logs", ignore_errors=True)
+            with suppress(FileNotFoundError):  # another command moves it
+                copy.rename(partial.parent / copy.name)
         shutil.rmtree(partial, ignore_errors=True)
-    return count
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def public(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """Return numbers, the texts in `words`, and a hash of the model and the data set (key id)."""
+    found = dict(_numbers(values))
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found[key] = public(value, words)
+            found[key] |= {"id": _hash(value)} if key in ("model", "dataset") else {}
+        elif isinstance(value, str) and (key in KEPT or value in words):
+            found[key] = value
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -243,13 +243,14 @@ def test_adapters_load_and_are_switched_on_one_base(advised, bases, tmp_path):
 
 
 def test_a_mirror_has_a_run_a_customer_and_a_gain_is_by_prompts(advised, tmp_path, monkeypatch):
-    world, mirror = advised, Mock()
-    monkeypatch.setattr("lorasweep.tracking.wandb.mirror", mirror)
+    world, mirror = advised, MagicMock()
+    monkeypatch.setattr("lorasweep.tracking.wandb.mirroring", mirror)
     rows = [{"prompt": f"How many? {k % 40}", "completion": f"Yes {k}"} for k in range(200)]
     write_json(tmp_path / "bob.jsonl", rows)
     assert world.run("mirror=wandb", "rates=advised") == 0
-    points, _, group = mirror.call_args.args
-    assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
+    (_, group, words), name = mirror.call_args.args, mirror().__enter__()
+    assert group not in words and "lr_ratio" in words
+    assert world.facts("bob")["run"] in name.call_args_list[0].args[0]
     bob = world.facts("bob")
     assert (bob["n_same_prompt"], bob["n_test"], bob["n_test_prompts"]) == (160, 20, 4)
     # 4 prompts: Student's t of 3 degrees of freedom is 3.182
