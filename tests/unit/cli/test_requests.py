@@ -90,6 +90,7 @@ def refused(done, *words):
         ("action=advise +sweep=rank customers=c.csv", "Leave +sweep=rank out"),
         ("action=advise customers=customers.csv why=acne", "Did you mean 'acme'"),
         ("action=advise customers=customers.csv out=page.pdf", ".html"),
+        ("advise customers.csv out=mine.html", "no page of advice"),
         ("action=measure data=no.jsonl", "no file"),
         ("action=measure cluster=slurm", "srun python -m"),
         ("action=measure dataset=facts model=tiny64-facts batch_size=1000", "has 64 rows"),
@@ -130,6 +131,7 @@ def refused(done, *words):
 )
 def test_wrong_requests_end_with_status_2_and_start_nothing(command, tmp_path, arguments, words):
     (tmp_path / "customers.csv").write_text("name,model,task\nacme,llama-3.1-8b,sft\n")
+    (tmp_path / "mine.html").write_text("mine")
     scale = () if "scale=" in arguments else ("scale=smoke",)
     refused(command(*scale, *arguments.split()), words)
     assert not list(tmp_path.glob("runs/*/spec.json"))
