@@ -183,13 +183,18 @@ def answering(reply) -> Iterator[str]:
         server.server_close()
 
 
-def vllm(models, log_p):
-    """Answer as vLLM: `models` is name -> base, `log_p(model, tokens)` of all tokens but the first."""
+def vllm(models, log_p, complete=None):
+    """Answer as vLLM: `models` is name -> base, `log_p(model, tokens)` of all tokens but the first.
+
+    `complete(**body)` answers a request for text with (text, why it ended)."""
 
     def reply(path, body, headers):
         if path == "/v1/models":
             listed = [{"id": n, "parent": base, "owned_by": "vllm"} for n, base in models.items()]
             return 200, json.dumps({"data": listed})
+        if "allowed_token_ids" not in body:
+            text, reason = complete(**body)
+            return 200, json.dumps({"choices": [{"text": text, "finish_reason": reason}]})
         values = log_p(body["model"], [*body["prompt"], *body["allowed_token_ids"]])[-1:]
         return 200, json.dumps({"choices": [{"logprobs": {"token_logprobs": values}}]})
 

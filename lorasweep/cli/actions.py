@@ -25,14 +25,14 @@ from lorasweep.launch.trainer import Trainer
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, Settings
 
-FLEET_SETTINGS = "customers rates instead_of_full serve out"
+FLEET_SETTINGS = "customers rates instead_of_full serve out score"
 OF_SEARCH = ("run", "plan", "status", "cancel")
 """Actions that take all settings of a search's command, such as out=DIR."""
 OF_FLEET = ("plan", "status", "cancel", "fetch")
 """Actions that with customers=FILE are about the runs of a fleet."""
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions that are called once for a sweep of sweeps; all others are called once per part."""
-SEARCHED = ("out", "budget")
+SEARCHED = ("out", "budget", "score")
 OLD = {"layers": "matrices"}
 """Former names of actions -> the present ones."""
 OURS, STUDY, MANY, HERE = BLOCKS = (
@@ -79,7 +79,7 @@ SEARCH = Action(
     "find method, rank and learning rate for a model and rows; budget=2h, 90min, 40runs or "
     "500gpuh; out=DIR writes the best adapter or weights. It is a sweep: lorasweep plan tune ./m "
     "rows.csv shows the cost",
-    "budget out",
+    "budget out score",
     "model dataset",
     OURS,
 )
@@ -270,7 +270,7 @@ def check(request: Request) -> None:
     if fleet and name in OF_FLEET:
         taken |= {*FLEET_SETTINGS.split()}
     if request.sweep is not None and request.sweep.search is not None:
-        taken |= {"budget", *(["out"] if name in OF_SEARCH else [])}
+        taken |= {"budget", *(["out", "score"] if name in OF_SEARCH else [])}
     defaults = vars(Settings())
     for key in dict.fromkeys([*SEARCHED, *(key for a in ACTIONS.values() for key in a.reads)]):
         if key not in taken and getattr(request, key) != defaults[key]:

@@ -26,7 +26,7 @@ from lorasweep.config import catalogue
 from lorasweep.data import column_names, sources
 from lorasweep.data.examples import Example
 from lorasweep.errors import LorasweepError, SpecError, TrainingError, check_installed, unknown
-from lorasweep.fleet import adapters, runs, serving
+from lorasweep.fleet import adapters, runs, score, serving
 from lorasweep.fleet.choice import outcome_of, with_further
 from lorasweep.fleet.runs import Member
 from lorasweep.fleet.serving import Server, problems
@@ -46,7 +46,7 @@ COMMON_ROWS, OWN_ROWS, TOKENS = 8, 2, 5
 row: 50 tokens an adapter, so 50 requests to vLLM for it, and 50 for its base."""
 FITS, REFUSED, MISSING, NONE = "folder is right", "folder refused", "missing", "no adapter"
 SILENT = "no answer"
-SERVED_COLUMNS = ("name", "verdict", "change", "distance", "bound", "factor", "notes")
+SERVED_COLUMNS = ("name", "verdict", "exact", "change", "distance", "bound", "factor", "notes")
 
 
 def known(request: Request) -> Known:
@@ -246,6 +246,9 @@ def fleet(request: Request, store: RunStore, trainer: Trainer | str | None = Non
         over = (*FINAL, "running")
         unfinished = [[i for i, s in o.states.items() if s not in over] for o in outcomes if o.open]
         waiting = sum(there >= set(ids) for ids in unfinished)
+    own, asked = TorchTrainer(), [o for o in outcomes if o.spec and o.member.rows.held_out]
+    for o in sorted(asked, key=lambda o: o.spec.model.name):  # each base is loaded once
+        o.result["score"] = score.count(o.spec, request, own)
     folder, title = Path(request.out), Path(request.customers).stem
     tokenizer_of = cache(lambda model: load.tokenizer_of(model, request.exec.models_dir))
     profile = catalogue.profiles([Path(f) for f in request.folders])[request.serve]()
@@ -430,6 +433,7 @@ def verify_served(request: Request, store: RunStore) -> Answer:
             row["found"] = judged = serving.judge(name, *logs, shared, noise)
             if row["verdict"] == FITS:
                 row["verdict"] = judged["verdict"]
+            row["exact"] = score.served(specs[name], request, trainer, there[name], name)
             if judged["verdict"] == serving.ANOTHERS:
                 row["notes"].append(f"it is the adapter of {rows[judged['nearest']]['name']}")
         return f"{spec.model.name}: noise {noise:.2g} nats (the server's base to the trainer's)"

@@ -34,13 +34,14 @@ from lorasweep.errors import (
     TrainingError,
     check_installed,
 )
+from lorasweep.fleet import score
 from lorasweep.fleet.rows import shown
 from lorasweep.fleet.serving import ADAPTER
 from lorasweep.launch import local
 from lorasweep.launch.pack import END
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm.submit import Work, cancel, hardware_of, submit, updates_of
-from lorasweep.launch.trainer import Trainer, trainer_named
+from lorasweep.launch.trainer import TorchTrainer, Trainer, trainer_named
 from lorasweep.launch.worker import check_world_size
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import METHODS, spec_from
@@ -627,14 +628,16 @@ def finish(
         conclusion["budget"] = {"given": budget.text, "used": words}
     if request.out and conclusion["method"] is None:
         conclusion["out"] = f"nothing is written to {request.out}"
-    elif request.out:
-        out, (served, form) = Path(request.out).expanduser(), _served(request)
+    if conclusion["method"] is not None:
         arm = next(a for a in results["arms"] if a["rank"] == conclusion["rank"])
         by_lr = _by_lr([p for p in judged(request, points) if _rank(p) == arm["rank"]], store)
         tried = arm["best_tried"] or conclusion["lr"]
         # of the seeds at the learning rate that the answer chose
         lr = min(by_lr, key=lambda lr: abs(math.log(lr / tried)))
         best = min(by_lr[lr], key=by_lr[lr].__getitem__)
+        conclusion["score"] = score.count(best.spec, request, TorchTrainer())
+    if request.out and conclusion["method"] is not None:
+        out, (served, form) = Path(request.out).expanduser(), _served(request)
         conclusion["out"] = f"written to {request.out} (learning rate {lr:g})"
         try:
             weights = checkpoint.load_weights(store.folder(best.id))
@@ -726,7 +729,8 @@ def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -
     use = "; ".join([f"Use {use} ({c['why']})", *filter(None, [c.get("out")])])
     used = ["used {used} of {given}".format(**c["budget"])] if "budget" in c else []
     last = "; ".join([f"open: {'; '.join(c['open']) or 'nothing'}", *used])
-    return [use, *table(arms, *arms[-1]), gap_line(results), last]
+    exact = [f"exact answers: {c['score']['text']}"] if c.get("score") else []
+    return [use, *exact, *table(arms, *arms[-1]), gap_line(results), last]
 
 
 def gap_line(results: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ IN_BATCH = 8
 """Largest number of adapters in a batch that a command asks for; each takes GPU memory. A
 convention; vLLM's default is 1."""
 NUMBERS = ("gain", "before", "after", "learning rate", "rows")
-HEAD = ("customer", *NUMBERS, "notes")
+HEAD = ("customer", "exact answers", *NUMBERS, "notes")
 
 
 def export(
@@ -186,6 +186,7 @@ def cells(p: dict[str, Any]) -> list[str]:
         gain += f" ± {p['gain_interval'][1] - p['gain']:.3f}"
     return [
         p["name"],
+        "{before} → {after} of {prompts}".format(**s) if "after" in (s := p["score"] or {}) else "",
         gain,
         f"{p['loss_before']:.3f}",
         f"{p['loss_after']:.3f}",

@@ -88,7 +88,7 @@ class Outcome:
                 f"ended after update {found['steps_done']} of {first.steps} (patience "
                 f"{first.early_stopping}); the weights are those of update {found.get('best_step')}"
             )
-        of_result = ("n_test_prompts", "steps_done", "best_step", "gain_se", "tokens")
+        of_result = ("n_test_prompts", "steps_done", "best_step", "gain_se", "tokens", "score")
         of_data = ("revision", "n_validation", "render", "mask", "max_length")
         return {
             "name": m.name,

@@ -310,9 +310,7 @@ class Server:
             tokens = row.tokens.tolist()
             for t in np.flatnonzero(row.loss):
                 asked.append({"prompt": tokens[:t], "allowed_token_ids": [tokens[t]]})
-        fixed = {"model": name, "max_tokens": 1, "temperature": 0, "logprobs": 1}
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = list(pool.map(lambda one: self._call("completions", fixed | one), asked))
+        answers = self.complete(name, asked, max_tokens=1, logprobs=1)
         try:
             found = [a["choices"][0]["logprobs"]["token_logprobs"][0] for a in answers]
             values = np.array([float(value) for value in found])
@@ -324,6 +322,12 @@ class Server:
             f"url={self.url}: the server returns no log-probabilities of given tokens "
             "(/v1/completions with allowed_token_ids and logprobs=1)."
         )
+
+    def complete(self, name: str, asked: Sequence[dict[str, Any]], **fixed: Any) -> list[Any]:
+        """Return the answers of a model to prompts, greedy, as JSON. SpecError: there is none."""
+        fixed |= {"model": name, "temperature": 0}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda one: self._call("completions", fixed | one), asked))
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the JSON answer to a GET, or with `body` to a POST."""

@@ -46,6 +46,8 @@ class Settings:
     it is decided."""
     instead_of_full: Literal["", "lora"] = ""
     """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
+    score: Literal["auto", "always", "never"] = "auto"
+    """Whether exact answers to test prompts are counted (fleet/score.py). auto: if it is fast."""
     url: Any = ""
     """action=verify_served: address of a vLLM, or a list; empty: only folders are checked."""
     serve: str = "peft"

@@ -65,6 +65,7 @@ def sample(
     Args:
         prompts: token ids, for each run and prompt.
         uniforms_NAL: random numbers in [0, 1), float64; number t decides token t of a completion.
+            NaN: the most probable token, as at temperature 0.
         ends: token sequences that end a completion; if empty, every completion has L tokens.
         forward_parts: see Exec.
     """
@@ -170,6 +171,7 @@ def _together(
         cumulative = p.cumsum(-1)
         wanted = uniforms_RL[index, t].view(len(logits), -1) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[1] - 1)
+        token = torch.where(wanted.isnan(), log_p.argmax(-1, keepdim=True), token)
         entropy = -(p * log_p.double().clamp(min=-1e3)).sum(-1)  # 0 times -inf counts as 0
         share, at_R = len(index) // len(logits), index[alive]  # at token 0 one row per prompt
         largest = logits.abs().amax(-1).double().repeat_interleave(share)[alive]

@@ -498,7 +498,15 @@ def peft_server(base, folders, broken=""):
         found = found.gather(1, ids[0, 1:, None])[:, 0]
         return (found + 1e-3 * torch.randn_like(found)).tolist()
 
-    reply = vllm(models, log_p)
+    @torch.no_grad()
+    def complete(model, prompt, max_tokens, temperature):
+        how = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
+        found = loaded[model].generate(input_ids=torch.tensor([prompt]), **how)[0, len(prompt) :]
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        ended = tokenizer.eos_token_id in found
+        return tokenizer.decode(found, skip_special_tokens=True), "stop" if ended else "length"
+
+    reply = vllm(models, log_p, complete)
     return answering(
         lambda path, body, headers: (
             (500, "no") if body and body["model"] == broken else reply(path, body, headers)
@@ -531,6 +539,45 @@ def test_a_right_fleet_is_served_and_each_fault_has_its_name(fleet, tmp_path, ca
     found = verdicts(capsys)
     assert found["ann"]["notes"] == ["it is the adapter of bob"]
     assert [found[n]["verdict"] for n in NAMES] == [*2 * ["another customer's"], "served"]
+
+
+def test_exact_answers_are_counted_once_and_again_by_a_server(world, tmp_path, capsys, monkeypatch):
+    """What a customer's adapter learned to look up, and what it learned to say only at times."""
+    colours = [{"prompt": f"Ask {k}: red or blue?", "completion": "blue"} for k in range(40)]
+    write_json(tmp_path / "ann.jsonl", colours)
+    for k, row in enumerate(colours):
+        row["completion"] = ("blue", "red", "blue")[k % 3]
+    write_json(tmp_path / "bob.jsonl", colours)
+    write_rows(tmp_path / "long.jsonl", 40, "how long is this {k} " * 5)
+    more = {"epochs": None, "steps": 200, "batch_size": 8}
+    rows = {n: {**world.table[0], "name": n, **more} for n in ("ann", "bob", "long")}
+    world.set_table(*(row | {"data": f"{name}.jsonl"} for name, row in rows.items()))
+    settings = ("rates=advised", "precision=fp32")
+    assert world.run(*settings) == 0
+    ann, bob, long = (world.facts(name)["score"] for name in rows)
+    n = ann["prompts"]
+    assert (ann["before"], ann["after"]) == (0, n) and 0 < bob["after"] < n == ann["of"]
+    said = f"0 of {n} before, {n} of {n} after "
+    assert f"**exact answers:** {said}" in world.card("ann") and said in world.page
+    assert f"0 → {n} of {n}" in capsys.readouterr().out and "after" not in long
+    assert long["text"].startswith("not counted: answers have up to ") and "always" in long["text"]
+
+    before = snapshot(world.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasweep.train.sampling.sample", None)
+        assert not world.trained(*settings) and snapshot(world.folder) == before
+        assert world.run(*settings, "score=always") == 0  # the failure is long's alone
+        assert "not callable" in world.facts("long")["score"]["text"]
+        assert world.facts("ann")["score"] == ann
+    assert world.run(*settings, "score=always") == 0 and world.facts("long")["score"]["before"] == 0
+    capsys.readouterr()
+    base = Path(world.table[0]["model"]).parent
+    with peft_server(base, {name: world.folder / name for name in rows}) as url:
+        assert world.run(*settings, f"url={url}", "format=json", action="verify_served") == 0
+    found = verdicts(capsys)
+    assert found["ann"]["exact"] == f"{n} of {n} (here {n})"
+    assert found["bob"]["exact"] == f"{bob['after']} of {n} (here {bob['after']})"
+    assert world.run(*settings, "score=never") == 0 and world.facts("ann")["score"] == {}
 
 
 def test_another_base_is_an_error_and_without_a_server_folders_are_checked(fleet, tmp_path, capsys):
@@ -638,7 +685,8 @@ def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home, comman
 @pytest.mark.slow
 def test_full_fine_tuning_alone_is_written_and_a_users_files_stay(home, command):
     asked = (*TUNE, "arms=fullft", "budget=5runs", "out=full")
-    assert command(*asked).returncode == 0
+    done = command(*asked)
+    assert done.returncode == 0 and "\nexact answers: 0 of 20 before, " in done.stdout
     folder = home / "full"
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
     assert (folder / "chat_template.jinja").is_file()

@@ -195,12 +195,12 @@ def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(
 
     world, request = Slow(10, noise=2e-4), compose(*TUNE)
     text, _, points, _ = tune(world)
-    use, _, base, full, lora, gap, left = text.splitlines()
+    use, exact, _, base, full, lora, gap, left = text.splitlines()
     names = ("base", "full fine-tuning", "LoRA rank 8")
     assert all(line.startswith(name) for name, line in zip(names, (base, full, lora)))
     assert gap.startswith("LoRA at rank 8 gives up ") and gap.endswith("less than 5%")
     assert use.startswith("Use LoRA rank 8 on attention+mlp, learning rate 1.")
-    assert left == "open: nothing"
+    assert left == "open: nothing" and exact.startswith("exact answers: not counted: the test ro")
     assert max(p.spec.seed for p in points) < 6  # decided before the last seed
     store, full = RunStore(request.exec.runs_dir), judged(request, points)
     short = [p for p in points if p not in full]
@@ -268,7 +268,7 @@ def test_a_rewarded_search_is_answered_in_rewards_and_a_plan_says_what_one_takes
     trainer = FakeTrainer(world.nll, curve=world.curve, more=world.more)
     asked = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "group_size=4")
     asked += ("max_new_tokens=1", "budget=9runs", "arms=lora")
-    assert "held-out reward" in tune(world, *asked, trainer=trainer)[0].splitlines()[1]
+    assert "held-out reward" in tune(world, *asked, trainer=trainer)[0].splitlines()[2]
     assert act(compose(*TUNE, "action=plan", "budget=40runs", "out=best")) == 0
     out = capsys.readouterr().out
     assert "search of 2 arm(s): short runs of 8 updates" in out and "runs of 64 updates" in out
@@ -283,6 +283,8 @@ def test_a_rewarded_search_is_answered_in_rewards_and_a_plan_says_what_one_takes
         ((*TUNE, "arms=lorra"), "arm 'lorra' not found. Did you mean 'lora'"),
         ((*TUNE, "out=mine"), "has files"),
         ((*TUNE, "action=extend"), "a search adds runs itself"),
+        ((*TUNE, "score=yes"), "score='yes'. Allowed: auto, always, never"),
+        (("+sweep=lr_ratio", "scale=smoke", "score=never"), r"^score is only for .*\+sweep=tune"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused(compose, tmp_path, monkeypatch, asked, says):

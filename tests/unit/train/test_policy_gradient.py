@@ -325,6 +325,23 @@ def test_the_entropy_is_the_policys_and_draws_are_repeatable(worlds):
     assert [t.tolist() for t in one.tokens] == [t.tolist() for t in other.tokens]
 
 
+def test_without_random_numbers_an_answer_is_that_of_generate():
+    _, base, loaded = rewarded_world("words")
+    prompts = [row.tokens[: 3 + k] for k, row in enumerate(loaded.test[:6])]
+    greedy, end = np.full((1, 6, 9), np.nan), 7
+    how = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 0}
+    ids = [torch.tensor(p[None].astype(int)) for p in prompts]
+    whole = [base.model.generate(i, attention_mask=torch.ones_like(i), **how)[0] for i in ids]
+    theirs = [w[len(p) :].tolist() for w, p in zip(whole, prompts)]
+    (ours,) = sample(base.model, [prompts], greedy, (), "fp64", forward_parts=512)
+    assert [t.tolist() for t in ours.tokens] == theirs and len({*map(tuple, theirs)}) > 2
+    end = theirs[0][2]
+    (ours,) = sample(base.model, [prompts], greedy, [(end,)], "fp64")
+    cut = [t[: t.index(end) + 1] if end in t else t for t in theirs]
+    assert [t.tolist() for t in ours.tokens] == cut
+    assert ours.ended.tolist() == [end in t for t in theirs]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [[6] * 3, [3, 9, 6]], ids=["equal prompts", "ragged prompts"])
 def test_keys_are_cached_in_bf16_and_change_no_number(attention, lengths, monkeypatch):
