@@ -315,7 +315,7 @@ class Composer:
         owned, kinds = self._own_of(request.points), {"model": ModelSpec, "dataset": DatasetSpec}
         for own in owned:
             data = {p.spec.dataset for p in request.points if p.spec.model == own.spec}
-            named = any("dataset" in key.split(".") for key in request.given)
+            named = "data" in request.given or any("dataset" in k.split(".") for k in request.given)
             if not named and (made_up := next((d for d in data if d.source == "synthetic"), None)):
                 raise SpecError(
                     f"model={own.given} on {made_up.name!r}, an artificial language: which rows? "
