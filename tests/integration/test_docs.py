@@ -56,7 +56,8 @@ def tried(args):
     if "action=check_gpu" in args:  # here, not as a job
         return [a for a in args if not a.startswith("cluster")]
     large = ("cluster=", "sweep.", "+sweep.", "model=", "hardware=")
-    args = [a for a in args if not a.startswith("scale=")]
+    # runs that an extension added are trained by nobody here, so a watch would not end
+    args = [a for a in args if not a.startswith(("scale=", "watch="))]
     acts = any(a.startswith("action=") for a in args)
     if not acts and ("+sweep=lr_ratio" not in args or any(a.startswith(large) for a in args)):
         args = [*args, "action=plan"]
