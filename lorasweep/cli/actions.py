@@ -346,27 +346,20 @@ Help: lorasweep help plan (a command), lorasweep help lr_ratio (a sweep), lorasw
 """
 SETTINGS = """\
 Settings
-  format=json                               one JSON object on stdout
-  scale=NAME                                size of a sweep; the default is tiny
+  format=json: one JSON object on stdout    mirror=wandb
   exec.runs_dir=DIR (or LORASWEEP_RUNS)     exec.models_dir=[DIR] (LORASWEEP_MODELS)
   exec.data_dir=[DIR] (LORASWEEP_DATA)      exec.reports_dir=DIR (LORASWEEP_REPORTS)
-  exec.workers=N exec.threads=N exec.pack_size=N exec.micro_batch_size=N
-  exec.checkpoint_s=60 exec.retry=true                       mirror=wandb
+  exec.workers=N exec.threads=N exec.pack_size=N exec.micro_batch_size=N exec.retry=true
   exec.world_size=4 exec.activation_checkpointing=true       a run on four GPUs
-On a Slurm cluster (docs/clusters.md) a command submits what is missing and returns; the same
-command prints the answer later: lorasweep lr_ratio cluster=slurm cluster.partition=gpu
-Changing a sweep's grid
-  model=NAME,NAME dataset=NAME              other bases and data sets, for all arms
+  cluster=slurm cluster.partition=gpu       submit and return; later the same command answers
+  model=NAME,NAME dataset=NAME              other bases and data sets, for all arms of a sweep
   lora.rank=1,16 lora.lr=1e-3,2e-3          a setting of all arms of a method
-  +sweep.axes.batch_size=[4,8]              an axis that all arms share
-  sweep.arms.lora.rank=[1,16] ~sweep.arms.fullft             one arm
+  +sweep.axes.batch_size=[4,8] sweep.arms.lora.rank=[1,16] ~sweep.arms.fullft
   'sweep.arms.lora.lr=${geom:1e-4,1e-2,4}'  4 learning rates per decade
   'sweep.arms.lora.lr=${around:1e-3,7,2}'   7 learning rates around 1e-3, a factor of 2 apart
-Your own model and rows
   model=FOLDER, FILE.gguf or owner/name@revision
   dataset=FILE (.jsonl, .json, .csv, .parquet), FOLDER or owner/name:configuration@revision
-  files in DIR/sweep, DIR/model, DIR/dataset: --config-dir DIR, then lorasweep mine model=mine
-Verbs are Hydra's overrides: lorasweep plan lr_ratio is +sweep=lr_ratio action=plan
+  --config-dir DIR: your files in DIR/sweep, DIR/model and DIR/dataset
 """
 
 
