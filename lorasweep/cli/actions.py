@@ -120,8 +120,7 @@ ACTIONS = {
     "status": Action(
         "status:status",
         "lr_ratio watch=5s",
-        "show what is done, running, diverged, failed; watch=5s: again every 5 seconds, until all "
-        "runs have ended or Ctrl-C. fleet customers.csv: of a fleet",
+        "show what is done, running, diverged, failed; watch=5s: again, until all runs have ended",
         "watch",
     ),
     "report": Action(

@@ -1,6 +1,7 @@
 """What an action returns, and the one place that prints it; messages and progress on stderr."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -65,14 +66,14 @@ def duration(seconds: float) -> str:
 
 def time_left(
     work: Mapping[str, float], before: Mapping[str, float], now: Mapping[str, float], seconds: float
-) -> float | None:
-    """Return the seconds that runs still need at their speed over `seconds`; None without progress.
+) -> float:
+    """Return the seconds that runs still need at their speed over `seconds`; NaN without progress.
 
     By run: `work`, its operations; `before`, `now`: the share done then and now (no key: none).
     """
     left = sum(w * (1 - now.get(i, 0.0)) for i, w in work.items())
     done = sum(w * (now.get(i, 0.0) - before.get(i, 0.0)) for i, w in work.items())
-    return seconds * left / done if done > 0 else None if left else 0.0
+    return seconds * left / done if done > 0 else math.nan if left else 0.0
 
 
 def _cell(value: Any) -> str:
@@ -135,7 +136,7 @@ class Display:
             return
         self._said, total = now, sum(self._work.values()) or 1.0
         left_s = time_left(self._work, self._first, self._share, now - self._started)
-        left = "?" if left_s is None else duration(left_s)
+        left = "?" if math.isnan(left_s) else duration(left_s)
         text = f"{sum(self._work[i] * share for i, share in self._share.items()) / total:.0%} done"
         if ended:
             text = f"{self._names[rid]:32} {rid}  {ended:8}"

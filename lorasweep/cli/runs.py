@@ -218,7 +218,11 @@ def train(
     for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
         if outlook.warns and any(not store.result(p.id) for p in points):
             notify(outlook.line())
-    with mirroring(request, store) as name:
+    copying: Any = nullcontext(lambda ids: None)
+    if request.mirror == "wandb":  # of names, only those of shipped files are sent
+        words = [*METHODS, "single", *(path.stem for path in conf_dir().glob("*/*.yaml"))]
+        copying = wandb.mirroring(store, request.sweep_name or "single", words)
+    with copying as name:
         name([p.id for p in points])
         if request.cluster.kind == "slurm":
             idle = 0
@@ -277,14 +281,6 @@ def _check_versions(points: Sequence[Point], store: RunStore) -> None:
             f"run {i} was trained with {then[i]}, and {now[i]} is installed. Their runs share no "
             f"curve: install the first, or use a new run folder (exec.runs_dir={store.root}-2)."
         )
-
-
-def mirroring(request: Request, store: RunStore) -> Any:
-    """Return the copying of a request's runs to W&B; only names of shipped files may be sent."""
-    if request.mirror == "none":
-        return nullcontext(lambda ids: None)
-    words = [*METHODS, "single", *(path.stem for path in conf_dir().glob("*/*.yaml"))]
-    return wandb.mirroring(store, request.sweep_name or "single", words)
 
 
 def _submitted(request: Request, work: Work) -> Answer:

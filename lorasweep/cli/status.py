@@ -1,10 +1,11 @@
 """The action status: how far a sweep is, its failed runs with their causes, and its jobs."""
 
 import io
+import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -123,37 +124,28 @@ def status(request: Request, store: RunStore) -> Answer:
 
 
 def watch(request: Request, store: RunStore, show: Callable[[], int]) -> int:
-    """Call `show` every request.watch until no run is left to wait for; return its exit status.
-
-    A picture on a terminal replaces the one before.
-    """
-    found = amount_of(request.watch, "s", "min", "h")
-    if found is None:
+    """Call `show` every request.watch until all runs have ended; return its exit status."""
+    if (found := amount_of(request.watch, "s", "min", "h")) is None:
         raise SpecError(f"watch={request.watch}: expected a time, such as watch=5s or watch=1min.")
+    clear = "\033[2J\033[H" if sys.stdout.isatty() and request.format != "json" else ""
     while True:
         parts = [all_points(part, store) for part in request.parts or [request]]
-        states = {*store.states(p.id for points in parts for p in points).values()}
+        states = store.states(p.id for points in parts for p in points)
         with redirect_stdout(io.StringIO()) as picture:  # made before the last one is cleared
             code = show()
-        clear = "\033[2J\033[H" if sys.stdout.isatty() and request.format != "json" else ""
         print(clear + picture.getvalue(), end="", flush=True)
-        if states <= {*FINAL, "failed"}:
+        if {*states.values()} <= {*FINAL, "failed"}:
             return code
         time.sleep(found[0])
 
 
-def _left_s(
-    plan: Plan, steps: Mapping[str, int], entries: Mapping[str, Entry], store: RunStore
-) -> float:
-    """Return the seconds that the plan's runs still need: at the recent speed, else as planned.
-
-    `steps`: updates of the runs that train. `entries`: the finished runs.
-    """
+def _left_s(plan: Plan, steps: dict[str, int], ended: dict[str, Entry], store: RunStore) -> float:
+    """Return the seconds that are left at the recent speed, else by the plan; `steps`: running."""
     runs = {p.id: p.spec for p in plan.points}
-    now = {i: step / runs[i].steps for i, step in steps.items()} | dict.fromkeys(entries, 1.0)
-    ends = {i: e.mtime_ns / 1e9 for i, e in entries.items()}
+    now = {i: step / runs[i].steps for i, step in steps.items()} | dict.fromkeys(ended, 1.0)
     saved = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
     now |= {i: store.saved_step(i) / runs[i].steps for i in saved}
+    ends = {i: e.mtime_ns / 1e9 for i, e in ended.items()}
     before, latest, spans = dict(now), max(ends.values(), default=0.0), []
     for i in (*steps, *(i for i, end in ends.items() if latest - end < WINDOW_S)):
         begun = files.status(store.attempt(i, store.last_attempt(i) or 0) / "owner.json")
@@ -165,7 +157,5 @@ def _left_s(
             before[i] = first / runs[i].steps
     work = {i: run_flops(runs[i]) for i in (*before, *(p.id for p in plan.todo))}
     left = time_left(work, before, now, union_s(spans))
-    if left is None:
-        todo = sum(work[p.id] * (1 - now.get(p.id, 0.0)) for p in plan.todo)
-        left = plan.hours * 3600 * todo / plan.flops
-    return left
+    todo = sum(work[p.id] * (1 - now.get(p.id, 0.0)) for p in plan.todo)
+    return plan.hours * 3600 * todo / plan.flops if math.isnan(left) else left

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ GRACE_S, SEND_S = 30.0, 1.0
 HIDDEN, KEPT = ".lorasweep-", ("precision", "schedule", "objective", "layers")
 """Beginning of the name of an unfinished copy; settings whose text is sent."""
 ON = ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git", "disable_code")
-OFF = {
+OFF: dict[str, Any] = {
     **dict.fromkeys((*ON, "silent"), True),
     **dict.fromkeys(("host", "username", "email", "program", "program_relpath"), ""),
     **{"console": "off", "symlink": False, "x_save_requirements": False},
@@ -53,9 +53,7 @@ def _mark(store: RunStore, rid: str) -> Path:
 
 
 @contextmanager
-def mirroring(
-    store: RunStore, group: str, words: Iterable[str]
-) -> Iterator[Callable[[Iterable[str]], None]]:
+def mirroring(store: RunStore, group: str, words: Iterable[str]) -> Iterator[Any]:
     """Give a function that names runs to copy; `words`: names that may be sent."""
     command = [sys.executable, "-m", __name__, str(store.root), group, *words]
     # files never block the command
@@ -70,14 +68,15 @@ def mirroring(
             until = time.monotonic() + GRACE_S + len(left)
             while left := [i for i in left if not _mark(store, i).exists()]:
                 if process.poll() is not None or time.monotonic() > until:
-                    said.seek(0)
-                    why = said.read().strip().rpartition("\n")[2] or "no answer"
-                    text = f"not copied to W&B, run the command again: {len(left)} runs ({why})"
-                    print(text, file=sys.stderr)
                     break
                 time.sleep(0.1)
             process.kill()
             process.wait()
+            if left:
+                said.seek(0)
+                why = said.read().strip().rpartition("\n")[2] or "no answer"
+                text = f"not copied to W&B, run the command again: {len(left)} runs ({why})"
+                print(text, file=sys.stderr)
 
 
 def main(root: str, group: str, *words: str) -> None:
@@ -86,42 +85,45 @@ def main(root: str, group: str, *words: str) -> None:
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: end with the command
     store, home = RunStore(root), check()
     runs, steps = dict[str, Any](), dict[str, int]()  # by id: W&B's run, and its next step
-    for partial in home.glob(f"{HIDDEN}*"):
-        _publish(store, partial)
     while True:
         there = store.existing()
         for rid in os.pread(0, 1 << 24, 0).decode().split():
             if rid in there and rid not in runs and not _mark(store, rid).exists():
-                runs[rid] = _begin(store, rid, home / f"{HIDDEN}{rid}", group, words)
+                runs[rid] = _begin(store, rid, home, group, words)
             if run := runs.get(rid):
                 result = store.result(rid)  # before the records, which are then complete
                 for r in store.records(rid):
                     if r["step"] >= steps.setdefault(rid, run.starting_step):
-                        run.log({k: v for k, v in _numbers(r) if k != "step"}, step=r["step"])
+                        run.log(_numbers(r), step=r["step"])
                         steps[rid] = r["step"] + 1
                 if result is not None:
-                    run.summary.update({**dict(_numbers(result)), "state": result["state"]})
+                    run.summary.update({**_numbers(result), "state": result["state"]})
                     run.finish()
+                    for copy in home.glob(f"{HIDDEN}{rid}/wandb/offline-run-*"):
+                        shutil.rmtree(copy / "logs", ignore_errors=True)  # they have paths
+                        copy.rename(home / copy.name)
                     write_atomic(_mark(store, rid), b"{}\n")
-                    _publish(store, home / f"{HIDDEN}{rid}")
-                    runs[rid] = None
+                    runs[rid] = shutil.rmtree(home / f"{HIDDEN}{rid}", ignore_errors=True)
         time.sleep(SEND_S)
 
 
-def _numbers(values: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(k, v) for k, v in values.items() if isinstance(v, int | float)]
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
 
 
-def _begin(store: RunStore, rid: str, partial: Path, group: str, words: Iterable[str]) -> Any:
-    """Begin or resume a copy; return W&B's run, None if another command copies it."""
+def _begin(store: RunStore, rid: str, home: Path, group: str, words: Iterable[str]) -> Any:
+    """Begin or resume a copy; return W&B's run, None if there is one or another command copies."""
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE", "offline")
+    partial = home / f"{HIDDEN}{rid}"
     partial.mkdir(parents=True, exist_ok=True)
     try:  # until this process ends
         fcntl.flock(os.open(partial, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
+    if mode == "offline" and any(home.glob(f"offline-run-*-{rid}")):  # killed before the mark
+        return write_atomic(_mark(store, rid), b"{}\n")
     shutil.rmtree(partial / "wandb", ignore_errors=True)
     spec = store.spec(rid)
     return wandb.init(
@@ -135,23 +137,13 @@ def _begin(store: RunStore, rid: str, partial: Path, group: str, words: Iterable
     )
 
 
-def _publish(store: RunStore, partial: Path) -> None:
-    """Move a whole copy to its place, without W&B's logs, which have paths."""
-    if _mark(store, partial.name.removeprefix(HIDDEN)).exists():
-        for copy in partial.glob("wandb/offline-run-*"):
-            shutil.rmtree(copy / "logs", ignore_errors=True)
-            with suppress(FileNotFoundError):  # another command moves it
-                copy.rename(partial.parent / copy.name)
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _hash(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def public(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     """Return numbers, the texts in `words`, and a hash of the model and the data set (key id)."""
-    found = dict(_numbers(values))
+    found = _numbers(values)
     for key, value in values.items():
         if isinstance(value, dict):
             found[key] = public(value, words)
