@@ -64,9 +64,9 @@ def mirroring(store: RunStore, group: str, words: Iterable[str]) -> Iterator[Any
             yield lambda new: print(*new, file=ids, flush=True)
         finally:
             ids.seek(0)
-            left = list(store.finished(ids.read().split()))
-            until = time.monotonic() + GRACE_S + len(left)
+            left, until = list(store.finished(ids.read().split())), 0.0
             while left := [i for i in left if not _mark(store, i).exists()]:
+                until = until or time.monotonic() + GRACE_S + len(left)
                 if process.poll() is not None or time.monotonic() > until:
                     break
                 time.sleep(0.1)
@@ -115,22 +115,23 @@ def _begin(store: RunStore, rid: str, home: Path, group: str, words: Iterable[st
     """Begin or resume a copy; return W&B's run, None if there is one or another command copies."""
     import wandb
 
-    mode: Any = os.environ.get("WANDB_MODE", "offline")
+    mode = os.environ.get("WANDB_MODE", "offline")
     partial = home / f"{HIDDEN}{rid}"
     partial.mkdir(parents=True, exist_ok=True)
     try:  # until this process ends
         fcntl.flock(os.open(partial, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
+    shutil.rmtree(partial / "wandb", ignore_errors=True)
     if mode == "offline" and any(home.glob(f"offline-run-*-{rid}")):  # killed before the mark
         return write_atomic(_mark(store, rid), b"{}\n")
-    shutil.rmtree(partial / "wandb", ignore_errors=True)
     spec = store.spec(rid)
+    given: dict[str, Any] = {"id": rid, "mode": mode, "resume": "allow", "reinit": "create_new"}
     return wandb.init(
+        **given,
         dir=partial if mode == "offline" else None,
-        **{"id": rid, "name": f"{spec['method']['name']} lr={spec['lr']:g} {rid}"},
+        name=f"{spec['method']['name']} lr={spec['lr']:g} {rid}",
         group=group if group in words else _hash(group),
-        **{"mode": mode, "resume": "allow", "reinit": "create_new"},
         project=os.environ.get("WANDB_PROJECT", "lorasweep"),
         config=public(spec, words),
         settings=wandb.Settings(**OFF),
