@@ -103,7 +103,8 @@ def main(root: str, group: str, *words: str) -> None:
                         shutil.rmtree(copy / "logs", ignore_errors=True)  # they have paths
                         copy.rename(home / copy.name)
                     write_atomic(_mark(store, rid), b"{}\n")
-                    runs[rid] = shutil.rmtree(home / f"{HIDDEN}{rid}", ignore_errors=True)
+                    shutil.rmtree(home / f"{HIDDEN}{rid}", ignore_errors=True)
+                    runs[rid] = None
         time.sleep(SEND_S)
 
 
