@@ -159,6 +159,8 @@ def _study(args: argparse.Namespace) -> None:
         return page.render_all(KEPT, ROOT / "README.md")
     _check_free(args.out, "study.md")
     found = answers.read_answers([args.reports_dir, KEPT])
+    if not found:
+        raise TableError(f"no answers in {args.reports_dir}; an installed package has no kept ones.")
     head, *rows = answers.claims_table(found)
     if args.out:
         page.write(found, args.out / "study.md")

@@ -123,7 +123,7 @@ def test_the_answer_is_above_the_fold_and_only_tables_scroll_sideways(
 ):
     """Even where no script runs; `height`: what a phone shows below its bars."""
     table, question = kept_answer(KEPT / "lr_ratio-tiny")
-    first = judge_and_report(table, question, tmp_path).splitlines()[0]
+    first = judge_and_report(table, question, tmp_path).splitlines()[0].replace("`", "")
     screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     try:

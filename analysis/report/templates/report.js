@@ -147,8 +147,10 @@ function table(host, columns, rows, pick) {
 
 function verdicts() {
   $("answers").hidden = !DATA.verdicts.length;
+  const groups = new Set(DATA.verdicts.map(v => v.group));
+  if (groups.size === 1) document.querySelector("#answers h2").textContent = `Verdicts: ${[...groups][0]}`;
   if (DATA.verdicts.length) table("verdicts", [
-    { title: "claim", value: v => v.text ? `${v.text} (${v.claim})` : v.claim }, { title: "model and data", value: v => v.group }, { title: "verdict", value: v => v.outcome },
+    { title: "claim", value: v => v.text ? `${v.text} (${v.claim})` : v.claim }, ...(groups.size > 1 ? [{ title: "model and data", value: v => v.group }] : []), { title: "verdict", value: v => v.outcome },
     { title: "measured", left: true, value: v => v.value, text: v => interval(v) }, { title: "margin", left: true, value: v => v.margin[0], text: v => `${short(v.margin[0])} to ${short(v.margin[1])}` },
     { title: "why", value: v => v.why }, { title: "needed", value: v => v.needed || null }], DATA.verdicts);
   document.querySelectorAll("#verdicts td").forEach(td => { if (["SUPPORTED", "REFUTED", "UNDECIDED"].includes(td.textContent)) td.className = td.textContent; });
