@@ -4,6 +4,7 @@ quantities.yaml has the quantities in words; what to do stands in the sweep's fi
 """
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ QUANTITIES = yaml.safe_load(Path(__file__).with_name("quantities.yaml").read_tex
 MOST = 3
 """Number of groups of a claim that texts have sentences for."""
 WORDS = {"SUPPORTED": "Yes", "REFUTED": "No", "UNDECIDED": "Open"}
+NAMED = ("method", "rank", "min_rank", "layers", "like")
 ARMS = {"full": "full fine-tuning", "control": "full fine-tuning of LoRA's matrices"}
 
 
@@ -51,7 +53,8 @@ def sentences_of(
                 parts.append(phrase[0].upper() + phrase[1:])
         # An exploratory verdict confirms nothing, so it is no reason to act.
         is_open = v.exploratory or v.outcome == "UNDECIDED"
-        parts.append(said.get("if_open" if is_open else f"if_{v.outcome.lower()}") or "")
+        outcome = "open" if is_open else "supported" if v.is_better else v.outcome.lower()
+        parts.append(said.get(f"if_{outcome}") or "")
         *before, do = [f"{p.strip().removesuffix('.')}." if p else "" for p in parts]
         one = {"claim": r.claim, "text": r.says, "group": r.task, "outcome": v.outcome, "do": do}
         text = " ".join([*before, do]).strip()
@@ -63,11 +66,13 @@ def lines_of(answer: Sequence[Mapping[str, Any]], question: dict[str, Any]) -> l
     """Return the sentences, of at most MOST groups of a claim, and the level of the intervals."""
     lines = []
     for _, of in itertools.groupby(answer, lambda a: a["claim"]):
-        shown = {a["sentence"]: a["do"] for a in of}  # groups may share a reason
-        for k, (text, do) in enumerate([*shown.items()][:MOST], 1):
-            again = do in [*shown.values()][k:MOST]  # said once for several groups
-            lines.append(text.removesuffix(do).strip() if again else text)
-        lines += [f"And {len(shown) - MOST} more in the table."] * (len(shown) > MOST)
+        shown = [*{a["sentence"]: a for a in of}.values()]  # groups may share a reason
+        for k, a in enumerate(shown[:MOST], 1):
+            again = a["do"] in [b["do"] for b in shown[k:MOST]]  # said once for several groups
+            lines.append(a["sentence"].removesuffix(a["do"] if again else "").strip())
+        rest = Counter(WORDS[a["outcome"]].lower() for a in shown[MOST:])
+        said = ", ".join(f"{n} {word}" for word, n in rest.items())
+        lines += [f"And {rest.total()} more in the table: {said}."] * bool(rest)
     return [*lines, f"Brackets: {100 * level_of(question):.3g}% intervals."] if lines else []
 
 
@@ -112,23 +117,27 @@ def _has_number(v: Verdict) -> bool:
 def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str, str]:
     """Return a row's quantity with its number and interval in words, and the claim's margin."""
     declared = question.get("estimands") or shipped(question["analysis"]).get("estimands", {})
-    said, gain, e = declared.get(r.quantity, {}), _gain(found, r.task), r.estimate
-    kind = said.get("measure", r.quantity)
+    own, gain, e = declared.get(r.quantity, {}), _gain(found, r.task), r.estimate
+    said = declared.get(own.get("every_task"), own)
+    kind = said.get("measure", "" if own else r.quantity)
     if kind.startswith("over_allowed") and not (gain and gain > 0):
         kind = "over_allowed in nats"
     key = max((k for k in QUANTITIES if kind.startswith(k)), key=len, default="")
     entry = QUANTITIES.get(key, {"says": "{measure}: {n}"})
-    shows: dict[str, Show] = {**SHOWN, "factor": (float, lambda v: fixed(v, 2), "")}
-    shows["gain"] = (lambda v: 100 * (ALLOWED + v / gain), lambda v: fixed(v, 1), "%")
-    to, write, unit = shows[entry.get("show", "plain")]
-    least, most = r.verdict.margin
-    low, high = (float(write(to(v))) for v in (max(least, -FAR), min(most, FAR)))  # far: open
-    margin = f"{low:g}{unit} and more" if high >= FAR else f"{within((low, high))}{unit}"
+    gained: Show = (lambda v: 100 * (ALLOWED + v / gain), lambda v: fixed(v, 1), "%")
+    to, write, unit = {**SHOWN, "gain": gained}[entry.get("show", "plain")]
+    far = FAR if to is float else 10.0  # an end from there on is open
+    low, high = (
+        k * math.inf if k * v >= far else v if to is float else float(write(to(v)))
+        for k, v in zip((-1, 1), r.verdict.margin)
+    )
+    margin = within((low, high), math.inf, unit)
     n = f"{'at least ' * (AT_LEAST in e.flags)}{write(to(e.value))}{unit}"
     n += f" [{', '.join(write(to(v)) for v in e.interval)}]" if e.low != e.high else ""
     of, over = _arm(said.get("of", {})), _arm(said.get("over", "full"))
     words = {"times": said.get("times"), "measure": r.asked.get("measure") or r.quantity}
-    return entry["says"].format(n=n, of=of, over=over, **words), margin
+    at = f", on the task where this is {own['worst']}imal" if "worst" in own else ""
+    return entry["says"].format(n=n, of=of, over=over, **words) + at, margin
 
 
 def _arm(arm: str | Mapping[str, Any]) -> str:
@@ -136,10 +145,12 @@ def _arm(arm: str | Mapping[str, Any]) -> str:
     if isinstance(arm, str):
         return ARMS.get(arm, f"LoRA (variant {arm})")
     rank, layers = arm.get("rank"), arm.get("layers")
-    name = f"LoRA of rank {rank}" if isinstance(rank, int) else "LoRA"
+    name = {"lora": "LoRA", "fullft": ARMS["full"]}.get(m := arm.get("method", "lora"), m)
+    name += f" of rank {rank}" * isinstance(rank, int)
     of = str(layers).replace("+", " and ").replace("mlp", "MLP")
     of = f"the {of} matrices" if of in ("fewest", "most") else of
-    return f"{name} on {of}" if layers else name
+    rest = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in arm.items() if k not in NAMED)
+    return name + f" on {of}" * bool(layers) + f" ({rest})" * bool(rest)
 
 
 def _gain(found: Analysis, group: str) -> float | None:

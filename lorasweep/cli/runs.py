@@ -667,16 +667,16 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
     methods = {_rank(p): p.spec.method.plain() for p in request.points}
     absent = [answer.arm_name(r) for r in methods if r not in arms]
     full, lora = (arms[r]["loss"] if r in arms else None for r in (None, rank))
+    refuted = outcome == "REFUTED" and rank == max(filter(None, arms), default=None)  # of the top
     lost = 0.0  # share of full fine-tuning's gain that LoRA gives up, as measured
     if None not in (full, lora, start) and start > full:
         lost = (lora - full) / (start - full)
     chosen, why = arms.get(rank), "the smallest rank within 1% of the gain of the best one"
     if rank is None:
         why = "the only method that trains"
-    elif None in arms and (
-        outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
-    ):
+    elif None in arms and (refuted or (outcome != "SUPPORTED" and lost > results["allowed"])):
         chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
+        why += ", not decided" * (outcome == "UNDECIDED")
     lr = chosen and (chosen["best_lr"]["value"] or chosen["best_tried"])
     end, more, loss = LOWEST * request.sweep.search.wide, [], chosen and chosen["loss"]
     trains = lr and lr >= end

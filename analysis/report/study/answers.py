@@ -190,14 +190,14 @@ def called(name: str) -> str:
     return NAMES.get(name, name)
 
 
-def within(margin: tuple[float, float]) -> str:
-    """Return a claim's margin in words."""
+def within(margin: tuple[float, float], far: float = FAR, unit: str = "") -> str:
+    """Return a claim's margin in words; ends from `far` on are open."""
     low, high = margin
     if -TINIEST < low < 0 < high < TINIEST:
-        return "0, to rounding"
-    if high >= FAR:
-        return f"{low:g} and more"
-    return f"up to {high:g}" if low <= -FAR else f"{low:g} to {high:g}"
+        return f"0{unit}, to rounding"
+    if high >= far:
+        return f"{low:g}{unit} and more"
+    return f"up to {high:g}{unit}" if low <= -far else f"{low:g} to {high:g}{unit}"
 
 
 # ---------------------------------------------------------------- the findings
@@ -209,7 +209,8 @@ Show = tuple[Callable[[float], float], Callable[[float], str], str]
 SHOWN: dict[str, Show] = {
     "plain": (float, number, ""),
     "short": (float, lambda v: number(v, 2), ""),
-    "times": (float, lambda v: fixed(v, 1), ""),
+    "times": (float, lambda v: fixed(v, 1) if v >= 1 else number(v, 2), ""),
+    "factor": (float, lambda v: number(v, 2) if 0 < v < 0.1 else fixed(v, 2), ""),
     "percent": (float, lambda v: fixed(v, 1), "%"),
     "whole percent": (float, lambda v: number(v, 2), "%"),
     "points": (float, lambda v: fixed(v, 1, "+"), " points"),
@@ -219,7 +220,7 @@ SHOWN: dict[str, Show] = {
     "needs": (lambda speed: 1 / speed, lambda v: fixed(v, 2), ""),
     "fourfold": (lambda power: 4**power, lambda v: fixed(v, 2), ""),
     "fold": (math.exp, number, "-fold"),
-    "rise": (lambda log: 100 * math.expm1(log), lambda v: number(v, 2), "%"),
+    "rise": (lambda log: 100 * math.expm1(log), lambda v: f"{float(number(v, 2)):g}", "%"),
     "fall": (lambda log: -100 * math.expm1(log), lambda v: fixed(v, 1), "%"),
 }
 """Way to show a number -> what is shown of the value, its format, its unit."""

@@ -78,6 +78,7 @@ CASES = {  # changes of the verdict -> the begin of the sentence, what else it h
         "Do not take",
     ),
     "gate": (EDGE, f"Open: \"LoRA's best learning rate is 10 times full fine-tuning's\" is not decided {PLACE}: LoRA rank 16: at edge.", ("if_open",), "4.2"),
+    "better": ({"why": "not met: it is on the better side"}, "No: ", ("and this is better. 10 times", "if_supported"), "Do not take"),
     "withdrawn": (GONE, "Open: \"LoRA's", ("The answer is withdrawn: an arm is missing.", "if_open"), "4.2"),
 }  # fmt: skip
 
@@ -103,6 +104,31 @@ def test_a_loss_is_in_percent_of_the_gain_where_one_curve_measures_the_gain(rati
     assert "is -0.0121 [-0.0219, -0.00234] nats; -10 to 0 counts" in bare["sentence"]
 
 
+TOP, SPEED = {"measure": "best_lr", "of": {"rank": "top"}, "over": "full"}, {"measure": "speed"}
+BANDITS = "rl_unembedding-tiny"
+TAUGHT = {"rank": 1, "layers": "fewest", "objective": "sft"}
+DECLARED = {  # a sweep's own estimand: its answer, the margin -> what the sentence has
+    "small": ("lr_ratio-tiny", {**TOP, "of": "full", "over": {"rank": "top"}}, [0.0707, 0.141], "is 0.24 [0.18, 0.32] times that of LoRA; 0.0707 to 0.141 counts"),
+    "methods": (BANDITS, {"measure": "labels_known", "of": TAUGHT, "over": {"method": "fullft", "objective": "sft"}, "load": [0, 1]}, [-10, 10], "LoRA of rank 1 on the fewest matrices (objective sft) learns, minus that of full fine-tuning (objective sft), is"),
+    "settings": ("lr_ratio-tiny", {**TOP, "of": {"rank": 16, "alpha": 32}}, [5, 20], "of LoRA of rank 16 (alpha 32) is 4.2"),
+    "speed_of_all": ("layers-tiny", {"every_task": "other", "worst": "min"}, [0.9, 1.11], "LoRA on MLP learns 0.61 [0.50, 0.74] times as fast as LoRA on attention and MLP, in updates to the same loss, on the task where this is minimal; 0.9 to 1.11 counts"),
+    "gap": ("lr_ratio-tiny", {**TOP, "measure": "over_allowed"}, [-0.02, 0.4], "; -3.6 to 177.4% counts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_declared_estimand_is_said_with_its_arms_and_a_margin_in_its_unit(name):
+    folder, said_, margin, has = DECLARED[name]
+    table, question = kept_answer(KEPT / folder)
+    both = {**SPEED, "of": {"layers": "mlp", "like": "rank"}, "over": {"layers": "attention+mlp"}}
+    estimands = {"other": both, name: said_}
+    claim = {"text": "a", "estimand": name, "expected": 1, "margin": margin, "primary": True}
+    asked = {**question, "analysis": "arms", "estimands": estimands, "variants": {}}
+    asked["claims"] = {"c": claim}
+    answer = json.loads(report.judge_and_report(table, asked, None, as_json=True))["answer"]
+    assert has in answer[0]["sentence"]
+
+
 def test_of_many_groups_three_are_said_and_the_others_counted(ratio):
     table, question, found = ratio
     (v,) = (v for v in found.verdicts if v.claim == "ratio")
@@ -114,7 +140,7 @@ def test_of_many_groups_three_are_said_and_the_others_counted(ratio):
     assert len({a["sentence"] for a in answer}) == 4
     assert all(f"batch {k}, " in line for k, line in zip((1, 2, 4), lines))
     assert [bool(re.search("use the measured factor", line)) for line in lines] == [0, 1, 0, 0, 0]
-    assert lines[3:] == ["And 1 more in the table.", "Brackets: 97.1% intervals."]
+    assert lines[3:] == ["And 1 more in the table: 1 no.", "Brackets: 97.1% intervals."]
 
 
 def test_a_question_says_what_its_own_file_says_and_the_shipped_one_fills_the_rest(ratio):
