@@ -160,7 +160,7 @@ def _study(args: argparse.Namespace) -> None:
     _check_free(args.out, "study.md")
     found = answers.read_answers([args.reports_dir, KEPT])
     if not found:
-        raise TableError(f"no answers in {args.reports_dir}; an installed package has no kept ones.")
+        raise TableError(f"no answers in {args.reports_dir}, and an installed package keeps none.")
     head, *rows = answers.claims_table(found)
     if args.out:
         page.write(found, args.out / "study.md")
