@@ -424,7 +424,7 @@ def write_html(
         "verdicts": [
             {
                 **{k: getattr(v, k) for k in ("claim", "group", "why", "needed")},
-                "text": worded(question)[v.claim]["text"],
+                **{k: worded(question)[v.claim].get(k) for k in ("text", "estimand")},
                 "outcome": v.shown,
                 **{k: getattr(v.estimate, k) for k in ("value", "low", "high")},
                 "margin": list(v.margin),

@@ -149,3 +149,14 @@ def test_the_answer_is_above_the_fold_and_only_tables_scroll_sideways(
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize(("name", "margin"), [("lr_ratio-tiny", [7.1, 14.1]), ("layers-tiny", [])])
+def test_only_a_claim_about_the_ratio_of_rates_shades_its_margin(browser, tmp_path, name, margin):
+    judge_and_report(*kept_answer(KEPT / name), tmp_path)
+    browser.get((tmp_path / "report.html").as_uri())
+    drawn(browser)
+    plot = "document.getElementById('forest-plot').layout"
+    shaded = f"return {plot}.shapes.filter(s => s.type === 'rect').flatMap(s => [s.x0, s.x1])"
+    assert browser.execute_script(shaded) == margin
+    assert ("shaded" in browser.execute_script(f"return {plot}.xaxis.title.text")) == bool(margin)

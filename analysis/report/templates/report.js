@@ -76,9 +76,9 @@ function forestPlot(at) {
   traces.push({ type: "scatter", mode: "markers", x: full.map(([r]) => r.value), y: full.map(([, k]) => k), text: full.map(([r, k]) => `${names[k]}<br>${interval(r)}`), hoverinfo: "text", showlegend: false, marker: { color: "#0072B2", size: 9 }, error_x: { type: "data", symmetric: false, array: full.map(([r]) => there(r.high) ? r.high - r.value : 0), arrayminus: full.map(([r]) => there(r.low) ? r.value - r.low : 0), color: "#0072B2", thickness: 1.8, width: 5 } });
   const bounds = rows.map((r, k) => [r, k]).filter(([r]) => !there(r.value));
   traces.push({ type: "scatter", mode: "markers", name: "bound only", x: bounds.map(([r]) => r.low ?? r.high), y: bounds.map(([, k]) => k), text: bounds.map(([r, k]) => `${names[k]}<br>${interval(r)}`), hoverinfo: "text", showlegend: bounds.length > 0, marker: { color: "#5c6670", size: 10, symbol: bounds.map(([r]) => there(r.low) ? "triangle-right" : "triangle-left") } });
-  const ratio = DATA.verdicts.find(v => v.margin[0] > 0), shapes = [{ type: "line", x0: 1, x1: 1, yref: "paper", y0: 0, y1: 1, line: { color: "#5c6670", width: 1, dash: "dot" } }];
+  const ratio = DATA.verdicts.find(v => v.estimand === "lr_ratio"), shapes = [{ type: "line", x0: 1, x1: 1, yref: "paper", y0: 0, y1: 1, line: { color: "#5c6670", width: 1, dash: "dot" } }];
   if (ratio) shapes.push({ type: "rect", x0: ratio.margin[0], x1: ratio.margin[1], yref: "paper", y0: 0, y1: 1, fillcolor: "#009E73", opacity: 0.12, line: { width: 0 } });
-  return Plotly.react("forest-plot", traces, layout({ height: 120 + 30 * rows.length, shapes, xaxis: axis("ratio (shaded: the primary claim's margin; dotted: 1)", { type: "log" }), yaxis: axis("", { tickvals: rows.map((_, k) => k), ticktext: names, autorange: "reversed", automargin: true }) }), config);
+  return Plotly.react("forest-plot", traces, layout({ height: 120 + 30 * rows.length, shapes, xaxis: axis(`ratio (${ratio ? "shaded: the claim's margin; " : ""}dotted: 1)`, { type: "log" }), yaxis: axis("", { tickvals: rows.map((_, k) => k), ticktext: names, autorange: "reversed", automargin: true }) }), config);
 }
 
 function learningPlot(at, runs) {
