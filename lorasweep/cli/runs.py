@@ -7,6 +7,7 @@ standard deviation between seeds.
 import dataclasses
 import json
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,16 @@ CHANGED_CLAIMS = "the claims were changed after a first answer from these runs"
 """Why the verdicts of such a sweep are exploratory."""
 ANSWER = "lorasweep.json"
 """File with the results and the answer in the folder of the best run of a search."""
+FLAGS = {
+    "bounded_by_divergence": "next to one that diverges",
+    "at_edge": "the last one that was tried",
+    "few_points": "few were tried",
+    "no_variance": "one seed",
+    "flat": "several are equally good",
+    "fullft": "full fine-tuning",
+    r"lora r(\d+)": r"LoRA rank \1",
+}
+"""Doubts about a best learning rate, and names of arms, in words."""
 NO_FLOOR_NATS = 0.01
 """Accepted difference of the final NLL if no condition has two seeds. In the tiny sweep, seeds
 differ by about as much (docs/log)."""
@@ -726,7 +737,10 @@ def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -
     used = ["used {used} of {given}".format(**c["budget"])] if "budget" in c else []
     last = "; ".join([f"open: {'; '.join(c['open']) or 'nothing'}", *used])
     exact = [f"exact answers: {c['score']['text']}"] if c.get("score") else []
-    return [use, *exact, *table(arms, *arms[-1]), gap_line(results), last]
+    lines = [use, *exact, *table(arms, *arms[-1]), gap_line(results), last]
+    for flag, words in FLAGS.items():
+        lines = [re.sub(rf"\b{flag}\b", words, line) for line in lines]
+    return lines
 
 
 def gap_line(results: Mapping[str, Any]) -> str:
