@@ -40,10 +40,7 @@ VERDICTS = {"right": 1.0, "wrong": 0.0, "unread": None}
 
 
 def of_text(spec: DatasetSpec, tokenizer: Any, end: str | None = None) -> Rewards:
-    """Reward completions with the same result as the gold answer, as `spec.verifier` reads both.
-
-    With `end`, the text that ends an answer beside EOS: completions with the same text.
-    """
+    """Reward what `spec.verifier` reads as the gold answer; `end`: its last text, beside EOS."""
     ends: list[tuple[int, ...]] = [(tokenizer.eos_token_id,)]
     if stop := TURN if spec.render == "role_colon" else (end or "").strip() or end:
         ends.append(tuple(tokenizer(stop, add_special_tokens=False).input_ids))
@@ -56,8 +53,6 @@ def of_text(spec: DatasetSpec, tokenizer: Any, end: str | None = None) -> Reward
         return tokenizer.decode(own, skip_special_tokens=True).strip()
 
     def of_texts(texts: Sequence[tuple[str, str]]) -> list[float | None]:
-        if end is not None:
-            return [float(gold == answer) for gold, answer in texts]
         if spec.verifier == "integer":
             numbers = [(integer(gold), integer(answer)) for gold, answer in texts]
             return [None if found is None else float(found == gold) for gold, found in numbers]

@@ -36,23 +36,37 @@ class Questions:
             rewards.check_available(spec)
         base = self.base = trainer.base(run, request.exec)
         data, form = trainer.data(run, request.exec, base), shown(spec, [], base.tokenizer)
-        same = rewards.of_text(spec, base.tokenizer, form["end"])
-        self.ends, self.stop = same.ends, form["stop"]
-        self._of = [r.of for r in (same, data.rewards) if r]
+        read = rewards.of_text(spec, base.tokenizer, form["end"])
+        self.ends, self.stop = read.ends, form["stop"]
+        self._of = read.of if spec.verifier else lambda pairs: []
+        self._texts = [base.tokenizer.decode(end) for end in self.ends]
         for row in data.test:
             last = np.flatnonzero(np.diff(row.loss, prepend=False) & row.loss)[-1]
             row = Example(row.tokens, row.loss & (np.arange(len(row.loss)) >= last))
-            found.setdefault(prompt_of(row).tobytes(), []).append(row)
+            if not row.loss[-1] or self._read(answer_of(row), True)[1]:  # else cut
+                found.setdefault(prompt_of(row).tobytes(), []).append(row)
+        if not found:
+            raise DataError("max_length cuts the answers of all test rows")
         lengths = (len(answer_of(row)) - 1 for own in found.values() for row in own)
         self.longest = max(run.max_new_tokens, *lengths, 0)
-        self.most, self.of = self.longest * len(self._of) + MORE, len(found)
+        self.most, self.of = self.longest * (1 + bool(spec.verifier)) + MORE, len(found)
         self._rows = sorted([*found.values()][:MOST], key=lambda own: len(prompt_of(own[0])))
         self.prompts = [prompt_of(own[0]) for own in self._rows]
 
+    def _read(self, tokens: np.ndarray, last: bool = False) -> tuple[str, bool]:
+        """Return the text before its first or last end, and whether it has one."""
+        said = self.base.tokenizer.decode(tokens)  # with special tokens, which may be the answer
+        at = [said.rfind(text) if last else said.find(text) for text in self._texts]
+        return said[: min((k for k in at if k >= 0), default=None)].strip(), max(at, default=0) >= 0
+
     def right(self, answers: list[np.ndarray], ended: list[bool]) -> list[bool]:
         """Return whether the answer to each prompt is a row's, or the verifier accepts it."""
-        pairs = [[(row, said) for row in own] for own, said in zip(self._rows, answers)]
-        return [e and any(1.0 in of(p) for of in self._of) for p, e in zip(pairs, ended)]
+        found = []
+        for own, tokens, over in zip(self._rows, answers, ended):
+            (said, ends), pairs = self._read(tokens), [(row, tokens) for row in own]
+            same = said in [self._read(answer_of(row), True)[0] for row in own]
+            found.append((over or ends) and (same or 1.0 in self._of(pairs)))
+        return found
 
 
 def count(run: RunSpec, request: Request, trainer: TorchTrainer) -> dict[str, Any]:
@@ -91,7 +105,7 @@ def served(run: RunSpec, request: Request, trainer: TorchTrainer, server: Server
         return ""
     try:
         asked = Questions(run, request, trainer)
-        prompts = [{"prompt": tokens.tolist()} for tokens in asked.prompts]
+        prompts = [{"prompt": p.tolist(), "skip_special_tokens": False} for p in asked.prompts]
         found = server.complete(name, prompts, max_tokens=asked.most, **asked.stop)
         said = [answer["choices"][0] for answer in found]
         texts = asked.base.tokenizer([c["text"] for c in said], add_special_tokens=False).input_ids

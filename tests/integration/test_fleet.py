@@ -499,7 +499,7 @@ def peft_server(base, folders, broken=""):
         return (found + 1e-3 * torch.randn_like(found)).tolist()
 
     @torch.no_grad()
-    def complete(model, prompt, max_tokens, temperature):
+    def complete(model, prompt, max_tokens, temperature, **_):
         how = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
         found = loaded[model].generate(input_ids=torch.tensor([prompt]), **how)[0, len(prompt) :]
         tokenizer = AutoTokenizer.from_pretrained(base)

@@ -90,12 +90,31 @@ def test_the_last_turn_is_asked_once_and_any_of_its_answers_is_right(tmp_path, r
     assert data.test[0].tokens[-len(end) :].tolist() == end
 
     def right(*texts, ended=True):
-        tokens = [[*tokenizer(text, add_special_tokens=False).input_ids, *end] for text in texts]
+        said = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        tokens = [[*text, *end * ended] for text in said]
         return questions.right([*map(np.array, tokens)], [ended, ended])
 
     assert right("six", "four") == right(" six\n", "five") == [True, True]
     assert right("four", "fours") == right("six", "five", ended=False) == [False, False]
     assert questions.longest > 2 and questions.most > questions.longest
+
+
+@pytest.mark.parametrize("end", ["<|end_of_text|>", "<|im_end|>\n", "\n### End\n", "\n\n"])
+def test_an_answer_ends_as_its_template_says_and_special_tokens_are_text(tmp_path, end):
+    tokenizer = llama_like()
+    tokenizer.add_tokens(["<|im_end|>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|yes|>", "<|no|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ eos_token }}", end)
+    answers = ["four", "five.", "<|yes|>", "one two three, and so on to a hundred, or more" * 2]
+    rows = [{"prompt": f"{k}", "completion": text} for k, text in enumerate(answers)]
+    form = {"render": "chat_template", "max_length": 50}
+    questions, data = asked(tmp_path, rows, tokenizer, **form)
+    assert questions.of == 3  # the last one is cut
+    own = {row.tokens.tobytes(): row.tokens[row.loss] for row in data.test[:3]}
+    said = [own[row.tokens.tobytes()] for (row,) in questions._rows]
+    assert questions.right(said, [False] * 3) == [True] * 3  # a token may join the end
+    assert questions.right([*said[1:], said[0]], [True] * 3) == [False] * 3
+    assert questions.right([np.array([tokenizer.eos_token_id])] * 3, [True] * 3) == [False] * 3
 
 
 def test_a_verifier_accepts_other_words(tmp_path):
