@@ -689,13 +689,16 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
         chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
         why += ", not decided" * (outcome == "UNDECIDED")
     lr = chosen and (chosen["best_lr"]["value"] or chosen["best_tried"])
-    end, more, loss = LOWEST * request.sweep.search.wide, [], chosen and chosen["loss"]
+    end, more, loss = LOWEST * request.sweep.search.wide, list[str](), chosen and chosen["loss"]
+    if lr and chosen["best_tried"] and not 0.5 <= lr / chosen["best_tried"] <= 2:
+        more = [f"the fit says {lr:.1e}, far from the best learning rate that was tried"]
+        lr = chosen["best_tried"]  # such as of a curve with two valleys
     trains = lr and lr >= end
     if not trains or (None not in (start, loss) and loss >= start):
         why = f"no learning rate, tried from {lowest:.1e} on, lowers the loss on "
         why += f"{results['chosen_on']} and test rows"
         if not trains and lowest >= end:
-            more = ["lower learning rates, which the budget did not allow"]
+            more += ["lower learning rates, which the budget did not allow"]
         chosen, lr = {"method": None, "rank": None}, None
     more += [f"{name}, of which no run of full length has finished" for name in absent]
     return {

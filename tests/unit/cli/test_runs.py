@@ -332,6 +332,10 @@ def test_what_is_used_is_what_was_measured(compose, losses, outcome, lowest, met
     left = [text for text in found["open"] if "no run of full" not in text]
     assert len(left) == len(open_) and all(words in text for words, text in zip(open_, left))
     assert re.search(why, found["why"])
+    for arm in arms:  # of a curve with two valleys, not the one that the fit took
+        arm["best_lr"] = {**rate, "value": 1e-2}
+    astray = runs.conclude(compose(*TUNE), results, lowest)
+    assert astray["lr"] == (method and 1e-3) and ("1.0e-02" in str(astray["open"])) == bool(arms)
 
 
 SWEEPS = sorted({path.stem for path in (ROOT / "sweeps").glob("*.yaml")} - {"study"})
