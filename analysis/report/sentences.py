@@ -1,7 +1,4 @@
-"""The answer of a sweep in sentences: yes, no or open, the number, where it holds, what to do.
-
-quantities.yaml has the quantities in words; what to do stands in the sweep's file.
-"""
+"""The answer in sentences (quantities.yaml): yes, no or open, the number, its place, what to do."""
 
 import itertools
 import math

@@ -313,7 +313,8 @@ def read_any(
     why = "a lora run without a rank. Fill it in, or leave method empty if it is full fine-tuning."
     _refuse(table, unranked, "rank", why)
     for column in table.columns.intersection(["rank", "alpha", "layers"]):
-        table[column] = table[column].where(table["method"] != "fullft")
+        kept = (column == "layers") & (table.get("scope", blank) == "matrices")
+        table[column] = table[column].where(kept | (table["method"] != "fullft"))
     # Runs that failed or did not end say nothing about their learning rate.
     word = _words(table.get("status", blank)).str.lower()
     known = f"{{value}} is not known. Use one of {', '.join(STATUS)}."

@@ -36,7 +36,7 @@ from analysis.report.report import judge_and_report, write_html
 from analysis.report.study import answers
 from analysis.report.text import aligned, check_installed, plain
 from analysis.runs.curves import lr_curves
-from analysis.runs.table import LOSS, NLL, Reading, Shown, TableError, read, read_any
+from analysis.runs.table import CURVE_KEYS, LOSS, NLL, Reading, Shown, TableError, read, read_any
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
@@ -206,8 +206,11 @@ def fit(reading: Reading, within: float = WITHIN) -> list[dict[str, Any]]:
 
     `within`: extra loss allowed in the band, in units of the metric.
     """
-    keys, rows = ("model", "method", "dataset", "rank", "batch_size", "layers", "alpha"), []
-    for o in optima_of(reading):
+    optima, rows = optima_of(reading), []
+    of = {k: {(o.curve.key["method"], str(o.curve.key.get(k))) for o in optima} for k in CURVE_KEYS}
+    apart = [k for k, values in of.items() if len(values) > len(of["method"])]
+    keys = ("model", "method", "dataset", "rank", "batch_size", "steps", "layers", "alpha", *apart)
+    for o in optima:
         e, band, nll = o.best_lr, o.band(within), o.best_nll
         rows.append(
             {
@@ -215,8 +218,7 @@ def fit(reading: Reading, within: float = WITHIN) -> list[dict[str, Any]]:
                 **{"n": len(o.curve.x), "n_usable": int(o.curve.usable.sum())},
                 **{"best_lr": e.value, "low": e.low, "high": e.high},
                 "best_nll": None if nll is None else nll * reading.sign,
-                **{"metric": reading.metric, "flags": list(o.flags)},
-                "band": None if band is None else list(band),
+                **{"metric": reading.metric, "flags": list(o.flags), "band": band and list(band)},
             }
         )
     return rows
@@ -225,7 +227,7 @@ def fit(reading: Reading, within: float = WITHIN) -> list[dict[str, Any]]:
 def _value(o: Optimum, key: str) -> Any:
     """Return a setting of a curve as a plain value; ranks and batch sizes are whole numbers."""
     value = plain(o.curve.key.get(key))
-    return int(value) if value is not None and key in ("rank", "batch_size") else value
+    return int(value) if value is not None and key in ("rank", "batch_size", "steps") else value
 
 
 def ratio(reading: Reading) -> dict[str, Any]:

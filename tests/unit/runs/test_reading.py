@@ -43,6 +43,16 @@ def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
     assert settings - known <= {*CURVE_KEYS}
 
 
+def test_curves_of_our_table_are_those_of_its_report_and_told_apart():
+    kept = ROOT / "analysis/results/layers-tiny"
+    known = json.loads((kept / "results.json").read_text())["curves"]
+    rows = commands.fit(read(kept / "table.parquet"))
+    assert len({str([v for k, v in r.items() if k in CURVE_KEYS]) for r in rows}) == len(rows)
+    assert sorted(r["best_nll"] for r in rows) == pytest.approx(
+        sorted(c["best_nll"] for c in known)
+    )
+
+
 THEIRS = {"lr": "learning_rate", "test_nll": "eval_loss"}
 MIXED = planted(higher=True).rename(columns={"test_nll": "accuracy"})
 MIXED["accuracy"] *= np.where(MIXED.index % 2, 1, 100)  # fractions, and percent
@@ -282,7 +292,7 @@ def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
     path = write(tmp_path, planted().assign(dataset="d", batch_size=16, layers="mlp"))
     code, text, _ = run(capsys, "fit", path, "--out", tmp_path / "fits.json")
     rows = json.loads((tmp_path / "fits.json").read_text())
-    keys = {"model", "dataset", "method", "rank", "layers", "batch_size", "n", "best_nll", "flags"}
+    keys = {"model", "dataset", "method", "rank", "layers", "batch_size", "steps", "n", "best_nll"}
     assert code == 0 and keys | {"best_lr", "low", "high", "band"} <= rows[0].keys()
     full = next(r for r in rows if r["rank"] is None)
     assert full["method"] == "fullft" and full["best_lr"] == pytest.approx(1.3e-4, rel=0.1)
@@ -389,7 +399,7 @@ def test_names_are_data_on_the_page_and_never_markup(tmp_path, capsys):
 def test_a_kept_answer_is_printed_and_not_written(tmp_path, capsys, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in (KEPT / "lr_ratio-tiny").iterdir()}
     code, text, err = run(capsys, "lr_ratio", "--reports-dir", tmp_path)
-    assert code == 0 and "REFUTED: ratio" in text and "none of your own" in err
+    assert code == 0 and "(ratio, primary): 4.2" in text and "none of your own" in err
     assert "lr_ratio-tiny" in err  # the default scale, whichever file is newer
     assert {p: p.stat().st_mtime_ns for p in (KEPT / "lr_ratio-tiny").iterdir()} == before
     again = ("--table", KEPT / "lr_ratio-tiny" / "table.parquet", "--out", tmp_path / "again")
