@@ -87,7 +87,7 @@ def _answer(r: Row, place: str, found: Analysis, question: Mapping[str, Any]) ->
     """Say yes, no or open, with the number and its place."""
     v, claim, begin, end = r.verdict, f'"{r.says}"', f"{WORDS[r.verdict.outcome]}:", ""
     if v.is_withdrawn:
-        why = str(v.gates[0].subject).partition(", ")[0]
+        why = str(v.gates[0].subject).partition(". ")[0]
         return f"Open: {claim} is not decided. The answer is withdrawn: {why}"
     if v.exploratory:
         begin = f"Exploratory: {WORDS[v.outcome].lower()},"

@@ -61,7 +61,10 @@ EDGE = {
     "needed": "learning rates beyond the edge",
 }
 EDGE |= {"gates": (Gate(GateCode.FLAGGED, place="lora r16: ", flags=("at_edge",)),)}
-GONE = {"outcome": "UNDECIDED", "gates": (Gate(GateCode.WITHDRAWN, "an arm is missing, so"),)}
+GONE = {
+    "outcome": "UNDECIDED",
+    "gates": (Gate(GateCode.WITHDRAWN, "runs 0, 1 and 2 had other rows. So"),),
+}
 CASES = {  # changes of the verdict -> the begin of the sentence, what else it has, what it lacks
     "no": ({}, f"No: {RATIO}.", (COST, "if_refuted"), "Needed"),
     "yes": ({"outcome": "SUPPORTED"}, f"Yes: {RATIO}.", (COST, "if_supported"), "Needed"),
@@ -79,7 +82,7 @@ CASES = {  # changes of the verdict -> the begin of the sentence, what else it h
     ),
     "gate": (EDGE, f"Open: \"LoRA's best learning rate is 10 times full fine-tuning's\" is not decided {PLACE}: LoRA rank 16: at edge.", ("if_open",), "4.2"),
     "better": ({"why": "not met: it is on the better side"}, "No: ", ("and this is better. 10 times", "if_supported"), "Do not take"),
-    "withdrawn": (GONE, "Open: \"LoRA's", ("The answer is withdrawn: an arm is missing.", "if_open"), "4.2"),
+    "withdrawn": (GONE, "Open: \"LoRA's", ("The answer is withdrawn: runs 0, 1 and 2 had other rows. Until", "if_open"), "4.2"),
 }  # fmt: skip
 
 
