@@ -1,8 +1,7 @@
 """Copy runs to Weights & Biases while they train. lorasweep reads results only from the run folder.
 
-A process beside the command does it, so that W&B delays and fails no run. WANDB_MODE is by default
-offline, which needs neither network nor account. After a kill, W&B says online which step is next;
-offline, a copy is hidden until it is whole, and begun again.
+A process beside the command does it, so that W&B delays and fails no run. After a kill, W&B says
+online which step is next; offline, a copy is hidden until it is whole, and begun again.
 """
 
 import ctypes
@@ -33,19 +32,22 @@ OFF: dict[str, Any] = {
     **dict.fromkeys(("host", "username", "email", "program", "program_relpath"), ""),
     **{"console": "off", "symlink": False, "x_save_requirements": False},
 }
+_locks = dict[str, Any]()  # by run: the file that another command would lock
 
 
 def check() -> Path:
     """Return W&B's folder. Raises SpecError without wandb, StoreError if it cannot be written."""
     check_installed("wandb", "mirror=wandb")
-    if os.environ.get("WANDB_MODE", "offline") == "online":
+    if (mode := os.environ.get("WANDB_MODE", "offline")) not in ("offline", "online"):
+        raise SpecError(f"WANDB_MODE={mode}: expected offline (if it is not set) or online.")
+    if mode == "online":
         import wandb  # takes a moment to load
 
         if not wandb.api.api_key:
             raise SpecError("WANDB_MODE=online, but no key is known. Type: wandb login")
-    folder = Path(os.environ.get("WANDB_DIR") or ".")
+    folder = Path(os.environ.get("WANDB_DIR") or ".") / "wandb"
     check_writable(folder, "WANDB_DIR")
-    return folder / "wandb"
+    return folder
 
 
 def _mark(store: RunStore, rid: str) -> Path:
@@ -55,7 +57,7 @@ def _mark(store: RunStore, rid: str) -> Path:
 @contextmanager
 def mirroring(store: RunStore, group: str, words: Iterable[str]) -> Iterator[Any]:
     """Give a function that names runs to copy; `words`: names that may be sent."""
-    command = [sys.executable, "-m", __name__, str(store.root), group, *words]
+    command = [sys.executable, "-m", __name__, str(os.getpid()), str(store.root), group, *words]
     # files never block the command
     with tempfile.TemporaryFile("w+") as ids, tempfile.TemporaryFile("w+") as said:
         given: Any = {"stdin": ids, "stdout": said, "stderr": said, "start_new_session": True}
@@ -79,16 +81,16 @@ def mirroring(store: RunStore, group: str, words: Iterable[str]) -> Iterator[Any
                 print(text, file=sys.stderr)
 
 
-def main(root: str, group: str, *words: str) -> None:
-    """Copy the runs that the standard input names, a file that grows, until killed."""
+def main(command: str, root: str, group: str, *words: str) -> None:
+    """Copy the runs that the standard input names, a file that grows, until the command ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: end with the command
     store, home = RunStore(root), check()
     runs, steps = dict[str, Any](), dict[str, int]()  # by id: W&B's run, and its next step
-    while True:
-        there = store.existing()
+    while os.getppid() == int(command):  # if it was killed before prctl
+        there = {path.parent.name for path in store.root.glob("*/spec.json")}
         for rid in os.pread(0, 1 << 24, 0).decode().split():
-            if rid in there and rid not in runs and not _mark(store, rid).exists():
+            if rid in there and not runs.get(rid) and not _mark(store, rid).exists():
                 runs[rid] = _begin(store, rid, home, group, words)
             if run := runs.get(rid):
                 result = store.result(rid)  # before the records, which are then complete
@@ -104,7 +106,7 @@ def main(root: str, group: str, *words: str) -> None:
                         copy.rename(home / copy.name)
                     write_atomic(_mark(store, rid), b"{}\n")
                     shutil.rmtree(home / f"{HIDDEN}{rid}", ignore_errors=True)
-                    runs[rid] = None
+                    del runs[rid], _locks[rid]
         time.sleep(SEND_S)
 
 
@@ -118,10 +120,11 @@ def _begin(store: RunStore, rid: str, home: Path, group: str, words: Iterable[st
 
     mode = os.environ.get("WANDB_MODE", "offline")
     partial = home / f"{HIDDEN}{rid}"
-    partial.mkdir(parents=True, exist_ok=True)
-    try:  # until this process ends
-        fcntl.flock(os.open(partial, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = _locks[rid] = (partial / "lock").open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
         return None
     shutil.rmtree(partial / "wandb", ignore_errors=True)
     if mode == "offline" and any(home.glob(f"offline-run-*-{rid}")):  # killed before the mark

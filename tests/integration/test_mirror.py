@@ -1,15 +1,18 @@
 """mirror=wandb: what W&B gets while runs train, whatever is killed or hangs, and what it never gets."""
 
 import dataclasses
+import fcntl
 import getpass
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 
+from lorasweep.errors import SpecError, StoreError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.store.run_store import RunStore
 from lorasweep.tracking import wandb
@@ -131,6 +134,40 @@ def test_a_killed_command_leaves_no_process_and_its_runs_are_copied_once(server,
     store = RunStore(tmp_path / "runs")
     assert server("answers") == {i: [r["step"] for r in store.records(i)] for i in store.existing()}
     assert len(store.existing()) == 6
+
+
+def test_a_run_that_another_command_holds_is_copied_when_that_one_has_ended(
+    server, planted, tmp_path
+):
+    """And a run that was claimed just now, without a description yet, disturbs no other."""
+    store, rid = planted
+    (store.folder("claimed") / "attempts").mkdir(parents=True)
+    held = tmp_path / f"got/wandb/{wandb.HIDDEN}{rid}/lock"
+    held.parent.mkdir(parents=True)
+    with held.open("wb") as lock, wandb.mirroring(store, "g", []) as name:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        name(["claimed", rid])
+        store.record(rid, *steps(1))
+        time.sleep(4)
+        assert server("answers") == {}
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        wait_for(lambda: server("answers") == {rid: [1]})
+        store.finish(rid, "done", planted_end(tiny_spec(), 3.0, 2.0, [])[1])
+    assert not held.parent.exists()
+
+
+def test_a_copier_without_its_command_ends_and_a_mode_is_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    arguments = ["-m", "lorasweep.tracking.wandb", "1", str(tmp_path), "g"]
+    subprocess.run([sys.executable, *arguments], check=True, timeout=60, stdin=subprocess.DEVNULL)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(SpecError, match="WANDB_MODE=disabled: expected offline"):
+        wandb.check()
+    (tmp_path / "wandb").write_text("a file")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(StoreError, match="it is no folder"):
+        wandb.check()
 
 
 SECRET = "acme-clinic"
