@@ -41,8 +41,8 @@ def main() -> None:
         cause = str(error.__cause__ or "").partition("\n")[0]
         named = isinstance(error, LorasweepError) or cause in str(error)
         _fail(str(error) if named else f"{error}\n{cause}")
-    except YAMLError as error:
-        _fail(f"a configuration file is not valid YAML: {error}")
+    except (YAMLError, UnicodeDecodeError) as error:
+        _fail(f"a configuration file is not valid YAML in UTF-8: {error}")
     except BrokenPipeError:  # the reader (head, less) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -212,15 +212,15 @@ def as_overrides(typed: Sequence[str], sweeps: Collection[str]) -> list[str]:
         return settings
     first, *given = words
     verb, keys, head = first, list(SWEEP), list[str]()
-    if first in sweeps:
-        verb, given = f"[run] {first}", words
-    elif first in VERBS:
+    if first in VERBS:  # also if a sweep of the user's or of a package has the name
         head = [f"action={VERBS[first]}"] if first != "run" else []
         keys = ACTIONS[VERBS[first]].words.split()
         if given[:1] == ["fleet"] and first in OF_FLEET:
             keys, given = ["customers"], given[1:]
         if keys and not given and not settings:
             raise SpecError(f"{first} needs more:\n{usage(first)}")
+    elif first in sweeps:
+        verb, given = f"[run] {first}", words
     elif Path(first).expanduser().exists():
         raise SpecError(f"{first!r} is no command. To find its settings: lorasweep tune {first}")
     else:
@@ -409,7 +409,7 @@ def help_of(words: Sequence[str], compose: Composer) -> str:
         how = textwrap.wrap(compose.about("sweep", "how")[name], 100)
         return "\n".join([f"{name}: {questions[name]}", *how, f"lorasweep plan {name}: its cost"])
     if words:
-        raise SpecError(unknown("command", name, ["tune", *VERBS, *questions]))
+        raise SpecError(unknown("command", name, [*VERBS, *questions]))
     groups = sorted({"method", *(p.name for p in conf_dir().iterdir() if p.is_dir())})
     options = [f"{group}: {', '.join(compose.options(group))}" for group in groups]
     end = ["Groups (group=option)", *options, "Show the composed configuration: add --cfg job"]

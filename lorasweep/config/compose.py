@@ -172,7 +172,7 @@ class Composer:
         packages = [o.folder for several in plugins.offers(group).values() for o in several]
         for folder in dict.fromkeys([*self.folders, conf_dir(), *packages]):
             for path in sorted((folder / group).glob("*.yaml")):
-                with suppress(OmegaConfBaseException, YAMLError, OSError):  # said when it is used
+                with suppress(OmegaConfBaseException, YAMLError, OSError, ValueError):  # at use
                     said = OmegaConf.select(OmegaConf.load(path), key)
                     found.setdefault(path.stem, " ".join(str(said or "").split()))
         return found
@@ -184,7 +184,8 @@ class Composer:
             SpecError: a file, model, data set or key does not exist, or the sweep's file is wrong.
             NotAtScale: the sweep does not have the scale.
         """
-        chosen, changes, methods = list[str](), list[Override](), self.options("method")
+        chosen, changes = list[str](), list[Override]()
+        methods = {*self.options("method")} - SCHEMA.keys()  # of a package: any name
         asked, replaced = _value_of("sweep", typed), dict[str, list[Any]]()
         for text in typed:
             try:
@@ -193,11 +194,12 @@ class Composer:
                 raise SpecError(f"{text!r}: {error}. Expected KEY=VALUE.") from None
             group, value = override.key_or_group, override.value()
             is_group, method = bool(self.options(group)), group.partition(".")[0]
-            if override.package is not None or (method in methods and not asked):
+            whole = group in (method, f"{method}.method")  # no field of an arm
+            if override.package is not None or (method in methods and (whole or not asked)):
                 one_run = f" For one run: method={method} method.{group[len(method) + 1 :]}=..."
                 raise SpecError(
                     f"{text!r}: expected KEY=VALUE. METHOD.FIELD is for the arms of a sweep."
-                    + one_run * (method in methods)
+                    + one_run * (method in methods and not whole)
                 )
             if asked and (method in methods or group in GROUPS):
                 replaced[group] = _listed(override)
@@ -220,12 +222,11 @@ class Composer:
         if cfg.model.recipe:
             cfg.model.recipe = {**defaults_of(Recipe), **cfg.model.recipe}
         if cfg.sweep:
-            sweep = _at_scale(asked, cfg)
-            for key, values in (
-                () if sweep["parts"] else replaced.items()
-            ):  # else each part has them
-                _replace_axis(sweep, key, values, cfg.dataset.source == "synthetic")
-            cfg.sweep = sweep
+            cfg.sweep = sweep = _at_scale(asked, cfg)
+            for key in () if sweep["parts"] else replaced:  # else each part has them
+                now: Any = OmegaConf.to_container(cfg.sweep.arms, resolve=True)
+                _replace_axis(sweep, key, replaced[key], cfg.dataset.source == "synthetic", now)
+                cfg.sweep = sweep
         known: Any = OmegaConf.to_container(cfg, resolve=False)
         if wrong := next((key for key in known if key not in SCHEMA), None):
             raise SpecError(f"a configuration file: {unknown('setting', str(wrong), SCHEMA)}")
@@ -315,7 +316,7 @@ class Composer:
         owned, kinds = self._own_of(request.points), {"model": ModelSpec, "dataset": DatasetSpec}
         for own in owned:
             data = {p.spec.dataset for p in request.points if p.spec.model == own.spec}
-            named = "data" in request.given or any("dataset" in k.split(".") for k in request.given)
+            named = request.data or any(k.split(".")[-1] == "dataset" for k in request.given)
             if not named and (made_up := next((d for d in data if d.source == "synthetic"), None)):
                 raise SpecError(
                     f"model={own.given} on {made_up.name!r}, an artificial language: which rows? "
@@ -537,16 +538,22 @@ def _listed(override: Override) -> list[Any]:
     return value if isinstance(value, list) and value else [value]
 
 
-def _replace_axis(sweep: dict[str, Any], key: str, values: list[Any], synthetic: bool) -> None:
+def _replace_axis(
+    sweep: dict[str, Any], key: str, values: list[Any], synthetic: bool, now: dict[str, Any]
+) -> None:
     """Replace an axis at every depth: model or dataset, or METHOD.FIELD in all arms of the method.
 
-    Generator parameters go if the new data set is not synthetic.
+    Generator parameters go if the new data set is not synthetic. `now`: the arms, resolved, for
+    those of other methods that refer to a mapping of which a field goes.
     """
     method, _, field = key.rpartition(".")
     gone = {field} | ({GENERATOR_PARAMS} if field == "dataset" and not synthetic else set())
     arms = [axes for axes in sweep["arms"].values() if not method or axes["method"] == method]
     if method and not arms:
         raise SpecError(f"{key}: no arm of the sweep has method={method}. Leave it out.")
+    for arm, axes in sweep["arms"].items() if method else ():
+        if axes["method"] != method:
+            axes |= {k: v for k, v in now[arm].items() if field in fields_of({k: v}) - {k}}
 
     def strip(axes: Any) -> None:
         for part in axes if isinstance(axes, list) else [axes]:
@@ -559,11 +566,8 @@ def _replace_axis(sweep: dict[str, Any], key: str, values: list[Any], synthetic:
 
     for axes in arms if method else [sweep["axes"], *arms]:
         strip(axes)
-    if method:
-        for axes in arms:
-            axes[field] = values
-    elif len(values) > 1:
-        sweep["axes"][field] = values
+    for axes in arms if method else [sweep["axes"]] * (len(values) > 1):
+        axes[field] = values if len(values) > 1 else values[0]
 
 
 def _merged(top: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ ENTRIES = {
     "method.exits": "lsw_exits:Class",
     "method.wrong": "json:JSONDecoder",
     "method.renamed": "lorasweep.methods.lora:LoRA",
+    "method.exec": "json:dumps",
     "generator.none": "json:dumps",
 }
 ONE = ("model=tiny64", "dataset=dialect_smoke", "method.rank=4", "lr=5e-3", "steps=3")
@@ -173,7 +174,7 @@ def test_a_broken_package_stops_nothing_that_does_not_name_it(install, command):
     install("other", "2.0")
     for page in ((), ("--help",), ("+sweep=layers", "--cfg", "job")):
         assert command(*page).returncode == 0
-    fullft = (*ONE[:2], *ONE[3:], "method=fullft", "action=plan")
+    fullft = (*ONE[:2], *ONE[3:], "method=fullft", "action=plan", "exec.workers=1")
     done = command(*fullft)
     assert done.returncode == 0 and "1 runs" in done.stdout, done.stderr
     assert not {"lsw_other", "lsw_torn", "lsw_exits"} & sys.modules.keys()

@@ -57,6 +57,8 @@ def refused(done, *words):
         ("model@x=tiny64 lr=1e-3", "expected KEY=VALUE"),
         ("lora.rank=4", "method=lora method.rank=..."),
         ("+sweep=lr_ratio lora.rnak=4", "Did you mean 'rank'"),
+        ("+sweep=lr_ratio lora=5", "METHOD.FIELD is for the arms of a sweep"),
+        ("+sweep=lr_ratio lora.method=fullft,lora", "METHOD.FIELD is for"),
         ("+sweep=lr_ratio lora.rank=4 sweep.arms.lora.rank=8", "Write sweep.arms.lora.rank=4"),
         ("+sweep=lr_ratio method.rank=4", "Write lora.rank=4"),
         ("+sweep=lr_ratio model=tiny64 +sweep.axes.model=[tiny128]", "sweep.axes.model=tiny64"),
@@ -183,7 +185,7 @@ def test_every_action_has_a_function_and_stands_in_the_help(command, tmp_path):
     ],
 )
 def test_verbs_are_overrides(words, overrides):
-    assert sorted(as_overrides(words.split(), ("lr_ratio", "layers", "tune"))) == sorted(
+    assert sorted(as_overrides(words.split(), ("lr_ratio", "layers", "tune", "plan"))) == sorted(
         overrides.split()
     )
 
@@ -231,6 +233,15 @@ def test_a_sweep_takes_a_base_data_and_settings_of_a_method(compose, here):
         ("tiny128", "dialect")
     }
     assert {p.spec.lr for p in nested.points if p.spec.method.name == "lora"} == {1e-3, 2e-3}
+    steps = {
+        p.arm: p.spec.steps for p in compose("+sweep=rl", "scale=smoke", "fullft.steps=2").points
+    }
+    assert steps == {"fullft": 2, "lora": 4}  # whose task is that of the other arm
+    rates = compose("+sweep=layers", "scale=smoke", "lora.lr=${around:1e-3,3,2}").points
+    assert {p.spec.lr for p in rates if p.arm == "lora"} == {5e-4, 1e-3, 2e-3}
+    with pytest.raises(SpecError, match="artificial language: which rows"):
+        compose(*sweep, "model=./support-model", "dataset.n_train=9")
+    assert compose("action=measure", "model=./support-model", "data=rows.jsonl").points
     parts = compose(*STUDY, "model=tiny128", "lora.rank=2")
     assert {p.spec.model.name for part in parts.parts for p in part.points} == {"tiny128"}
 
@@ -263,6 +274,9 @@ def test_a_users_sweep_and_model_come_in_by_config_dir_and_wrong_ones_are_named(
         own(tmp_path, f"sweep/{name}.yaml", body)
         refused(command(*mine, f"+sweep={name}", "action=plan"), *says)
         (tmp_path / f"mine/sweep/{name}.yaml").unlink()
+    (tmp_path / "mine/sweep/latin.yaml").write_bytes(b"question: \xc9t\xe9?\n")
+    refused(command(*mine, "+sweep=latin", "action=plan"), "UTF-8")
+    assert command(*mine).returncode == 0  # the list of all sweeps
     own(tmp_path, "scale/odd.yaml", "# @package _global_\nstepz: 3\nscale: {name: odd}\n")
     refused(command(*mine, "scale=odd", "lr=1e-3"), "Did you mean 'steps'")
     own(tmp_path, "model/123.yaml", model.replace("narrow", "'123'"))
