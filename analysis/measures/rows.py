@@ -256,7 +256,7 @@ class _Maker:
             {int(k["rank"]) for k in known if k.get("rank") == k.get("rank") is not None}
         )
         if "rank_1" in quantity and "over" not in quantity:
-            ranks = ranks[:1]
+            ranks = [r for r in ranks if r == 1]
         elif "top" in quantity:
             ranks = ranks[-1:]
         ranks = sorted(set(arms.values())) or ranks
