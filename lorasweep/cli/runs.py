@@ -286,8 +286,10 @@ def train(
 def _check_versions(points: Sequence[Point], store: RunStore) -> None:
     """Raise StoreError if runs are missing, and others were trained with other versions."""
     now = {p.id: packages for p in points if (packages := provenance.packages_of(p.spec))}
-    then = {i: (store.result(i) or {}).get("packages") for i in now}
-    for i in (i for i in now if None in then.values() and then[i] not in (None, now[i])):
+    done = {i: store.result(i) for i in now}
+    kept = {i: done[i] or (store.env(i) if store.saved_step(i) else {}) for i in now}
+    then = {i: kept[i].get("packages" if done[i] else "offered_by") for i in now}  # or resumed
+    for i in (i for i in now if None in done.values() and then[i] not in (None, now[i])):
         raise StoreError(
             f"run {i} was trained with {then[i]}, and {now[i]} is installed. Their runs share no "
             f"curve: install the first, or use a new run folder (exec.runs_dir={store.root}-2)."

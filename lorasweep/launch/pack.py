@@ -355,7 +355,8 @@ class _Attempt:
         env = {**provenance.environment(), "pack": self.ids, **self.circumstances, **more}
         env |= {name: getattr(self.exec, name) for name in ("models_dir", "data_dir")}
         env["gpu"] = next((gpu.name for gpu in detect.gpus()), None)
-        for i in self.ids:
+        for i, spec in zip(self.ids, self.runs):
+            env["offered_by"] = provenance.packages_of(spec)
             step = self.states[i]["meta"]["step"] if self.states else None
             self.store.write_env(i, self.pack.attempts[i], {**env, "resumed_from_step": step})
 

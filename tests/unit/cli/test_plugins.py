@@ -128,6 +128,17 @@ def test_another_version_answers_from_finished_runs_and_adds_none(install, tmp_p
         assert len(trainer.trained) == 6
 
 
+def test_another_version_resumes_no_run(install, tmp_path, monkeypatch):
+    install()
+    request = compose_request([*RULES, f"exec.runs_dir={tmp_path}/r"])
+    store, (point,) = RunStore(request.exec.runs_dir), request.points
+    store.prepare()
+    store.write_env(point.id, store.claim(point.spec), {"offered_by": "lsw-example 0.0.9"})
+    monkeypatch.setattr(RunStore, "saved_step", lambda self, rid: 1)
+    with pytest.raises(StoreError, match=r"lsw-example 0\.0\.9, and lsw-example 0\.1\.0 is"):
+        train(request, store, FakeTrainer(lambda s: 2.0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
