@@ -6,9 +6,8 @@ two methods share seeds and the shape of their LR curves. Published laws are cal
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,7 @@ from analysis.inference.estimate import (
     from_draws,
     meta_regression,
 )
-from analysis.optimum.fit import Optimum, rate_means
-from analysis.runs.curves import LrCurve
+from analysis.optimum.fit import Optimum
 
 MIN_RANK = 4
 """Claims on ratio and drift are about ranks from 4 up; the study treats rank 1 separately."""
@@ -190,92 +188,3 @@ def _within_bases(ratios: Sequence[Ratio]) -> MetaRegression | None:
     if not slopes:
         return None
     return meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))
-
-
-PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
-"""Published constants, with p by family (tinker-cookbook, docs/sl-hyperparams, 2025)."""
-REFERENCE = 2000.0
-"""Hidden size of the law's constant."""
-
-
-def family(model: str) -> str:
-    """Return a model's family: the leading letters of its name, e.g. Qwen/Qwen3-8B -> qwen."""
-    found = re.match(r"[A-Za-z]+", str(model).rsplit("/", 1)[-1])
-    return found.group(0).lower() if found else str(model).lower()
-
-
-def published(curve: LrCurve, hidden: float) -> float | None:
-    """Return the LR by the published formula; None for a family without a published exponent."""
-    p = PUBLISHED.get(family(curve.key["model"]))
-    if p is None or not hidden > 0:
-        return None
-    m = PUBLISHED["M"] if curve.key["method"] == "lora" else 1.0
-    return PUBLISHED["base"] * m * (REFERENCE / hidden) ** p
-
-
-def regret(curve: LrCurve, lr: float) -> float | None:
-    """Return (loss at an LR - lowest loss over the LRs tried) / the lowest loss, in percent.
-
-    The loss is interpolated linearly in ln(lr). None outside the usable LRs.
-    """
-    lrs, means = rate_means(curve)
-    if len(lrs) < 2 or not lrs[0] <= math.log(lr) <= lrs[-1] or not means.min():
-        return None
-    best = float(means.min())
-    return 100 * (float(np.interp(math.log(lr), lrs, means)) - best) / abs(best)
-
-
-def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[dict[str, Any]]:
-    """Fit each family and method by minimising the summed loss; intervals resample the models.
-
-    A curve's term is (loss at the law's LR - best loss tried) / best loss tried, interpolated.
-    Outside the LRs tried, the last segment of the curve is extrapolated, but never downward:
-    otherwise the fit could prefer LRs without data. With one hidden size, p is not fitted.
-
-    `hidden`: model -> hidden size. The law: LR = lr_at_2000 x (2000 / hidden size)^p;
-    `regret_percent` is the mean of the terms at its LRs.
-    """
-    laws: list[dict[str, Any]] = []
-    groups: dict[tuple[str, str], list[LrCurve]] = {}
-    for c in curves:
-        if len(np.unique(c.x[c.usable])) >= 2 and hidden.get(c.key["model"], math.nan) > 0:
-            groups.setdefault((family(c.key["model"]), c.key["method"]), []).append(c)
-    for (name, method), members in sorted(groups.items(), key=lambda group: group[0]):
-        of = [c.key["model"] for c in members]
-        widths, models, n = np.array([hidden[m] for m in of]), sorted(set(of)), len(members)
-        one_size, enough = len(set(widths)) < 2, len(models) >= 4
-        ps = np.zeros(1) if one_size else np.linspace(-1.5, 2.0, 141)
-        tried = np.concatenate([c.x[c.usable] for c in members])
-        ks = np.linspace(tried.min() - 1, tried.max() + 1, 161)
-        at = [(ks + ps[:, None] * math.log(REFERENCE / h)).ravel() for h in widths]
-        loss = np.array([_extrapolated(c, x) for c, x in zip(members, at)])
-        even = [1 / len(models)] * len(models)
-        count = np.random.default_rng(7).multinomial(len(models), even, 400)
-        drawn = np.argmin(count[:, [models.index(m) for m in of]] @ loss, axis=1)
-        best, fits = int(np.argmin(loss.sum(0))), []
-        all_ks, all_ps = np.tile(ks, len(ps)), np.repeat(ps, len(ks))
-        for v in (np.exp(all_ks), all_ps):
-            low, high = np.quantile(v[drawn], [0.025, 0.975], method="hazen").tolist()
-            value = float(v[best])
-            known = Estimate(value, min(low, value), max(high, value), n)
-            fits.append(known if enough else Estimate(value, n=n))
-        logs = all_ks[best] + all_ps[best] * np.log(REFERENCE / widths)
-        costs = [regret(c, math.exp(x)) for c, x in zip(members, logs)]
-        percent = [v for v in costs if v is not None]
-        flags = ["one hidden size"] * one_size
-        flags += [] if enough else [f"{len(models)} model(s): no interval"]
-        mean = float(np.mean(percent)) if percent else None
-        laws.append(
-            {"family": name, "method": method, "lr_at_2000": fits[0]}
-            | {"p": Estimate(None, n=n) if one_size else fits[1], "models": len(models)}
-            | {"regret_percent": mean, "flags": flags}
-        )
-    return laws
-
-
-def _extrapolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
-    lrs, means = rate_means(curve)
-    inside = np.interp(ln_lr, lrs, means)
-    left = max((means[0] - means[1]) / (lrs[1] - lrs[0]), 0.0) * np.maximum(lrs[0] - ln_lr, 0)
-    right = max((means[-1] - means[-2]) / (lrs[-1] - lrs[-2]), 0.0) * np.maximum(ln_lr - lrs[-1], 0)
-    return (inside + left + right - means.min()) / (abs(means.min()) or 1.0)

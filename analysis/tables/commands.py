@@ -13,23 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.measures.at_best import is_finite, losses_at_best, mean_of
 from analysis.measures.ratio import (
     MIN_RANK,
-    Ratio,
-    by_loss,
     lr_drift,
     pool_ratios,
-    published,
-    ratio_law,
     ratio_of,
-    regret,
 )
 from analysis.optimum.fit import WITHIN, Optimum, fit_all, lowest_loss, rate_means
-from analysis.questions import base
 from analysis.questions.base import by_group, by_variant, lora_of
 from analysis.questions.registry import read_question
 from analysis.report.report import judge_and_report, write_html
@@ -42,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
 EPILOG = """commands
   fit FILE      best learning rate of every curve, with interval or bound and low-regret band;
-                with --ratio, --drift or --law what follows from these. FILE: one run per row, as
+                with --ratio or --drift what follows from these. FILE: one run per row, as
                 .csv, .parquet, .json or .jsonl, such as a W&B export. Columns: model, lr, test_nll,
                 and method or rank; optionally status, dataset, batch_size, seed, hidden_size,
                 layers, alpha, steps. Without a method, a run with a rank is lora and one with an
@@ -314,47 +306,7 @@ def drifts(reading: Reading) -> list[dict[str, Any]]:
     return rows
 
 
-def law(reading: Reading) -> dict[str, Any]:
-    """Fit power laws of the LR and of the ratio; return them and the published formula's regret.
-
-    The law of the LR is fitted to the losses of each model family. TableError without hidden sizes.
-    """
-    runs = reading.table
-    if "hidden_size" not in runs.columns or not runs["hidden_size"].notna().any():
-        raise TableError(
-            "the law needs a column hidden_size (the model's width). Add it, or map it: "
-            "--map d_model=hidden_size."
-        )
-    widths = runs.dropna(subset=["hidden_size"]).groupby("model")["hidden_size"]
-    hidden = widths.first().astype(float).to_dict()
-    curves, costs = lr_curves(runs), []
-    for c in curves:
-        if (lr := published(c, hidden.get(c.key["model"], math.nan))) is not None:
-            cost = {"lr": lr, "percent": regret(c, lr)}
-            costs.append({"model": c.key["model"], "curve": c.name, **cost})
-    log_ratios = []
-    for _, lora, full in arms_of(fit_all(curves)):
-        known = [o for o in lora_of(lora, MIN_RANK) or lora if o.best_lr.draws is not None]
-        h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
-        if known and full.best_lr.draws is not None and h and a is not None and a == a:
-            # One row per model and alpha, because ranks share full fine-tuning's curve.
-            logs, model = np.log(ratio_of(known, full).draws), full.curve.key["model"]
-            log_ratios.append(Ratio(model, h, float(a), float(logs.mean()), float(logs.std())))
-    fitted = ratio_law(log_ratios) if len(log_ratios) >= 2 else None
-    return {
-        "by_loss": [base.plain(v) for v in by_loss(curves, hidden)],
-        "published_regret": costs,
-        "ratio_law": fitted
-        and {
-            "ratio_at_1000_32": fitted.at_reference.plain(),
-            **{"p": fitted.p.plain(), "q": fitted.q.plain(), "rivals": fitted.rivals},
-            "n": len(log_ratios),
-        },
-        "models_without_hidden_size": sorted(set(runs["model"]) - set(hidden)),
-    }
-
-
-COMMANDS: dict[str, Callable[[Reading], Any]] = {"ratio": ratio, "drift": drifts, "law": law}
+COMMANDS: dict[str, Callable[[Reading], Any]] = {"ratio": ratio, "drift": drifts}
 """Flag of `fit` -> what it prints instead of the fits."""
 
 

@@ -11,12 +11,13 @@ from analysis.inference.decide import GateCode
 from analysis.inference.estimate import from_draws
 from analysis.measures import ratio, speed
 from analysis.measures.at_best import AtBest, over_seeds, weights
-from analysis.measures.ratio import Ratio, by_loss, published, ratio_law
+from analysis.measures.ratio import Ratio, ratio_law
 from analysis.measures.regret import change_of_needed, crossing
 from analysis.measures.rewards import collapsed_at_best, gates_on_stable, good_range, stable
 from analysis.measures.speed import Prefix, difference, effect, stalled, within
 from analysis.optimum.fit import fit_all, linex
 from analysis.runs.curves import at_step, task_problems, while_unsolved
+from benchmarks.public_evidence import by_loss, published, regret
 from lorasweep.store.table import load_runs
 from tests.planted import GAIN, START, lr_curve
 
@@ -276,7 +277,7 @@ def test_a_planted_law_is_found(p):
     assert law["family"] == "llama" and law["models"] == 5 and law["regret_percent"] < 0.5
     assert power.value == pytest.approx(p, abs=0.15) and power.low <= p <= power.high
     assert at_2000 == pytest.approx(5e-4, rel=0.15)
-    assert ratio.regret(curves[0], 1.0) is None  # outside the LRs tried
+    assert regret(curves[0], 1.0) is None  # outside the LRs tried
     (law,) = by_loss(curves[:2], hidden)
     assert law["p"].value is None and "one hidden size" in law["flags"]
 

@@ -327,7 +327,6 @@ def test_ratio_and_drift_come_back(asked):
 @pytest.mark.parametrize(
     ("table", "options", "word"),
     [
-        ({}, ("--law",), "hidden_size"),
         ({"ranks": (4, 8)}, ("--ratio",), "no fullft run"),
         ({"ranks": (None,)}, ("--drift",), "no lora run"),
         ({}, ("--higher", "test_nl"), "Did you mean 'test_nll'?"),
@@ -345,7 +344,7 @@ def test_what_a_command_needs_is_named(tmp_path, capsys, monkeypatch, table, opt
     "argv",
     [
         *("fit FILE --write", "fit FILE --scale tiny", "html FILE --ratio", "html FILE --json"),
-        *("study --within 1", "lr_ratio --map a=lr", "lr_ratio --higher acc", "lr_ratio --law"),
+        *("study --within 1", "lr_ratio --map a=lr", "lr_ratio --higher acc", "lr_ratio --drift"),
     ],
 )
 def test_an_option_of_another_command_is_refused(capsys, argv):
@@ -360,19 +359,6 @@ def test_a_table_that_cannot_be_judged_leaves_the_report(tmp_path, capsys):
         argv = ("lr_ratio", "--reports-dir", tmp_path, "--table", tmp_path / name, "--out")
         code, _, err = run(capsys, *argv, tmp_path / "out")
         assert code == 2 and "table" in err and not (tmp_path / "out").exists()
-
-
-def test_law_speaks_of_widths(asked):
-    def of_widths(table, *widths):
-        return pd.concat([table.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
-
-    found = asked(of_widths(planted(ratio=10).assign(alpha=32), 1024, 2048, 4096), "--law")
-    assert {v["method"] for v in found["by_loss"]} == {"lora", "fullft"}
-    assert found["ratio_law"]["p"]["low"] < 0 < found["ratio_law"]["p"]["high"]
-    table = of_widths(planted(ranks=(4,), higher=True), 1024, 2048, 4096, 8192)
-    (law,) = asked(table, "--law", "--higher", "test_nll")["by_loss"]
-    assert law["regret_percent"] >= 0
-    assert law["lr_at_2000"]["value"] == pytest.approx(1.3e-3, rel=0.2)
 
 
 def test_an_optimum_of_a_metric_and_one_that_is_not_bracketed_which_is_null_with_a_bound(asked):
@@ -433,7 +419,7 @@ ROW = st.fixed_dictionaries({name: st.sampled_from(cells) for name, cells in COL
 @given(rows=st.lists(ROW, max_size=12))
 def test_any_table_is_answered_or_refused_in_a_line(tmp_path, capsys, rows):
     path = write(tmp_path, pd.DataFrame(rows, columns=list(COLUMNS)))
-    for flags in ((), ("--ratio",), ("--drift",), ("--law",)):
+    for flags in ((), ("--ratio",), ("--drift",)):
         code, _, err = run(capsys, "fit", path, *flags)
         lines = err.splitlines()
         assert any(v.startswith("analysis:") for v in lines) == (code == 2)
