@@ -75,9 +75,10 @@ def count(run: RunSpec, request: Request, trainer: TorchTrainer) -> dict[str, An
     from lorasweep.train.sampling import sample
 
     folder, auto, right = Path(request.exec.runs_dir, run.id), request.score == "auto", []
-    if request.score == "never" or (found := files.read_json(folder / KEPT)):
-        return {} if request.score == "never" else found
     try:
+        found = files.read_json(folder / KEPT)
+        if request.score == "never" or (isinstance(found, dict) and "text" in found):
+            return {} if request.score == "never" else found
         if (weights := checkpoint.load_weights(folder)) is None:
             raise DataError(f"the weights of run {run.id} were not kept")
         if auto and run.model.n_params > LARGE and not detect.gpus():
@@ -89,7 +90,7 @@ def count(run: RunSpec, request: Request, trainer: TorchTrainer) -> dict[str, An
         for trained in (nullcontext(), attached([run], asked.base, [weights])):
             with trained, frozen_in_bf16(model, run.precision):
                 given = model, [asked.prompts], greedy, asked.ends, run.precision
-                (said,) = sample(*given, forward_parts=16)  # 64 prompts at once
+                (said,) = sample(*given, forward_parts=16)  # at most 12 at once
             right.append(asked.right(said.tokens, said.ended.tolist()))
         found = counts(right[0], right[1], asked.of)
         files.write_atomic(folder / KEPT, json.dumps(found).encode())

@@ -58,10 +58,9 @@ def _mark(store: RunStore, rid: str) -> Path:
 def mirroring(store: RunStore, group: str, words: Iterable[str]) -> Iterator[Any]:
     """Give a function that names runs to copy; `words`: names that may be sent."""
     command = [sys.executable, "-m", __name__, str(os.getpid()), str(store.root), group, *words]
-    # files never block the command
     with tempfile.TemporaryFile("w+") as ids, tempfile.TemporaryFile("w+") as said:
         given: Any = {"stdin": ids, "stdout": said, "stderr": said, "start_new_session": True}
-        process = subprocess.Popen(command, **given)
+        process = subprocess.Popen(command, **given)  # files never block this one
         try:
             yield lambda new: print(*new, file=ids, flush=True)
         finally:

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import beta, binomtest, multinomial
 
 from lorasweep.data.load import load
-from lorasweep.fleet.score import Questions, counts
+from lorasweep.fleet.score import KEPT, Questions, count, counts
 from lorasweep.spec.dataset import DatasetSpec
 from tests.customers import CHAT_TEMPLATE
 from tests.small_hub import llama_like
@@ -124,3 +124,14 @@ def test_a_verifier_accepts_other_words(tmp_path):
     for text, right in (("#### 5", True), (rows[0]["completion"], True), ("#### 6", False)):
         ids = np.array(tokenizer(text, add_special_tokens=False).input_ids)
         assert questions.right([ids], [True]) == [right], json.dumps(text)
+
+
+@pytest.mark.parametrize("kept", ["[1]", "3", '{"a": 1}', None])
+def test_a_damaged_count_is_made_again_and_one_that_cannot_be_read_is_said(tmp_path, kept):
+    run = tiny_spec()
+    path = tmp_path / run.id / KEPT
+    path.parent.mkdir()
+    path.mkdir() if kept is None else path.write_text(kept)
+    request = SimpleNamespace(score="auto", exec=SimpleNamespace(runs_dir=tmp_path))
+    why = f"{KEPT} cannot be read" if kept is None else f"the weights of run {run.id}"
+    assert count(run, request, None)["text"].startswith(f"not counted: {why}")
