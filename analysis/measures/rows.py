@@ -252,9 +252,7 @@ class _Maker:
         arms = {c["layers"]: int(c["rank"]) for c in lora}
         if len(arms) < 2 <= len({int(c["rank"]) for c in lora}):  # ranks of one layer set
             arms = {}
-        ranks = sorted(
-            {int(k["rank"]) for k in known if k.get("rank") == k.get("rank") is not None}
-        )
+        ranks = sorted({int(v) for k in known if (v := k.get("rank")) == v is not None})
         if "rank_1" in quantity and "over" not in quantity:
             ranks = [r for r in ranks if r == 1]
         elif "top" in quantity:
@@ -263,7 +261,10 @@ class _Maker:
         lengths = {self.updates[task]} if task in self.updates else {int(k["steps"]) for k in known}
         if share := re.fullmatch(r"rank of ([\d.]+) of the width", said):
             mine = self.runs["model"].isin(_parts(task, self.bases)[0])
-            ranks = [round(float(share[1]) * self.runs[mine]["hidden_size"].max())]
+            most = float(share[1]) * self.runs[mine]["hidden_size"].max()
+            cells = (c["ranks"] for c in self.cells("ranks") if c["cell"] == task)
+            of = [r["rank"] for cell in cells for r in cell] or [most]  # the ranks that were tried
+            ranks = [round(min((r for r in of if r >= most), default=max(of)))]
             said = f"rank {ranks[0]}"
         if len(ranks) > 1 and arms:
             said = " and ".join(f"{arm} at rank {r}" for arm, r in arms.items())

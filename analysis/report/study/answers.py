@@ -195,9 +195,8 @@ def within(margin: tuple[float, float], far: float = FAR, unit: str = "") -> str
     low, high = margin
     if -TINIEST < low < 0 < high < TINIEST:
         return f"0{unit}, to rounding"
-    if high >= far:
-        return f"{low:g}{unit} and more"
-    return f"up to {high:g}{unit}" if low <= -far else f"{low:g} to {high:g}{unit}"
+    text = f"up to {high:g}{unit}" if low <= -far else f"{low:g} to {high:g}{unit}"
+    return f"{low:g}{unit} and more" if high >= far else text
 
 
 # ---------------------------------------------------------------- the findings

@@ -132,10 +132,16 @@ def test_a_declared_estimand_is_said_with_its_arms_and_a_margin_in_its_unit(name
     assert has in answer[0]["sentence"]
 
 
-def test_a_rank_that_was_not_run_is_not_named_as_another():
-    table, question = kept_answer(KEPT / "rl_matrices-tiny")
-    text = report.judge_and_report(table[table["rank"] != 1], question, None).splitlines()[0]
-    assert "by rewards; 100 updates): no curve of LoRA rank 1" in text
+@pytest.mark.parametrize(
+    ("folder", "rank", "has"),
+    [
+        ("rl_matrices-tiny", 1, "by rewards; 100 updates): no curve of LoRA rank 1"),
+        ("regime-tiny", 16, "change of rank 2; rank 32, 256 updates) the loss of LoRA"),
+    ],
+)
+def test_a_rank_that_was_not_run_is_not_named(folder, rank, has):
+    table, question = kept_answer(KEPT / folder)
+    assert has in report.judge_and_report(table[table["rank"] != rank], question, None)
 
 
 def test_of_many_groups_three_are_said_and_the_others_counted(ratio):
