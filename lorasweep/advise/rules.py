@@ -8,6 +8,7 @@ inputs, source and confidence.
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from enum import StrEnum
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
@@ -189,7 +191,9 @@ def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str,
             measured = {**whole, "tokens_per_example": tokens, "where": where}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # being written, or broken
-        found.setdefault((value["rows_sha256"], value["model"]), measured)
+        # a model of a folder or file is named with its content
+        named = (value["model"], re.sub(r"-[0-9a-f]{8}$", "", value["model"]))
+        found = {**dict.fromkeys(((value["rows_sha256"], m) for m in named), measured), **found}
     return found
 
 
@@ -418,7 +422,9 @@ def count_data(a: Advice) -> None:
             form = "stated" if c.bits_per_token else "assumed"
             a.note("bits", total, form, inputs, counted=of, losses=losses)
         if counted is not None:
-            a.warn("not_measured", model=a.model.name, data=c.data)
+            base = quote(c.model.removesuffix("/config.json"))
+            size = max(1, min(16, int(a.examples or 0) // 24))  # batches that an estimate needs
+            a.warn("not_measured", model=base, data=quote(c.data), size=size)
 
 
 def rounded(tokens: float) -> int:

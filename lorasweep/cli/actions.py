@@ -221,6 +221,8 @@ def as_overrides(typed: Sequence[str], sweeps: Collection[str]) -> list[str]:
             raise SpecError(f"{first} needs more:\n{usage(first)}")
     elif first in sweeps:
         verb, given = f"[run] {first}", words
+        if words == ["tune"] and not any(s.startswith("model=") for s in settings):
+            raise SpecError(f"tune needs more:\n{usage('tune')}")
     elif Path(first).expanduser().exists():
         raise SpecError(f"{first!r} is no command. To find its settings: lorasweep tune {first}")
     else:
@@ -346,14 +348,14 @@ Help: lorasweep help plan (a command), lorasweep help lr_ratio (a sweep), lorasw
 SETTINGS = """\
 Settings
   format=json: one JSON object on stdout    mirror=wandb
-  exec.runs_dir=DIR (or LORASWEEP_RUNS)     exec.models_dir=[DIR] (LORASWEEP_MODELS)
-  exec.data_dir=[DIR] (LORASWEEP_DATA)      exec.reports_dir=DIR (LORASWEEP_REPORTS)
+  exec.runs_dir=DIR (or LORASWEEP_RUNS)     'exec.models_dir=[DIR]' (LORASWEEP_MODELS)
+  'exec.data_dir=[DIR]' (LORASWEEP_DATA)    exec.reports_dir=DIR (LORASWEEP_REPORTS)
   exec.workers=N exec.threads=N exec.pack_size=N exec.micro_batch_size=N exec.retry=true
   exec.world_size=4 exec.activation_checkpointing=true       a run on four GPUs
   cluster=slurm cluster.partition=gpu       submit and return; later the same command answers
   model=NAME,NAME dataset=NAME              other bases and data sets, for all arms of a sweep
   lora.rank=1,16 lora.lr=1e-3,2e-3          a setting of all arms of a method
-  +sweep.axes.batch_size=[4,8] sweep.arms.lora.rank=[1,16] ~sweep.arms.fullft
+  '+sweep.axes.batch_size=[4,8]' 'sweep.arms.lora.rank=[1,16]' '~sweep.arms.fullft'
   'sweep.arms.lora.lr=${geom:1e-4,1e-2,4}'  4 learning rates per decade
   'sweep.arms.lora.lr=${around:1e-3,7,2}'   7 learning rates around 1e-3, a factor of 2 apart
   model=FOLDER, FILE.gguf or owner/name@revision

@@ -284,7 +284,7 @@ def next_round(
     return runs, lines(wanted)
 
 
-@_table_errors("action=fit (with --map: python -m analysis fit FILE)")
+@_table_errors("fit (options such as --map are of python -m analysis fit FILE)")
 def fit_table(path: Path) -> tuple[list[dict[str, Any]], list[str], Sequence[str]]:
     """Return the fit of each learning-rate curve of a user's table, as lines, and notes on it.
 

@@ -438,7 +438,7 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
     if (store.result(request.run) or {}).get("state") != "done":
         raise SpecError(
             f"run {request.run!r} is not a finished run in {store.root}. List the ids with "
-            "action=export."
+            "lorasweep export SWEEP out=runs.csv."
         )
     spec, out = spec_from(store.spec(request.run)), Path(request.out).expanduser()
     folders.check(out, ADAPTER, request.exec, [spec.model])
@@ -630,6 +630,9 @@ def finish(
     for p in judged(request, points):
         rates.setdefault(_rank(p), []).append(p.spec.lr)
     conclusion = conclude(request, results, max(map(min, rates.values()), default=math.inf))
+    n_seeds = len({p.spec.seed for p in points})
+    if conclusion["open"] and n_seeds > request.sweep.search.seeds:
+        conclusion["open"].append(f"all {n_seeds} seeds are used; sweep.search.seeds=12 goes on")
     if budget := parse_budget(request.budget, request.points[0].spec.steps):
         used = budget.used(points, store)
         words = f"{used:.3g} runs" if budget.unit == "runs" else duration(used)
@@ -721,11 +724,13 @@ def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -
     losses = {"base": results["start"]} | {a["rank"]: a["loss"] for a in results["arms"]}
     shown = {k: None if v is None else f"{metric.loss(v):.4f}" for k, v in losses.items()}
     arms: list[dict[str, Any]] = [{"arm": "base", metric.label: shown["base"]}]
+    layers = {_rank(p): p.spec.method.plain()["layers"] for p in request.points if _rank(p)}
     for a in results["arms"]:
         best, notes = a["best_lr"], ", ".join(a["flags"])
+        on = f" on {layers[a['rank']]}" if a["rank"] in layers else ""
         arms.append(
             {
-                "arm": answer.arm_name(a["rank"]),
+                "arm": answer.arm_name(a["rank"]) + on,
                 "best learning rate": best["value"] or a["best_tried"],
                 "interval": [best["low"], best["high"]],
                 "good": a["good"],

@@ -98,7 +98,10 @@ def expand(base: RunSpec, sweep: Sweep, look_up: Callable[[str, str], Any]) -> l
             except SpecError as error:
                 if not (sweep.search and begun and isinstance(error, RankTooLarge)):
                     shown = ", ".join(f"{k}={v}" for k, v in given.items())
-                    problems.setdefault(str(error), []).append(f"arm {arm!r}, point {shown}")
+                    hint = " Other ranks for all arms: lora.rank=1,4." * isinstance(
+                        error, RankTooLarge
+                    )
+                    problems.setdefault(f"{error}{hint}", []).append(f"arm {arm!r}, point {shown}")
                 continue  # a search compares the ranks that the model can have
             points.setdefault(spec.id, Point(arm, spec))
             begun = True

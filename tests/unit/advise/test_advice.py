@@ -106,14 +106,14 @@ def test_measured_bits_of_the_same_data_and_model_are_used(rows_file, tmp_path):
         return advice(world, **{**SFT, **more})
 
     sha256 = column_names.count(str(rows_file)).sha256[: column_names.DIGITS]
-    command = f"action=measure model=mine data={rows_file}"
+    command = f" measure mine {rows_file} batch_size=1"
     for useless in ((sha256, "another"), ("0" * 16,), (sha256, "mine", None)):
         measured(*useless)
         assert any(command in text for text in answer().warnings)
-    measured(sha256)
+    measured(sha256, "mine-0123abcd")  # as a folder is named, with the beginning of its pin
     found = answer()
     assert found.bits == (9000, 8000, 10_000) and found.reasons["bits"].sure is Sure.MEASURED
-    assert found.tokens == 110 and not any("action=measure" in w for w in found.warnings)
+    assert found.tokens == 110 and not any(command in w for w in found.warnings)
     assert answer(epochs=0.5).bits == (4500, 4000, 5000)
 
 
