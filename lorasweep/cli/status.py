@@ -136,7 +136,7 @@ def watch(request: Request, store: RunStore, show: Callable[[], int]) -> int:
         print(clear + picture.getvalue(), end="", flush=True)
         if {*states.values()} <= {*FINAL, "failed"}:
             return code
-        time.sleep(found[0])
+        time.sleep(min(found[0], 86400.0))  # a clock holds no 1e11 hours
 
 
 def _left_s(plan: Plan, steps: dict[str, int], ended: dict[str, Entry], store: RunStore) -> float:

@@ -111,9 +111,9 @@ def served(run: RunSpec, request: Request, trainer: TorchTrainer, server: Server
         said = [answer["choices"][0] for answer in found]
         texts = asked.base.tokenizer([c["text"] for c in said], add_special_tokens=False).input_ids
         right = asked.right([*map(np.array, texts)], [c["finish_reason"] == "stop" for c in said])
+        return f"{sum(right)} of {kept['prompts']} (here {kept['after']})"
     except Exception as error:  # the number is only shown
         return f"not counted: {error}"
-    return f"{sum(right)} of {kept['prompts']} (here {kept['after']})"
 
 
 def counts(before: list[bool], after: list[bool], of: int) -> dict[str, Any]:

@@ -571,12 +571,14 @@ def test_exact_answers_are_counted_once_and_again_by_a_server(world, tmp_path, c
         assert world.facts("ann")["score"] == ann
     assert world.run(*settings, "score=always") == 0 and world.facts("long")["score"]["before"] == 0
     capsys.readouterr()
+    (world.store.folder(world.facts("long")["run"]) / "exact.json").write_text('{"damaged": 1}')
     base = Path(world.table[0]["model"]).parent
     with peft_server(base, {name: world.folder / name for name in rows}) as url:
         assert world.run(*settings, f"url={url}", "format=json", action="verify_served") == 0
     found = verdicts(capsys)
     assert found["ann"]["exact"] == f"{n} of {n} (here {n})"
     assert found["bob"]["exact"] == f"{bob['after']} of {n} (here {bob['after']})"
+    assert found["long"]["exact"].startswith("not counted")
     assert world.run(*settings, "score=never") == 0 and world.facts("ann")["score"] == {}
 
 
