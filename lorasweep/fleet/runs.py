@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -199,8 +200,9 @@ def build_runs(
                     "run of a fleet uses one. Choose a smaller model, or larger GPUs (hardware=)."
                 )
         warnings = [*advice.warnings, *filter(None, [rows.warning])]
-        if not on_hub:  # a card names no folder of this machine
-            warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
+        # a card names no folder of this machine
+        for path in filter(os.path.exists, (c.data or "", c.model.removesuffix("/config.json"))):
+            warnings = [text.replace(path, Path(path).name) for text in warnings]
         advised = {key: getattr(advice, key) for key in ("method", "why", "rank", "load")}
         advised |= {"lr_source": advice.rate.source, "warnings": warnings}
         return Member(c.where, c.name, folder, "", advised, rows, points, not_early, by)
