@@ -424,7 +424,7 @@ def count_data(a: Advice) -> None:
         if counted is not None:
             base = quote(c.model.removesuffix("/config.json"))
             size = max(1, min(16, int(a.examples or 0) // 24))  # batches that an estimate needs
-            a.warn("not_measured", model=base, data=quote(c.data), size=size)
+            a.warn("not_measured", model=base, data=quote(c.data or ""), size=size)
 
 
 def rounded(tokens: float) -> int:
