@@ -8,7 +8,6 @@ inputs, source and confidence.
 import csv
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from lorasweep.advise.read import Customer, Models, RowError
 from lorasweep.data import column_names
 from lorasweep.errors import DataError, SpecError
 from lorasweep.methods.lora import LoRA
+from lorasweep.models.find import content_pin
 from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.model import ModelSpec
@@ -191,9 +191,7 @@ def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str,
             measured = {**whole, "tokens_per_example": tokens, "where": where}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # being written, or broken
-        # a model of a folder or file is named with its content
-        named = (value["model"], re.sub(r"-[0-9a-f]{8}$", "", value["model"]))
-        found = {**dict.fromkeys(((value["rows_sha256"], m) for m in named), measured), **found}
+        found.setdefault((value["rows_sha256"], value["model"]), measured)
     return found
 
 
@@ -347,7 +345,11 @@ def count_data(a: Advice) -> None:
             stated = f"{c.examples:,} stated, and {c.data} has {counted.rows:,} rows"
             raise RowError(f"columns examples and data: {stated}.")
         a.examples = float(counted.rows)
-        measured = a.known.information.get((counted.sha256[: column_names.DIGITS], a.model.name))
+        sha256, model = counted.sha256[: column_names.DIGITS], a.model.name
+        folder = Path(c.model.removesuffix("config.json"))
+        if folder.is_dir() and any(sha256 == of for of, _ in a.known.information):
+            model += f"-{content_pin(folder).removeprefix('sha256:')[:8]}"  # as it was measured
+        measured = a.known.information.get((sha256, model))
     if tokens is None and measured is not None:
         tokens = measured["tokens_per_example"]
         a.note("tokens_per_example", tokens, "measured", where=measured["where"])

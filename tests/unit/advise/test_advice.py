@@ -19,6 +19,7 @@ from lorasweep.advise.rules import Kept, Sure, read_information, read_kept, text
 from lorasweep.data import column_names
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.lora import LoRA
+from lorasweep.models.find import content_pin
 from lorasweep.plan.load import served_s
 from lorasweep.plan.planner import place
 from lorasweep.spec.dataset import DatasetSpec
@@ -110,11 +111,16 @@ def test_measured_bits_of_the_same_data_and_model_are_used(rows_file, tmp_path):
     for useless in ((sha256, "another"), ("0" * 16,), (sha256, "mine", None)):
         measured(*useless)
         assert any(command in text for text in answer().warnings)
-    measured(sha256, "mine-0123abcd")  # as a folder is named, with the beginning of its pin
+    measured(sha256)
     found = answer()
     assert found.bits == (9000, 8000, 10_000) and found.reasons["bits"].sure is Sure.MEASURED
     assert found.tokens == 110 and not any(command in w for w in found.warnings)
     assert answer(epochs=0.5).bits == (4500, 4000, 5000)
+    base = make_base(tmp_path / "base")  # a folder is named with its content
+    for pin, is_used in (("0123abcd", False), (content_pin(base)[7:15], True)):
+        measured(sha256, f"base-{pin}", 9000.0)
+        sure = answer(model=str(base), **dict.fromkeys(read.SHAPE, "")).reasons["bits"].sure
+        assert (sure is Sure.MEASURED) == is_used
 
 
 PLAN = {"examples": 50_000, "tokens_per_example": 300}
