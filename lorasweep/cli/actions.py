@@ -241,7 +241,7 @@ def as_overrides(typed: Sequence[str], sweeps: Collection[str]) -> list[str]:
     named = {text.lstrip("+").partition("=")[0] for text in head}
     if twice := [t for t in settings if t.lstrip("+~").partition("=")[0] in named]:
         raise SpecError(
-            f"{twice[0]!r} is said twice, as the words before it say it. Leave one out."
+            f"{twice[0]!r} sets what a word of the command has set. Leave one of them out."
         )
     return [*head, *settings]
 
@@ -316,6 +316,8 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
             raise SpecError(f"no run is left within exec.max_gpus={request.exec.max_gpus}.")
     whole = name in WHOLE_STUDY or (on_gpus and name == "plan")
     studied = request.parts if not whole else []
+    if name == "report":  # of the parts that have a finished run
+        studied = [p for p in studied if any(store.result(q.id) for q in p.points)]
     parts = studied or [request]
     for part in parts if studied and name == "run" else ():  # before the first part starts
         runs.check(part)
@@ -342,6 +344,8 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
 # ---------------------------------------------------------------- help
 
 MORE = """\
+One run: lorasweep model=./my-model dataset=rows.csv method.rank=16 lr=2e-4 steps=100
+On a Slurm cluster: lorasweep lr_ratio cluster=slurm cluster.gpus=1 submits; later it answers.
 Running a command again is safe: finished runs are not repeated, interrupted runs resume.
 Help: lorasweep help plan (a command), lorasweep help lr_ratio (a sweep), lorasweep --help (all)
 """
