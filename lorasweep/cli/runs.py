@@ -147,11 +147,15 @@ def report(request: Request, store: RunStore) -> Answer:
     points, name = all_points(request, store), request.sweep_name
     if is_search(request):
         raise SpecError("action=report: a search answers itself. Give its command again.")
-    if not any(store.result(p.id) for p in points):
+    missing = [p for p in points if not store.result(p.id)]
+    if len(missing) == len(points):
         raise SpecError(
             f"no run of this command has finished in {store.root}. Train them: the same command "
             f"without report. The kept answer: python -m analysis {name or 'lr_ratio'}"
         )
+    if missing:
+        left = f"{len(missing)} of {len(points)} runs have not finished: this answer may change"
+        notifier(request, always=True)(left)
     return answered(request, store, points)
 
 
@@ -632,7 +636,7 @@ def finish(
     conclusion = conclude(request, results, max(map(min, rates.values()), default=math.inf))
     n_seeds = len({p.spec.seed for p in points})
     if conclusion["open"] and n_seeds > request.sweep.search.seeds:
-        conclusion["open"].append(f"all {n_seeds} seeds are used; sweep.search.seeds=12 goes on")
+        conclusion["open"].append(f"all {n_seeds} seeds are used")
     if budget := parse_budget(request.budget, request.points[0].spec.steps):
         used = budget.used(points, store)
         words = f"{used:.3g} runs" if budget.unit == "runs" else duration(used)
@@ -747,10 +751,10 @@ def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -
     used = ["used {used} of {given}".format(**c["budget"])] if "budget" in c else []
     last = "; ".join([f"open: {'; '.join(c['open']) or 'nothing'}", *used])
     exact = [f"exact answers: {c['score']['text']}"] if c.get("score") else []
-    lines = [use, *exact, *table(arms, *arms[-1]), gap_line(results), last]
+    lines = [*table(arms, *arms[-1]), gap_line(results), last]
     for flag, words in FLAGS.items():
         lines = [re.sub(rf"\b{flag}\b", words, line) for line in lines]
-    return lines
+    return [use, *exact, *lines]  # with a path of the user's
 
 
 def gap_line(results: Mapping[str, Any]) -> str:

@@ -254,9 +254,10 @@ class Hurt(Valley):
     "world, budget", [(Hurt(), 60), (Hurt(short=-1.0), 9), (Hurt(math.nan, math.nan), 60)]
 )
 def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budget):
-    arguments = (f"budget={budget}runs", "arms=[]", f"out={tmp_path}/best")
+    arguments = (f"budget={budget}runs", "arms=[]", f"out={tmp_path}/flat")
     text = tune(world, *arguments)[0]
     assert "no learning rate trains" in text and text.startswith("Use the base as it is")
+    assert f"nothing is written to {tmp_path}/flat" in text  # `flat` is a doubt elsewhere
     found = json.loads(tune(world, *arguments, "format=json")[0])["answer"]
     assert found["method"] is found["rank"] is found["lr"] is None
     assert not (tmp_path / "best").exists()
