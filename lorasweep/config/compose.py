@@ -437,6 +437,8 @@ class Composer:
     def _begin_search(self, request: Request, how: Search) -> None:
         """Set the form of the user's own rows and the updates that the command line leaves open."""
         check_search(request.points)
+        if how.seeds > (most := request.sweep.rounds + 1):  # a look after each from the second on
+            raise SpecError(f"sweep.search.seeds={how.seeds}: sweep.rounds allows up to {most}.")
         sweep, own = request.sweep, self._own_of(request.points)
         spec, changes = request.points[0].spec, dict[str, Any]()
         stated = {*request.given}.union(*map(fields_of, [sweep.axes, *sweep.arms.values()]))

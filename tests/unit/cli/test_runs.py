@@ -282,6 +282,7 @@ def test_a_rewarded_search_is_answered_in_rewards_and_a_plan_says_what_one_takes
         (("+sweep=lr_ratio", "scale=smoke", "budget=2h"), r"^budget is only for .*\+sweep=tune"),
         (("model=tiny64", "out=b"), r"^out is only for .*action=fleet .*\+sweep=tune"),
         (("action=plan", "+sweep=lr_ratio", "out=b"), "^out is only for"),
+        ((*TUNE, "sweep.search.seeds=7"), "sweep.rounds allows up to 6"),
         ((*TUNE, "arms=lorra"), "arm 'lorra' not found. Did you mean 'lora'"),
         ((*TUNE, "out=mine"), "has files"),
         ((*TUNE, "action=extend"), "a search adds runs itself"),
