@@ -2,7 +2,7 @@
 
     python -m benchmarks calibration [--cases 1000] [--jobs 2]         (make calibrate)
 
-A condition is a family of shapes and a design; a case is a sweep of four curves with one shape:
+A condition is a family of shapes and a design; a case is a sweep of four curves of one family:
 four optima and three ratios. The model's constants were chosen on other draws, and without some of
 the families (generators.HELD_OUT). Designs: plain grids, which run every seed at all learning
 rates, against two stages, as in the sweeps: one seed at all learning rates, and fresh seeds around
@@ -42,6 +42,7 @@ DESIGNS = (
     Design(7, 2.0, 1, 3),
     Design(9, 1.78, 2),
     Design(5, 2.0, 2),
+    Design(5, 2.0, 1, 2),
     Design(7, 3.3, 2),
     Design(4, 3.0, 2),
     Design(5, 3.3, 1),
@@ -60,10 +61,16 @@ WITH_BASELINES = 200
 def fitted(
     family: str, design: Design, rng: np.random.Generator, sweeps: int, **options: Any
 ) -> Iterator[tuple[list[LrCurve], np.ndarray, list[Optimum]]]:
-    """Simulate BATCH sweeps at a time by `plant`; yield curves, true optima, and fits."""
+    """Simulate BATCH sweeps at a time by `plant`; yield curves, true optima, and fits.
+
+    The curves of every second sweep have one shape, those of the others have shapes of their own:
+    nothing is known about how alike the arms of a real sweep are.
+    """
     for start in range(0, sweeps, BATCH):
         n = min(BATCH, sweeps - start)
-        for curves, truths in [plant(family, design, rng, **options) for _ in range(n)]:
+        for curves, truths in [
+            plant(family, design, rng, alike=bool(k % 2), **options) for k in range(n)
+        ]:
             yield curves, truths, fit_all(curves)
 
 
@@ -335,9 +342,9 @@ AIM = 0.5
 LEAST_SEEDS = 2.0
 """Fewest seeds of a plain grid. With one seed, too few degrees of freedom show the noise."""
 TARGETS = """\
-coverage of intervals of the best learning rate, mean|94 to 97%
+coverage of intervals of the best learning rate, mean|94 to 98%
 the same, in the worst family|at least 93%
-coverage of intervals of the ratio, mean|94 to 97%
+coverage of intervals of the ratio, mean|94 to 98%
 the same, in the worst family|at least 93%
 median error of the best learning rate (7 LRs a factor 2 apart, 2 seeds)|below 1.1x
 correct flags for optima at an edge or near divergence, worst case|at least 99%
@@ -403,7 +410,7 @@ def targets(study: Figures) -> Rows:
     found: list[tuple[str, str]] = []
     for key in ("coverage", "ratio_coverage"):
         mean, (worst, where) = fine[key].mean(), _worst(fine.groupby("family")[key].mean())
-        found.append((_shown(mean), "no: too wide" if mean > 0.97 else _met(mean >= 0.94)))
+        found.append((_shown(mean), "no: too wide" if mean > 0.98 else _met(mean >= 0.94)))
         found.append((f"{_shown(worst)} ({where})", _met(worst >= 0.93)))
     errors = fine.query("rates == 7 and factor == 2 and seeds == 2 and fresh == 0")["error"]
     middle, most = errors.median(), number(errors.max())

@@ -96,8 +96,9 @@ def plant(
     place: tuple[float, float] = (1.0, 1.0),
     steep: tuple[float, float] = (0.02, 0.3),
     paired: bool = False,
+    alike: bool = True,
 ) -> tuple[list[LrCurve], np.ndarray]:
-    """Simulate a sweep with one shape; return its curves and their true optima in ln(lr).
+    """Simulate a sweep of one family; return its curves and their true optima in ln(lr).
 
     Each seed shifts all losses of a curve by three times the noise (standard deviation).
 
@@ -108,20 +109,23 @@ def plant(
             uniformly in its logarithm.
         paired: a seed shifts the losses of all curves by the same amount, as if arms shared
             batches. Otherwise the shift differs between curves.
+        alike: all curves have one shape. Otherwise each has a shape of its own in the family.
     """
     x = np.arange(design.rates) * math.log(design.factor) - 8.0
     step = math.log(design.factor)
     ranges, shape = FAMILIES[family]
-    parameters = [rng.uniform(*ends) for ends in ranges]
     around = np.linspace(-2, 2, 4001)
-    own = float(around[np.argmin(shape(around, *parameters))])
+    n = 1 if alike else design.curves
+    parameters = [[rng.uniform(*ends) for ends in ranges] for _ in range(n)]
+    parameters *= design.curves // n
     curves, truths = [], np.empty(design.curves)
     shared = rng.standard_normal((design.seeds + design.fresh, 1)) if paired else None
     for k in range(design.curves):
         c = math.exp(rng.uniform(*np.log(steep)))
+        own = float(around[np.argmin(shape(around, *parameters[k]))])
         m = rng.uniform(x[0] + place[0] * step, x[-1] - place[1] * step)
         last = m + rng.uniform(math.log(1.2), math.log(3)) if family == "cliff" else math.inf
-        loss = c * shape(x - m + own, *parameters)
+        loss = c * shape(x - m + own, *parameters[k])
         if family == "collapse":
             beyond = m + rng.uniform(math.log(3), math.log(12))
             rise = math.exp(rng.uniform(math.log(0.8), math.log(10)))

@@ -282,8 +282,9 @@ STEP = 1.75
 """Size of the curvature's jump at the minimum, relative to its wiggles."""
 TAUS = (0.15, 0.22, 0.35, 0.6, 1.0)
 """Values of the misfit tau (relative error of the curvature) to average over."""
-TAU_PRIOR = (0.001, 0.003, 0.2, 0.5, 0.296)
-"""Prior probabilities of TAUS; the median is 0.6."""
+TAU_PRIOR = (0.2, 0.2, 0.2, 0.2, 0.2)
+"""Prior probabilities of TAUS. A prior with most of its mass at 0.6 and 1 made the intervals 1.2
+times as wide: they held the truth in 98 to 99% of simulated cases."""
 COARSE, COARSE_TAU = math.log(2.2), 0.6
 """LRs further apart than COARSE (in ln) cannot show that the misfit is below COARSE_TAU."""
 A_MEAN, A_SD = 0.5, 1.0

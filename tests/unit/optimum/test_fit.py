@@ -159,7 +159,8 @@ def test_blocks_take_out_what_a_seed_shifts():
 def test_intervals_hold_planted_truths(family):
     rows = [coverage(family, Design(7, 2.0, 2, noise=n), 12) for n in (1e-4, 1e-3, 1e-2)]
     assert np.mean([r["coverage"] for r in rows]) >= 0.88  # 144 curves: 0.93 less two errors
-    assert np.mean([r["ratio_coverage"] for r in rows]) >= 0.85
+    known = [r["ratio_coverage"] for r in rows if r["ratio_cases"]]  # few next to a cliff
+    assert np.mean(known) >= 0.85
 
 
 @pytest.mark.parametrize("rise", [1.0, 3.0, 30.0])
