@@ -19,6 +19,7 @@ from analysis.inference.estimate import (
     from_draws,
     meta_regression,
 )
+from analysis.measures.laws import ALPHA, PUBLISHED
 from analysis.optimum.fit import Optimum
 
 MIN_RANK = 4
@@ -81,29 +82,6 @@ def pool_ratios(ratios: Sequence[Estimate]) -> tuple[Estimate, float] | None:
     return exp_of(fit.term(0)), math.exp(fit.tau)
 
 
-def rivals(width: int, alpha: float) -> dict[str, float]:
-    """Return the ratios that published laws predict at this hidden size and alpha."""
-    if not width:
-        return {}
-    return {
-        "constant 10 (the study)": 10.0,
-        "10 sqrt(hidden/4096) (muA, arXiv 2602.06204, anchored)": 10 * math.sqrt(width / 4096),
-        "hidden/(2 alpha) (withdrawn by the study's authors)": width / (2 * alpha),
-        "sqrt(3) hidden/alpha (equal first step under Adam)": math.sqrt(3) * width / alpha,
-    }
-
-
-RIVALS: dict[str, tuple[float, float | None]] = {
-    "constant 10 (the study)": (0.0, None),
-    "sqrt(hidden) (muA, arXiv 2602.06204)": (0.5, None),
-    "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
-    "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
-}
-"""Published law -> exponents of hidden size and alpha. None: the law says nothing about alpha."""
-ALPHA = 32.0
-"""The study's alpha. p is fitted to the ratios at this alpha, if it was tried."""
-
-
 class Ratio(NamedTuple):
     """One measured ratio of optimal LRs: its logarithm, and the standard error of the logarithm."""
 
@@ -146,7 +124,7 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     width, found_q = _regress(rows, _regress(many)), _within_bases(ratios)
     unknown, rivals = Estimate(None, n=len(rows)), dict[str, float | None]()
     level = dataclasses.replace(exp_of(width.term(0)), n=len(rows)) if width else unknown
-    for name, (of_width, of_alpha) in RIVALS.items():
+    for name, (of_width, of_alpha) in PUBLISHED.items():
         found = [
             None if width is None else width.p_of(1, of_width),
             None if found_q is None or of_alpha is None else found_q.p_of(0, of_alpha),

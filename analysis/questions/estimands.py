@@ -41,7 +41,8 @@ from analysis.inference.estimate import (
     within_groups,
 )
 from analysis.measures import at_best, rewards
-from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of, rivals
+from analysis.measures.laws import published
+from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of
 from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho, stalled
 from analysis.optimum.fit import Optimum
@@ -546,7 +547,7 @@ def laws_of(t: Task) -> dict[str, float]:
     if key is None or "hidden_size" not in t.runs:
         return {}
     width = t.runs.loc[t.runs["model"] == key["model"], "hidden_size"].fillna(0).iloc[0]
-    return rivals(int(width), float(key.get("alpha", math.nan)))
+    return published(int(width), float(key.get("alpha", math.nan)))
 
 
 def conditions(

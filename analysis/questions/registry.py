@@ -17,7 +17,7 @@ from analysis.questions.base import Analysis, Question
 from analysis.questions.estimands import problems, question_of
 from analysis.runs.table import TableError, as_losses
 
-NAMES = ("batch_size", "capacity", "invariance", "rank", "recipes", "regime", "tune")
+NAMES = ("batch_size", "capacity", "invariance", "quadrature", "rank", "recipes", "regime", "tune")
 QUESTIONS: dict[str, Question] = {
     **{n: importlib.import_module(f"analysis.questions.{n}").QUESTION for n in NAMES},
     **{"compute": lengths.COMPUTE, "short_runs": lengths.SHORT_RUNS},

@@ -1,0 +1,94 @@
+"""Laws of LoRA's best learning rate over full fine-tuning's, written as R.
+
+The law (quadrature). Under Adam every entry of a matrix moves by about the learning rate. LoRA's
+output changes by alpha x rate(B) x |A|, full fine-tuning's by hidden x rate. A's random start and
+A's own movement are orthogonal, so their squares add. Equal changes give
+
+    R = L / sqrt(1 + z^2)     L = G sqrt(3) hidden / alpha     z = K hidden lr_lora sqrt(T / 128)
+
+with T updates and LoRA's output scaled by alpha / rank; the rank drops out. L is the ratio while A
+hardly moves (z far below 1); where A moves (z above 1), R falls as 1 / sqrt(alpha). With z written
+by full fine-tuning's rate, z = q R and q = K hidden lr_full sqrt(T / 128), so that
+
+    R^2 = (sqrt(1 + 4 q^2 L^2) - 1) / (2 q^2)
+
+G and K were fitted to 49 ratios of earlier sweeps (rms error of ln(R) 0.087), as were the constants
+of the rivals. Scope: all or nearly all matrices, supervised rows, rank 4 and more; below z = 0.3,
+rank 8 alone.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+G, K, REFERENCE_STEPS = 0.86, 4.2, 128
+"""The law's constants; the exponent of the updates is 1/2."""
+LINEAR = (1.0, 3.4, 0.55)
+"""g, k and the exponent of the updates, if A's start and movement added as numbers."""
+POWERS = {
+    "power law": (2.020298114, 0.592970842, -0.664720827, -0.280228628),
+    "sqrt(hidden / alpha)": (0.412375970, 0.5, -0.5, 0.0),
+    "constant": (1.131549413, 0.0, 0.0, 0.0),
+}
+"""Rival -> ln of its factor, and its exponents of hidden size, alpha and updates."""
+LAW, LINEAR_LAW = "the law (quadrature)", "linear law"
+NAMES = (LAW, LINEAR_LAW, *POWERS)
+
+
+def limit(hidden: float, alpha: float) -> float:
+    """Return L: the ratio if A keeps its start."""
+    return G * math.sqrt(3) * hidden / alpha
+
+
+def movement(hidden: float, lora_lr: Any, steps: float) -> Any:
+    """Return z: A's movement over A's start, at these learning rates of LoRA."""
+    return K * hidden * lora_lr * math.sqrt(steps / REFERENCE_STEPS)
+
+
+def ratio(hidden: float, alpha: float, steps: float, full_lr: Any, law: str = LAW) -> Any:
+    """Return R by a law of NAMES, at full fine-tuning's best learning rates [any shape]."""
+    if law in POWERS:
+        return math.exp(float(np.dot(POWERS[law], [1, *np.log([hidden, alpha, steps])])))
+    if law == LINEAR_LAW:
+        g, k, beta = LINEAR
+        start = g * math.sqrt(3) * hidden / alpha
+        moved = k * hidden * full_lr * (steps / REFERENCE_STEPS) ** beta
+        return 2 * start / (1 + np.sqrt(1 + 4 * moved * start))
+    start, moved = limit(hidden, alpha), movement(hidden, full_lr, steps)
+    # The root of the formula above, without its difference of nearly equal numbers.
+    return start * np.sqrt(2 / (1 + np.sqrt(1 + (2 * moved * start) ** 2)))
+
+
+def full_lr(hidden: float, alpha: float, steps: float, lora_lr: Any) -> Any:
+    """Return full fine-tuning's best learning rate by the law, from LoRA's."""
+    return lora_lr * np.sqrt(1 + movement(hidden, lora_lr, steps) ** 2) / limit(hidden, alpha)
+
+
+def carried(hidden: float, old_alpha: float, alpha: float, steps: float, lora_lr: Any) -> Any:
+    """Return LoRA's best learning rate by the law at another alpha, from the one at `old_alpha`."""
+    full = full_lr(hidden, old_alpha, steps, lora_lr)
+    return full * ratio(hidden, alpha, steps, full)
+
+
+ALPHA = 32.0
+"""The study's alpha."""
+PUBLISHED: dict[str, tuple[float, float | None]] = {
+    "constant 10 (the study)": (0.0, None),
+    "sqrt(hidden) (muA, arXiv 2602.06204)": (0.5, None),
+    "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
+    "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
+}
+"""Published law -> exponents of hidden size and alpha. None: the law says nothing about alpha."""
+
+
+def published(hidden: int, alpha: float) -> dict[str, float]:
+    """Return the ratios that published laws predict at this hidden size and alpha."""
+    if not hidden:
+        return {}
+    return {
+        "constant 10 (the study)": 10.0,
+        "10 sqrt(hidden/4096) (muA, arXiv 2602.06204, anchored)": 10 * math.sqrt(hidden / 4096),
+        "hidden/(2 alpha) (withdrawn by the study's authors)": hidden / (2 * alpha),
+        "sqrt(3) hidden/alpha (equal first step under Adam)": math.sqrt(3) * hidden / alpha,
+    }

@@ -1,0 +1,414 @@
+"""Ask whether the law of analysis/measures/laws.py predicts learning rates on new conditions.
+
+The law's constants, its rivals and the rule were fixed before the first run. A condition is one
+base model, data set, batch, number of updates and alpha, with the optima of full fine-tuning and of
+LoRA. All estimands are functions of all conditions. Their intervals are Student's over the
+jackknife's pseudo-values, which leave out one base model with all its conditions (for an rms error,
+of its logarithm): conditions of one base share its optimum of full fine-tuning and its misfit.
+
+Simulated before the first run (eleven bases; standard deviations of ln(ratio) of 0.04 between
+bases, 0.03 between units, 0.05 between conditions, and 0.055 of an optimum's measurement; Holm's
+correction and two looks included): the law, whose rms error is then 0.10, is SUPPORTED in 79%, its
+form in 78%, A frozen in 89%. If the linear law is true, the form is REFUTED in 82% and never
+SUPPORTED. A law at the limit of 0.15 is SUPPORTED in 2 to 6%. Intervals of 97% hold the true rms
+error in 93 to 96%; percentiles of resampled bases hold it in 84 to 93%, so they are not used.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.decide import Gate, GateCode
+from analysis.inference.estimate import (
+    BASES,
+    Estimate,
+    exp_of,
+    from_draws,
+    from_sample,
+    pseudo_values,
+)
+from analysis.measures import laws
+from analysis.optimum.fit import Optimum
+from analysis.questions import base
+from analysis.runs.table import as_losses, read
+
+MIDDLE, ENDS = (0.5, 2.0), (0.2, 5.0)
+"""Where the law and the linear law differ most: z in MIDDLE one way, z outside ENDS the other."""
+NEAR = math.log(1.2)
+"""With A frozen, ratios agree if they differ by at most this, in ln."""
+MOVES, STILL = 1.0, 0.1
+"""A moves if z is at least MOVES, and hardly moves if it is below STILL."""
+TUNED = 32.0
+"""The alpha from whose tuned learning rate others are computed."""
+COUNTED, FROZEN = 65, 10
+"""Conditions that are judged, and those with A frozen."""
+
+
+class Cell(NamedTuple):
+    """One condition: the optima of full fine-tuning and of LoRA."""
+
+    base: str
+    unit: str
+    """Base, data, batch and updates: conditions of one optimum of full fine-tuning."""
+    hidden: int
+    alpha: float
+    steps: int
+    b_ratio: float
+    """B's learning rate over A's. Where it is large, A is frozen, and R counts B's."""
+    full: Optimum
+    lora: Optimum
+
+    @property
+    def full_lr(self) -> float:
+        """Full fine-tuning's best learning rate."""
+        return float(self.full.best_lr.value or math.nan)
+
+    @property
+    def lora_lr(self) -> float:
+        """LoRA's best learning rate (of B, if A is frozen)."""
+        return self.b_ratio * float(self.lora.best_lr.value or math.nan)
+
+    @property
+    def measured(self) -> Estimate:
+        """The ratio with its interval."""
+        draws = self.b_ratio * np.exp(self.lora.best_lr.log_draws - self.full.best_lr.log_draws)
+        return from_draws(draws, self.full.best_lr.n + self.lora.best_lr.n)
+
+    @property
+    def at(self) -> tuple[float, float, float]:
+        """Hidden size, alpha and updates."""
+        return self.hidden, self.alpha, self.steps
+
+    def by(self, law: str, full: Any = None) -> Any:
+        """Return the ratio that a law predicts, at these learning rates of full fine-tuning."""
+        return laws.ratio(*self.at, self.full_lr if full is None else full, law)
+
+    @property
+    def z(self) -> float:
+        """A's movement over its start, as the law predicts it from full fine-tuning."""
+        return float(laws.movement(self.hidden, self.by(laws.LAW) * self.full_lr, self.steps))
+
+    @property
+    def predicted(self) -> float:
+        """The ratio that the law predicts; L, if A is frozen."""
+        return laws.limit(*self.at[:2]) if self.b_ratio > 1 else float(self.by(laws.LAW))
+
+    def error(self, law: str) -> float:
+        """Return ln(measured / predicted)."""
+        return math.log(self.lora_lr / self.full_lr / self.by(law))
+
+    def noise(self, law: str) -> float:
+        """Return the variance of `error` by measurement: the prediction, too, is from a draw."""
+        full, lora = self.full.best_lr.log_draws, self.lora.best_lr.log_draws
+        return float(np.var(lora - full - np.log(self.by(law, np.exp(full)))))
+
+    def cost(self, lr: float) -> float:
+        """Return LoRA's regret at a learning rate, in percent of full fine-tuning's gain.
+
+        Outside the learning rates tried, the regret at the nearest of them, which is less.
+        """
+        x = self.lora.curve.x[self.lora.curve.usable]
+        return self.percent(self.lora.regret(float(np.clip(lr, *np.exp([x.min(), x.max()])))))
+
+    def percent(self, nats: float | None) -> float:
+        """Convert nats to percent of full fine-tuning's gain."""
+        gain = self.full.curve.nll_start - (self.full.best_nll or math.nan)
+        return 100 * (math.nan if nats is None else nats) / gain
+
+    @property
+    def loss(self) -> float:
+        """LoRA's loss at its best learning rate, in percent of full fine-tuning's gain."""
+        return self.percent(self.lora.best_nll)
+
+
+Cells = Sequence[Cell]
+
+
+def over_bases(cells: Cells, measure: Callable[[Cells], float], log: bool = False) -> Estimate:
+    """Return a function of the conditions with its interval over bases; `log`: of its logarithm."""
+    bases = list(dict.fromkeys(c.base for c in cells))
+    # floats that are not finite: no condition of the kind that is measured
+    of = (lambda c: math.log(v) if (v := measure(c)) > 0 else math.nan) if log else measure
+    each = [of([c for c in cells if c.base != b]) for b in bases] if len(bases) > 1 else [math.nan]
+    values = pseudo_values(of(cells), each) if cells else each
+    if not np.isfinite(values).all():
+        return Estimate(None, n=len(bases))
+    e = from_sample(values)
+    e = replace(e, spread=e.spread and replace(e.spread, of=BASES))
+    return exp_of(e) if log else e
+
+
+def rms(cells: Cells, law: str = laws.LAW, noise: bool = True) -> float:
+    """Return the rms error of ln(ratio); `noise` False: without the variance by measurement."""
+    each = [c.error(law) ** 2 - (0.0 if noise else c.noise(law)) for c in cells]
+    return math.sqrt(max(float(np.mean(each)), 0.0)) if each else math.nan
+
+
+def form(cells: Cells) -> float:
+    """Return the measured contrast between the middle and both ends of z over the law's contrast.
+
+    The contrast is of mean ln(ratio / linear law): the middle minus the mean of the two ends.
+    """
+    low, high = ([c for c in cells if keep(c.z)] for keep in (ENDS[0].__gt__, ENDS[1].__lt__))
+    parts = [[c for c in cells if MIDDLE[0] <= c.z <= MIDDLE[1]], low, high]
+    if not all(parts):
+        return math.nan
+    contrast = np.array([1.0, -0.5, -0.5])
+    seen = [float(np.mean([c.error(laws.LINEAR_LAW) for c in p])) for p in parts]
+    said = [
+        float(np.mean([c.error(laws.LINEAR_LAW) - c.error(laws.LAW) for c in p])) for p in parts
+    ]
+    return float(contrast @ seen) / float(contrast @ said)
+
+
+def by_unit(cells: Cells) -> Iterator[list[Cell]]:
+    """Yield the conditions of each unit."""
+    for unit in dict.fromkeys(c.unit for c in cells):
+        yield [c for c in cells if c.unit == unit]
+
+
+def rules(cell: Cell, tuned: Cell) -> dict[str, float]:
+    """Return a condition's learning rate by each rule, from the one tuned at another alpha."""
+    lr, less = tuned.lora_lr, tuned.alpha / cell.alpha
+    by_law = float(laws.carried(cell.hidden, tuned.alpha, cell.alpha, cell.steps, lr))
+    return {
+        laws.LAW: by_law,
+        "1/sqrt(alpha)": lr * math.sqrt(less),
+        "1/alpha": lr * less,
+        "kept": lr,
+    }
+
+
+def carried(cells: Cells, rule: str = laws.LAW) -> float:
+    """Return the mean cost, in % of the gain, of carrying the rate tuned at TUNED to 4 and 256."""
+    costs = [
+        cell.cost(rules(cell, tuned)[rule])
+        for unit in by_unit(cells)
+        for tuned in unit
+        for cell in unit
+        if tuned.alpha == TUNED and cell.alpha in (4, 256)
+    ]
+    return float(np.mean(costs)) if costs else math.nan
+
+
+def full_from_lora(cells: Cells) -> float:
+    """Return the rms of ln(full fine-tuning's best rate / the law's, from LoRA's at TUNED)."""
+    mine = [c for c in cells if c.alpha == TUNED]
+    off = [math.log(laws.full_lr(*c.at, c.lora_lr) / c.full_lr) for c in mine]
+    return math.sqrt(float(np.mean(np.square(off)))) if off else math.nan
+
+
+def moving(cells: Cells) -> float:
+    """Return the mean difference of LoRA's loss between two alphas where A moves, % of the gain."""
+    mine = [[c.loss for c in unit if c.z >= MOVES] for unit in by_unit(cells)]
+    off = [abs(a - b) for losses in mine for a, b in itertools.combinations(losses, 2)]
+    return float(np.mean(off)) if off else math.nan
+
+
+def still(cells: Cells) -> float:
+    """Return LoRA's mean loss where A hardly moves minus that where it moves, in % of the gain."""
+    found = []
+    for unit in by_unit(cells):
+        at_rest, moved = (
+            [c.loss for c in unit if keep(c.z)] for keep in (STILL.__gt__, MOVES.__le__)
+        )
+        found += [np.mean(at_rest) - np.mean(moved)] if at_rest and moved else []
+    return float(np.mean(found)) if found else math.nan
+
+
+@dataclass(frozen=True)
+class AllCells(base.Condition):
+    """All new conditions, of this table and of the other scale's kept answer."""
+
+    cells: list[Cell]
+    """Conditions in which A may move."""
+    frozen: list[Cell]
+    own: int
+    """Number of conditions of this table."""
+    others: list[Optimum] = field(repr=False)
+    """The curves of the other scale's kept answer."""
+
+    @property
+    def missing(self) -> str:
+        return "" if self.cells else "a base with both full fine-tuning and LoRA"
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the verdict is this answer's: both scales are judged once."""
+        return not self.others or 2 * self.own >= len(self.cells) + len(self.frozen)
+
+    def gates(self, frozen: bool = False) -> list[Gate]:
+        """List the gates on all curves; also if conditions are missing."""
+        found = base.gates_on([*self.optima, *self.others])
+        for n, asked in ((len(self.cells), COUNTED), (len(self.frozen), FROZEN))[: 1 + frozen]:
+            if n < asked:
+                found.append(Gate(GateCode.FEW_CONDITIONS, f"{n} of {asked}"))
+        return found
+
+    @property
+    def pairs(self) -> list[tuple[Cell, Cell]]:
+        """Each condition with A frozen, and the same one in which A moves."""
+        return [
+            (f, c)
+            for f in self.frozen
+            for c in self.cells
+            if (f.unit, f.alpha) == (c.unit, c.alpha)
+        ]
+
+    def off_limit(self) -> Estimate:
+        """Return the mean ln(ratio with A frozen / L)."""
+        return over_bases(
+            self.frozen,
+            lambda cells: float(
+                np.mean([math.log(c.lora_lr / c.full_lr / laws.limit(*c.at[:2])) for c in cells])
+            ),
+        )
+
+    def off_factor(self) -> Estimate:
+        """Return the mean ln(ratio with A frozen / ratio without), minus the law's."""
+        free = {id(f): c for f, c in self.pairs}
+
+        def measure(cells: Cells) -> float:
+            pairs = [(c, free[id(c)]) for c in cells if id(c) in free]
+            off = [math.log(f.lora_lr / c.lora_lr / math.hypot(1, c.z)) for f, c in pairs]
+            return float(np.mean(off)) if off else math.nan
+
+        return over_bases(self.frozen, measure)
+
+    def worst_frozen(self) -> Estimate:
+        """Combine: both means are within NEAR of 0. Each quantile is the largest of all sides."""
+        both = [self.off_limit(), self.off_factor()]
+        if any(e.draws is None for e in both):
+            return Estimate(None, n=len(self.frozen))
+        sides = [side * e.draws - NEAR for e in both for side in (1, -1) if e.draws is not None]
+        worst = from_draws(np.max(np.sort(sides, axis=1), axis=0), len(self.frozen))
+        return replace(worst, spread=both[0].spread)
+
+
+def cells_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
+    """Pair every LoRA curve with full fine-tuning of its group; both need an interval."""
+    hidden = dict(zip(table["model"], table["hidden_size"]))
+    groups, found = base.by_group(optima), []
+    for o in base.lora_of(optima):
+        full, key = base.full_of(groups[o.curve.group]), o.curve.key
+        if full and full.best_lr.draws is not None and o.best_lr.draws is not None:
+            at = (int(hidden[key["model"]]), float(key["alpha"]), int(key["steps"]))
+            b_ratio = float(key.get("lr_b_ratio") or 1)
+            found.append(Cell(key["model"], o.curve.group, *at, b_ratio, full, o))
+    return found
+
+
+def conditions(table: pd.DataFrame, *others: pd.DataFrame) -> list[AllCells]:
+    """Fit the curves of a table and of other scales' tables, and pair them."""
+    optima, *elsewhere = map(base.fit, (table, *others))
+    own = cells_of(table, optima)
+    cells = [*own, *(c for t, found in zip(others, elsewhere) for c in cells_of(t, found))]
+    free = [c for c in cells if c.b_ratio == 1]
+    curves = [o for found in elsewhere for o in found]
+    frozen = [c for c in cells if c.b_ratio > 1]
+    return [AllCells("all new conditions", table, optima, free, frozen, len(own), curves)]
+
+
+class OverScales(base.Question):
+    """A question with the conditions of every scale, of which each has a table of its own."""
+
+    def analyse(
+        self, table: pd.DataFrame, asked: base.Asked, kept: Path | None = None
+    ) -> base.Analysis:
+        """Fit and judge a sweep's runs together with the kept runs of its other scales."""
+        name = asked["analysis"]
+        paths = sorted(kept.glob(f"{name}-*/table.parquet")) if kept else []
+        others = [
+            as_losses(read(p)) for p in paths if p.parent.name != f"{name}-{asked.get('scale')}"
+        ]
+        joined = replace(self, conditions=lambda table: conditions(table, *others))
+        return base.Question.analyse(joined, table, asked, kept)
+
+
+def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Section]]:
+    """Return the conditions with the ratios by the law, and the errors of all laws and rules."""
+    errors = {law: over_bases(c.cells, partial(rms, law=law), log=True) for law in laws.NAMES}
+    rows: list[list[Any]] = [[law, e, rms(c.cells, law, noise=False)] for law, e in errors.items()]
+    head = "prediction | rms error of ln(ratio) [95%] | without the noise of measurement"
+    text = f"{len(c.cells)} of {COUNTED} new conditions; intervals over base models (jackknife)."
+    sections = [base.Section.of("The law and its rivals", head, rows, [text])]
+    costs = {
+        rule: over_bases(c.cells, partial(carried, rule=rule))
+        for rule in rules(c.cells[0], c.cells[0])
+    }
+    head = "learning rate at alpha 4 and 256, from the one tuned at 32 | cost, % of the gain [95%]"
+    sections.append(base.Section.of("Another alpha", head, [[k, v] for k, v in costs.items()]))
+    head = "base, data, batch and updates | alpha | A | z | best FullFT LR | ratio | the law | L"
+    rows = [
+        [x.unit, f"{x.alpha:g}", "frozen" if x.b_ratio > 1 else "moves", x.z, f"{x.full_lr:.2e}"]
+        + [x.measured, x.predicted, laws.limit(*x.at[:2])]
+        for x in (*c.cells, *c.frozen)
+    ]
+    series = []
+    for name in dict.fromkeys(x.base for x in c.cells):
+        mine = [x for x in c.cells if x.base == name]
+        y = [_over_limit(x) for x in mine]
+        series.append(base.Series.of(name, [x.z for x in mine], y, style="o"))
+    y = [_over_limit(x) for x in c.frozen]
+    series.append(base.Series.of("A frozen", [x.z for x in c.frozen], y, style="D", colour="white"))
+    z = [float(v) for v in np.geomspace(0.01, 60, 60)]
+    for label, f, style in (
+        ("the law", lambda v: 1 / math.hypot(1, v), "-"),
+        ("A frozen: 1", lambda v: 1.0, ":"),
+    ):
+        series.append(base.Series(label, z, [f(v) for v in z], style=style, colour="black"))
+    name = "measured ratio / L"
+    panel = base.Panel("", "z: A's movement / A's start", name, series, log_x=True, log_y=True)
+    figure = ("quadrature.png", [panel], "R / L over z") if c.is_judged else ()
+    sections.append(base.Section.of("New conditions", head, rows, [], *figure))
+    listed = [
+        {k: v for k, v in x._asdict().items() if k not in ("full", "lora")}
+        | {"full": x.full_lr, "ratio": x.lora_lr / x.full_lr, "law": x.predicted, "z": x.z}
+        | {"low": x.measured.low, "high": x.measured.high}
+        for x in (*c.cells, *c.frozen)
+    ]
+    return {"cells": listed, "errors": errors, "carried": costs}, sections
+
+
+def _over_limit(x: Cell) -> Estimate:
+    draws = x.measured.draws
+    assert draws is not None
+    return from_draws(draws / laws.limit(*x.at[:2]), 2)
+
+
+def _estimand(
+    name: str, measure: Callable[[AllCells], Estimate], log: bool = False
+) -> base.Estimand:
+    return base.Estimand(
+        name,
+        measure,
+        lambda c: c.gates(frozen=name == "worst_frozen"),
+        log=log,
+        applies=lambda c: c.is_judged,
+        unanswered=GateCode.ELSEWHERE,
+        seeds=lambda c: 0,
+    )
+
+
+QUESTION = OverScales(
+    [
+        _estimand("rms_error", lambda c: over_bases(c.cells, rms, log=True), log=True),
+        _estimand("form", lambda c: over_bases(c.cells, form)),
+        _estimand("worst_frozen", AllCells.worst_frozen),
+        _estimand("carried_cost", lambda c: over_bases(c.cells, carried)),
+        _estimand("full_error", lambda c: over_bases(c.cells, full_from_lora, log=True), log=True),
+        _estimand("moving", lambda c: over_bases(c.cells, moving)),
+        _estimand("still", lambda c: over_bases(c.cells, still)),
+    ],
+    conditions,
+    report,
+    ratios=lambda c: [(f"{x.unit}, alpha {x.alpha:g}", x.measured) for x in c.cells],
+    of_rates=True,
+)
