@@ -32,6 +32,7 @@ from analysis.runs.curves import lr_curves, runs_of
 from benchmarks import harness
 from benchmarks.generators import FAMILIES
 from benchmarks.harness import RESULTS, Figures, Log, Page, packages_of, render
+from lorasweep.advise import rates
 from lorasweep.cli import answer
 from lorasweep.cli.answer import start_of
 from lorasweep.config.compose import compose_request
@@ -151,7 +152,8 @@ def tune(
             trials[k].append(Trial(lr, seed, added, loss if steps == first.steps else None))
         return True
 
-    search([a.start for a in arms], how, losses.get, train, look or (lambda _: (False, {})))
+    starts, asks = [a.start for a in arms], look or (lambda _: (False, {}))
+    search(starts, how, losses.get, train, asks, rates.law)
     return trials
 
 
@@ -489,6 +491,8 @@ STEEP = (0.08, 0.3)
 """Curvature at the optimum, as a share of the gain per unit of ln(lr) squared."""
 NOISE = (0.003, 0.012)
 """Standard deviation of a run, as a share of the gain; of a seed's shift, three times as much."""
+ERROR = 0.15
+"""Standard deviation of ln(optimum / the law's), from the optimum of LoRA's first arm."""
 LATER = 2.5
 """The optimum of a short run lies up to this factor above a full run's."""
 
@@ -526,7 +530,7 @@ class Valley(NamedTuple):
 
 
 def simulated(family: str, k: int) -> tuple[list[Arm], list[Valley]]:
-    """Simulate full fine-tuning and two ranks of LoRA with valleys of one family."""
+    """Simulate full fine-tuning and two ranks of LoRA, with valleys of one family, near the law."""
     rng = stream("tune", family, k)
     ranges, drawn = FAMILIES[family]
     parameters = [rng.uniform(*ends) for ends in ranges]
@@ -541,11 +545,15 @@ def simulated(family: str, k: int) -> tuple[list[Arm], list[Valley]]:
         return math.exp(rng.uniform(*np.log((low, high))))
 
     noise, arms, valleys = GAIN * log_uniform(*NOISE), [], []
-    for p in swept()[0]:
+    points = swept()[0]
+    anchor, best = next(p for p in points if p.arm == "lora"), 1e-3 * log_uniform(1 / 3, 3)
+    for p in points:
         lora = p.arm != "fullft"
+        # where A rests, the law is silent about other ranks than the first arm's
+        by_law = best if p == anchor else rates.law(p.spec, anchor.spec, best) or best
         valley = Valley(
             shape,
-            (1e-3 if lora else 1e-4) * log_uniform(1 / 3, 3),
+            by_law * math.exp(ERROR * rng.standard_normal() if p != anchor else 0.0),
             GAIN * rng.uniform(*LEVELS) if lora else 0.0,
             GAIN * log_uniform(*STEEP),
             noise,

@@ -21,6 +21,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.metric import METRICS, eval_steps
 from lorasweep.store.table import table_row
+from lorasweep.sweep.request import question
 from tests.world import planted_end
 
 FULL_BEST = 1.3e-3
@@ -272,7 +273,11 @@ def kept_answer(folder: Path):
 
 def kept_question(sweep, claims=None):
     """The question of a kept answer, as of another scale; `claims` replaces or adds some."""
-    asked = json.loads((answer.KEPT / f"{sweep}-tiny" / "question.json").read_text())
+    path = answer.KEPT / f"{sweep}-tiny" / "question.json"
+    if path.is_file():
+        asked = json.loads(path.read_text())
+    else:  # not answered yet
+        asked = question(compose_request([f"+sweep={sweep}", "scale=tiny"]))
     asked |= {"scale": "smoke", "withdrawn": "", "claims": {**asked["claims"], **(claims or {})}}
     return asked
 

@@ -306,13 +306,6 @@ class MetaRegression:
         draws = self.beta[k] + error * stats.t.ppf(PROBABILITIES, self.df)
         return from_draws(draws, self.n, spread=spread)
 
-    def p_of(self, k: int, value: float) -> float | None:
-        """Return the p-value of 'coefficient k has this value' (t test)."""
-        if self.df < 1:
-            return None
-        off = float(self.beta[k] - value) / math.sqrt(self.cov[k, k])
-        return 2 * float(stats.t.sf(abs(off), self.df))
-
 
 def meta_regression(
     y: np.ndarray, v: np.ndarray, design: np.ndarray, wider: MetaRegression | None = None

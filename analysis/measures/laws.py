@@ -18,12 +18,15 @@ rank 8 alone.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 G, K, REFERENCE_STEPS = 0.86, 4.2, 128
 """The law's constants; the exponent of the updates is 1/2."""
+ERROR = 0.1
+"""The law's rms error of ln(R), measurement included."""
 LINEAR = (1.0, 3.4, 0.55)
 """g, k and the exponent of the updates, if A's start and movement added as numbers."""
 POWERS = {
@@ -32,6 +35,8 @@ POWERS = {
     "constant": (1.131549413, 0.0, 0.0, 0.0),
 }
 """Rival -> ln of its factor, and its exponents of hidden size, alpha and updates."""
+LEAST_RANK, AT_REST, REST_RANK = 4, 0.3, 8
+"""The law is for ranks of LEAST_RANK and more; below z = AT_REST, only REST_RANK was measured."""
 LAW, LINEAR_LAW = "the law (quadrature)", "linear law"
 NAMES = (LAW, LINEAR_LAW, *POWERS)
 
@@ -71,15 +76,42 @@ def carried(hidden: float, old_alpha: float, alpha: float, steps: float, lora_lr
     return full * ratio(hidden, alpha, steps, full)
 
 
+def outside(key: Mapping[str, Any]) -> str:
+    """Return why the law does not cover an arm; empty: it does.
+
+    `key`: settings by the names of the columns of a table of runs; missing ones are the study's.
+    """
+    said = {k: v for k, v in key.items() if v is not None and v == v}
+    method, layers = said["method"], str(said.get("layers", "attention+mlp"))
+    usual = {"init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a"}
+    reasons = {
+        "it is for supervised rows; with rewards, the ratio was 2 to 4 where it says about 30": (
+            said.get("objective", "sft") != "sft"
+        ),
+        "mixtures of experts were not measured": "expert_rank" in said,
+        "it is for a constant learning rate": said.get("schedule", "constant") != "constant",
+        f"layers={layers}: it is for attention and MLP together": (
+            not {"attention", "mlp"} <= {*layers.split("+")}
+        ),
+        f"method {method} was not measured": method not in ("lora", "fullft"),
+        f"rank={said.get('rank', 0):g}: it is for ranks of {LEAST_RANK} and more": (
+            method == "lora" and said["rank"] < LEAST_RANK
+        ),
+        "another initialisation, or other learning rates of A and B, than the study's": (
+            any(said.get(k, v) != v for k, v in usual.items())
+        ),
+    }
+    return next((why for why, applies in reasons.items() if applies), "")
+
+
+def alpha_of(key: Mapping[str, Any]) -> float:
+    """Return the alpha of an arm of LoRA that gives the same output under alpha / rank."""
+    rank, by = float(key["rank"]), str(key.get("scaling_by") or "rank")
+    return float(key["alpha"]) * {"rank": 1.0, "sqrt_rank": math.sqrt(rank), "none": rank}[by]
+
+
 ALPHA = 32.0
 """The study's alpha."""
-PUBLISHED: dict[str, tuple[float, float | None]] = {
-    "constant 10 (the study)": (0.0, None),
-    "sqrt(hidden) (muA, arXiv 2602.06204)": (0.5, None),
-    "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
-    "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
-}
-"""Published law -> exponents of hidden size and alpha. None: the law says nothing about alpha."""
 
 
 def published(hidden: int, alpha: float) -> dict[str, float]:

@@ -76,7 +76,8 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
     """Suggest LRs or seeds that lift the gates of one curve; empty if none is open."""
     lrs, why = missing_lrs(o)
     if lrs:
-        return [_make(o, math.log(lr), _most_used(o.curve.seed, 1), why) for lr in lrs]
+        seeds = _most_used(o.curve.seed, MIN_SEEDS)  # so that one look is enough
+        return [_make(o, math.log(lr), seeds, why) for lr in lrs]
     if (have := seeds_at_best(o)) < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
     flat = "the LR curve is too flat for its noise"

@@ -1,10 +1,9 @@
 """Measure LoRA's optimal learning rate over full fine-tuning's, and fit a law of this ratio.
 
 The interval of a ratio comes from independent draws of both optima. It is conservative, since the
-two methods share seeds and the shape of their LR curves. Published laws are called rivals.
+two methods share seeds and the shape of their LR curves.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from analysis.inference.estimate import (
     from_draws,
     meta_regression,
 )
-from analysis.measures.laws import ALPHA, PUBLISHED
+from analysis.measures.laws import ALPHA
 from analysis.optimum.fit import Optimum
 
 MIN_RANK = 4
@@ -93,17 +92,13 @@ class Ratio(NamedTuple):
 
 
 class RatioLaw(NamedTuple):
-    """The fit of ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and tests of rivals."""
+    """The fit of ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32)."""
 
-    at_reference: Estimate
-    """The ratio at hidden size 1000, at the alpha at which p was fitted."""
     p: Estimate
     q: Estimate
     bases: int
     """Number of base models to which p is fitted; `bases_q`: to which q is fitted."""
     bases_q: int
-    rivals: dict[str, float | None]
-    """Published law -> p-value of its exponents; None: too few bases to test."""
 
 
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
@@ -122,17 +117,9 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
     rows = _at(alpha, ratios)
     width, found_q = _regress(rows, _regress(many)), _within_bases(ratios)
-    unknown, rivals = Estimate(None, n=len(rows)), dict[str, float | None]()
-    level = dataclasses.replace(exp_of(width.term(0)), n=len(rows)) if width else unknown
-    for name, (of_width, of_alpha) in PUBLISHED.items():
-        found = [
-            None if width is None else width.p_of(1, of_width),
-            None if found_q is None or of_alpha is None else found_q.p_of(0, of_alpha),
-        ]
-        known = [v for v in found if v is not None]  # Bonferroni over the two tests
-        rivals[name] = min(1.0, len(known) * min(known)) if known else None
+    unknown = Estimate(None, n=len(rows))
     p, q = width.term(1) if width else unknown, found_q.term(0) if found_q else unknown
-    return RatioLaw(level, p, q, len(rows), found_q.n if found_q else 0, rivals)
+    return RatioLaw(p, q, len(rows), found_q.n if found_q else 0)
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:

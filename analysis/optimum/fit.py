@@ -604,8 +604,12 @@ FEW_RATES = 5
 """A curve with fewer LRs is flagged 'few_points', and no verdict may depend on it."""
 
 
-def fit_all(curves: Sequence[LrCurve]) -> list[Optimum]:
-    """Find the optima of a sweep, in the order of its curves."""
+def fit_all(curves: Sequence[LrCurve], few: int = FEW_RATES) -> list[Optimum]:
+    """Find the optima of a sweep, in the order of its curves.
+
+    `few`: a curve with fewer LRs is flagged. With 3, curves of three LRs are fitted, too: around
+    their optimum, a factor 2 apart, their intervals hold 99% or more of simulated optima.
+    """
     trimmed = [without_collapse(c) for c in curves]
     found: dict[int, Optimum] = {}
     for part in pools(trimmed):
@@ -615,12 +619,12 @@ def fit_all(curves: Sequence[LrCurve]) -> list[Optimum]:
         likelihoods: dict[int, Likelihood] = {}
         for k, c, weight in zip(part, mine, weights):
             x, y, block = (v[c.usable] for v in (c.x, c.y, c.block))
-            if len(set(x)) >= MIN_RATES:
+            if len(set(x)) >= min(MIN_RATES, few):
                 likelihoods[k] = gather(x, y, block, first_diverged(c), growth, weight)
         posteriors, pooled = weigh(list(likelihoods.values()))
         of = dict(zip(likelihoods, posteriors))
         for k, c in zip(part, mine):
-            found[k] = _optimum(c, likelihoods.get(k), of.get(k), pooled)
+            found[k] = _optimum(c, likelihoods.get(k), of.get(k), pooled, few)
     return [found[k] for k in range(len(found))]
 
 
@@ -629,6 +633,7 @@ def _optimum(
     likelihood: Likelihood | None,
     posterior: Posterior | None,
     pooled: Pooled,
+    enough: int,
 ) -> Optimum:
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     if not len(x):
@@ -638,7 +643,7 @@ def _optimum(
     means = means if likelihood is None else likelihood.loss
     best, known = lowest_loss(means), pooled.df >= MIN_DF
     lowest = float(np.mean(y[x == rates[best]]))
-    few: tuple[str, ...] = () if len(rates) >= FEW_RATES else ("few_points",)
+    few: tuple[str, ...] = () if len(rates) >= enough else ("few_points",)
 
     def found(e: Estimate, flags: tuple[str, ...], side: int = 0, fit: bool = True) -> Optimum:
         model = (posterior, likelihood) if fit else ()

@@ -21,7 +21,7 @@ from analysis.measures.at_best import AtBest
 from analysis.measures.next_runs import lines, suggest
 from analysis.measures.ratio import MIN_RANK
 from analysis.measures.regret import Gap
-from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
+from analysis.optimum.fit import FEW_RATES, Optimum, fit_all, seeds_at_best
 from analysis.runs.curves import lr_curves, task_problems, variants
 from analysis.runs.table import TableError
 
@@ -48,6 +48,8 @@ class Series:
     """Index into the palette, or a colour; None: the palette's next colour."""
     size: float = 5.5
     """Size of the markers, in points."""
+    open: bool = False
+    """Whether the markers are not filled."""
     bounds: Sequence[int] = ()
     """For each x: 1 if y is only a lower bound, -1 if an upper bound, 0 if a value; or empty."""
 
@@ -178,9 +180,9 @@ def plain(value: Any) -> Any:
 # ---------------------------------------------------------------- curves
 
 
-def fit(runs: pd.DataFrame) -> list[Optimum]:
-    """Fit the optimum of every LR curve of a table."""
-    return fit_all(lr_curves(runs))
+def fit(runs: pd.DataFrame, few: int = FEW_RATES) -> list[Optimum]:
+    """Fit the optimum of every LR curve of a table; `few`: see `fit_all`."""
+    return fit_all(lr_curves(runs), few)
 
 
 def by_group(optima: Iterable[Optimum]) -> dict[str, list[Optimum]]:

@@ -29,6 +29,7 @@ from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import (
     BASES,
     Estimate,
+    Spread,
     exp_of,
     from_draws,
     from_sample,
@@ -47,6 +48,8 @@ MOVES, STILL = 1.0, 0.1
 """A moves if z is at least MOVES, and hardly moves if it is below STILL."""
 TUNED = 32.0
 """The alpha from whose tuned learning rate others are computed."""
+BEFORE = Path(__file__).parents[1] / "results" / "ratios_before.csv"
+"""Ratios that were known before the first run; not in an installed package."""
 COUNTED, FROZEN = 65, 10
 """Conditions that are judged, and those with A frozen."""
 
@@ -139,16 +142,21 @@ def over_bases(cells: Cells, measure: Callable[[Cells], float], log: bool = Fals
     each = [of([c for c in cells if c.base != b]) for b in bases] if len(bases) > 1 else [math.nan]
     values = pseudo_values(of(cells), each) if cells else each
     if not np.isfinite(values).all():
-        return Estimate(None, n=len(bases))
+        return Estimate(None, n=len(bases), spread=Spread(len(bases), BASES))
     e = from_sample(values)
     e = replace(e, spread=e.spread and replace(e.spread, of=BASES))
     return exp_of(e) if log else e
 
 
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
+    return float(np.mean(values)) if len(values) else math.nan
+
+
 def rms(cells: Cells, law: str = laws.LAW, noise: bool = True) -> float:
     """Return the rms error of ln(ratio); `noise` False: without the variance by measurement."""
-    each = [c.error(law) ** 2 - (0.0 if noise else c.noise(law)) for c in cells]
-    return math.sqrt(max(float(np.mean(each)), 0.0)) if each else math.nan
+    squares = [c.error(law) ** 2 - (0.0 if noise else c.noise(law)) for c in cells]
+    return max(mean(squares), 0.0) ** 0.5
 
 
 def form(cells: Cells) -> float:
@@ -161,10 +169,8 @@ def form(cells: Cells) -> float:
     if not all(parts):
         return math.nan
     contrast = np.array([1.0, -0.5, -0.5])
-    seen = [float(np.mean([c.error(laws.LINEAR_LAW) for c in p])) for p in parts]
-    said = [
-        float(np.mean([c.error(laws.LINEAR_LAW) - c.error(laws.LAW) for c in p])) for p in parts
-    ]
+    seen = [mean([c.error(laws.LINEAR_LAW) for c in p]) for p in parts]
+    said = [mean([c.error(laws.LINEAR_LAW) - c.error(laws.LAW) for c in p]) for p in parts]
     return float(contrast @ seen) / float(contrast @ said)
 
 
@@ -195,21 +201,19 @@ def carried(cells: Cells, rule: str = laws.LAW) -> float:
         for cell in unit
         if tuned.alpha == TUNED and cell.alpha in (4, 256)
     ]
-    return float(np.mean(costs)) if costs else math.nan
+    return mean(costs)
 
 
 def full_from_lora(cells: Cells) -> float:
     """Return the rms of ln(full fine-tuning's best rate / the law's, from LoRA's at TUNED)."""
     mine = [c for c in cells if c.alpha == TUNED]
-    off = [math.log(laws.full_lr(*c.at, c.lora_lr) / c.full_lr) for c in mine]
-    return math.sqrt(float(np.mean(np.square(off)))) if off else math.nan
+    return mean([math.log(laws.full_lr(*c.at, c.lora_lr) / c.full_lr) ** 2 for c in mine]) ** 0.5
 
 
 def moving(cells: Cells) -> float:
     """Return the mean difference of LoRA's loss between two alphas where A moves, % of the gain."""
     mine = [[c.loss for c in unit if c.z >= MOVES] for unit in by_unit(cells)]
-    off = [abs(a - b) for losses in mine for a, b in itertools.combinations(losses, 2)]
-    return float(np.mean(off)) if off else math.nan
+    return mean([abs(a - b) for own in mine for a, b in itertools.combinations(own, 2)])
 
 
 def still(cells: Cells) -> float:
@@ -219,8 +223,13 @@ def still(cells: Cells) -> float:
         at_rest, moved = (
             [c.loss for c in unit if keep(c.z)] for keep in (STILL.__gt__, MOVES.__le__)
         )
-        found += [np.mean(at_rest) - np.mean(moved)] if at_rest and moved else []
-    return float(np.mean(found)) if found else math.nan
+        found += [mean(at_rest) - mean(moved)] if at_rest and moved else []
+    return mean(found)
+
+
+def off_limit(cells: Cells) -> float:
+    """Return the mean ln(ratio with A frozen / L)."""
+    return mean([math.log(c.lora_lr / c.full_lr / c.predicted) for c in cells])
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,8 @@ class AllCells(base.Condition):
 
     @property
     def missing(self) -> str:
-        return "" if self.cells else "a base with both full fine-tuning and LoRA"
+        both = len({o.curve.is_full for o in self.optima}) == 2  # perhaps with optima at edges
+        return "" if self.cells or both else "a base with both full fine-tuning and LoRA"
 
     @property
     def is_judged(self) -> bool:
@@ -252,41 +262,18 @@ class AllCells(base.Condition):
                 found.append(Gate(GateCode.FEW_CONDITIONS, f"{n} of {asked}"))
         return found
 
-    @property
-    def pairs(self) -> list[tuple[Cell, Cell]]:
-        """Each condition with A frozen, and the same one in which A moves."""
-        return [
-            (f, c)
-            for f in self.frozen
-            for c in self.cells
-            if (f.unit, f.alpha) == (c.unit, c.alpha)
-        ]
-
-    def off_limit(self) -> Estimate:
-        """Return the mean ln(ratio with A frozen / L)."""
-        return over_bases(
-            self.frozen,
-            lambda cells: float(
-                np.mean([math.log(c.lora_lr / c.full_lr / laws.limit(*c.at[:2])) for c in cells])
-            ),
-        )
-
-    def off_factor(self) -> Estimate:
-        """Return the mean ln(ratio with A frozen / ratio without), minus the law's."""
-        free = {id(f): c for f, c in self.pairs}
-
-        def measure(cells: Cells) -> float:
-            pairs = [(c, free[id(c)]) for c in cells if id(c) in free]
-            off = [math.log(f.lora_lr / c.lora_lr / math.hypot(1, c.z)) for f, c in pairs]
-            return float(np.mean(off)) if off else math.nan
-
-        return over_bases(self.frozen, measure)
-
     def worst_frozen(self) -> Estimate:
         """Combine: both means are within NEAR of 0. Each quantile is the largest of all sides."""
-        both = [self.off_limit(), self.off_factor()]
+        free = {(c.unit, c.alpha): c for c in self.cells}
+
+        def off_factor(cells: Cells) -> float:
+            """Return the mean ln(ratio with A frozen / ratio without), minus the law's."""
+            pairs = [(c, free[c.unit, c.alpha]) for c in cells if (c.unit, c.alpha) in free]
+            return mean([math.log(f.lora_lr / c.lora_lr / math.hypot(1, c.z)) for f, c in pairs])
+
+        both = [over_bases(self.frozen, off) for off in (off_limit, off_factor)]
         if any(e.draws is None for e in both):
-            return Estimate(None, n=len(self.frozen))
+            return Estimate(None, n=len(self.frozen), spread=both[0].spread)
         sides = [side * e.draws - NEAR for e in both for side in (1, -1) if e.draws is not None]
         worst = from_draws(np.max(np.sort(sides, axis=1), axis=0), len(self.frozen))
         return replace(worst, spread=both[0].spread)
@@ -334,9 +321,13 @@ class OverScales(base.Question):
 
 def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Section]]:
     """Return the conditions with the ratios by the law, and the errors of all laws and rules."""
+    if not c.cells:
+        return {"cells": []}, []
     errors = {law: over_bases(c.cells, partial(rms, law=law), log=True) for law in laws.NAMES}
-    rows: list[list[Any]] = [[law, e, rms(c.cells, law, noise=False)] for law, e in errors.items()]
-    head = "prediction | rms error of ln(ratio) [95%] | without the noise of measurement"
+    rows: list[list[Any]] = [
+        [law, e, rms(c.cells, law), rms(c.cells, law, noise=False)] for law, e in errors.items()
+    ]
+    head = "prediction | rms error of ln(ratio), jackknife [95%] | plain | without noise"
     text = f"{len(c.cells)} of {COUNTED} new conditions; intervals over base models (jackknife)."
     sections = [base.Section.of("The law and its rivals", head, rows, [text])]
     costs = {
@@ -351,21 +342,23 @@ def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Se
         + [x.measured, x.predicted, laws.limit(*x.at[:2])]
         for x in (*c.cells, *c.frozen)
     ]
-    series = []
-    for name in dict.fromkeys(x.base for x in c.cells):
-        mine = [x for x in c.cells if x.base == name]
-        y = [_over_limit(x) for x in mine]
-        series.append(base.Series.of(name, [x.z for x in mine], y, style="o"))
-    y = [_over_limit(x) for x in c.frozen]
-    series.append(base.Series.of("A frozen", [x.z for x in c.frozen], y, style="D", colour="white"))
-    z = [float(v) for v in np.geomspace(0.01, 60, 60)]
+    series = [_before()] if BEFORE.is_file() else []
+    for width in sorted({x.hidden for x in c.cells}):
+        mine = [x for x in c.cells if x.hidden == width]
+        name = f"hidden size {width}" + (": SmolLM2" if width == 576 else "")
+        series.append(base.Series.of(name, [x.z for x in mine], map_limit(mine), style="o"))
+    y, z = map_limit(c.frozen), [float(v) for v in np.geomspace(0.01, 60, 60)]
+    frozen = base.Series.of("A frozen", [x.z for x in c.frozen], y, style="D", colour="black")
+    series.append(replace(frozen, open=True))
     for label, f, style in (
-        ("the law", lambda v: 1 / math.hypot(1, v), "-"),
-        ("A frozen: 1", lambda v: 1.0, ":"),
+        ("the law: 1 / sqrt(1 + z^2)", lambda v: 1 / math.hypot(1, v), "-"),
+        ("A keeps its start: 1", lambda v: 1.0, ":"),
+        ("A's movement alone: 1 / z", lambda v: 1 / v if v > 0.5 else math.nan, "--"),
     ):
-        series.append(base.Series(label, z, [f(v) for v in z], style=style, colour="black"))
-    name = "measured ratio / L"
-    panel = base.Panel("", "z: A's movement / A's start", name, series, log_x=True, log_y=True)
+        line = [f(v) for v in z]
+        series.append(base.Series(label, z, line, style=style, colour="black"))
+    x, y_name = "z: A's movement / A's random start", "R / L, measured"
+    panel = base.Panel("", x, y_name, series, log_x=True, log_y=True, y_range=(0.015, 2))
     figure = ("quadrature.png", [panel], "R / L over z") if c.is_judged else ()
     sections.append(base.Section.of("New conditions", head, rows, [], *figure))
     listed = [
@@ -377,10 +370,23 @@ def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Se
     return {"cells": listed, "errors": errors, "carried": costs}, sections
 
 
-def _over_limit(x: Cell) -> Estimate:
-    draws = x.measured.draws
-    assert draws is not None
-    return from_draws(draws / laws.limit(*x.at[:2]), 2)
+def map_limit(cells: Cells) -> list[Estimate]:
+    """Return the measured ratios over L."""
+    draws = [x.measured.draws for x in cells]
+    found = [None if d is None else d / laws.limit(*x.at[:2]) for x, d in zip(cells, draws)]
+    return [from_draws(d, 2) for d in found if d is not None]
+
+
+def _before() -> base.Series:
+    """Read the ratios of earlier sweeps, to which the law was fitted but for three."""
+    old, at = pd.read_csv(BEFORE), []
+    for r in old.itertuples():
+        by_law = float(laws.ratio(r.hidden, r.alpha, r.steps, r.full_lr))
+        at.append(float(laws.movement(r.hidden, by_law * r.full_lr, r.steps)))
+    y = (old["ratio"] * old["alpha"] / old["hidden"] / laws.limit(1, 1)).tolist()
+    return base.Series(
+        f"{len(old)} ratios of earlier sweeps", at, y, style="s", colour="silver", size=4
+    )
 
 
 def _estimand(

@@ -12,16 +12,18 @@ import pandas as pd
 import yaml
 
 from analysis.inference.decide import Gate, GateCode, remedy
-from analysis.questions import laws, lengths
+from analysis.questions import lengths
 from analysis.questions.base import Analysis, Question
 from analysis.questions.estimands import problems, question_of
 from analysis.runs.table import TableError, as_losses
 
-NAMES = ("batch_size", "capacity", "invariance", "quadrature", "rank", "recipes", "regime", "tune")
+NAMES = (
+    *("batch_size", "capacity", "invariance", "lr_scale", "quadrature"),
+    *("rank", "recipes", "regime", "tune"),
+)
 QUESTIONS: dict[str, Question] = {
     **{n: importlib.import_module(f"analysis.questions.{n}").QUESTION for n in NAMES},
     **{"compute": lengths.COMPUTE, "short_runs": lengths.SHORT_RUNS},
-    **{"lr_scale": laws.LR_SCALE, "rate_law": laws.LAW},
 }
 """`analysis` of a sweep's file -> its question; any other name is that of a shipped sweep."""
 ROOT = Path(__file__).parents[2]

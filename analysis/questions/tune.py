@@ -20,6 +20,8 @@ from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.curves import on_curve_rows, runs_of
 
+FEW = 3
+"""Learning rates that an arm needs: so many has one whose best one the law predicts."""
 KNOWN_PERCENT = 1.0
 """A learning rate is known if the regret of choosing it is below this share of the gain."""
 
@@ -88,7 +90,7 @@ def conditions(table: pd.DataFrame) -> list[Arms]:
     """Fit the learning rates of every model and data set."""
     validated = all(json.loads(s)["dataset"].get("n_validation", 0) > 0 for s in table["spec"])
     rows = "validation" if validated else "test"
-    groups = base.by_group(base.fit(on_curve_rows(table) if validated else table))
+    groups = base.by_group(base.fit(on_curve_rows(table) if validated else table, FEW))
     return [Arms(name, table, optima, rows) for name, optima in groups.items()]
 
 

@@ -121,7 +121,8 @@ def _draw(ax: Axes, panel: Panel) -> None:
         bounds = np.asarray(s.bounds, int) if len(s.bounds) else np.zeros(len(x), int)
         style = s.style.replace("o", MARKERS[k % len(MARKERS)])
         values = np.where(bounds == 0, y, np.nan)
-        ax.plot(x, values, style, label=s.label or None, color=colour, lw=1.6, ms=s.size)
+        look = {"color": colour, "lw": 1.6, "ms": s.size, "mfc": "none" if s.open else colour}
+        ax.plot(x, values, style, label=s.label or None, **look)
         for side in (-1, 1):
             arrows(ax, x[bounds == side], y[bounds == side], (0, side), colour)
         if len(s.low):

@@ -20,8 +20,10 @@ import pandas as pd
 
 from analysis.inference.decide import Verdict
 from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.measures import laws
+from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import WITHIN, Optimum
-from analysis.questions.base import NO_CELL, Analysis, level_of
+from analysis.questions.base import NO_CELL, Analysis, by_group, full_of, level_of
 from analysis.questions.registry import analyse
 from analysis.report.sentences import lines_of, sentences_of, worded
 from analysis.report.text import aligned, check_installed, missing, plain, rendered, text_hash
@@ -213,6 +215,7 @@ def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> st
         level=f"{100 * level_of(question):.3g}%",
         sections=found.sections,
         optima=apart(optima_rows(found.optima)) if found.optima else None,
+        law=apart(rows) if (rows := law_rows(found.optima, table)) else None,
         metrics=" or ".join(dict.fromkeys(o.curve.shown.name for o in found.optima)),
         noise=noise,
         has_curves=bool(found.optima) and bool(by_run(table)),
@@ -321,6 +324,24 @@ def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
             for o, name in zip(optima, full_names([o.curve for o in optima]))
         ),
     ]
+
+
+def law_rows(optima: Sequence[Optimum], table: pd.DataFrame) -> list[list[str]]:
+    """Return ratios of best LRs beside the law's, after the head; empty if it covers none."""
+    hidden = dict(zip(table["model"], table["hidden_size"])) if "hidden_size" in table else {}
+    groups, found = by_group(optima), []
+    for o, name in zip(optima, full_names([o.curve for o in optima])):
+        full, key = full_of(groups[o.curve.group]), o.curve.key
+        width, steps, best = hidden.get(key["model"]), key.get("steps"), full and full.best_lr.value
+        if key["method"] == "lora" and best and o.best_lr.value and width and steps:
+            by_law = float(laws.ratio(width, laws.alpha_of(key), steps, best))
+            z = laws.movement(width, by_law * best, steps)
+            known = z >= laws.AT_REST or key["rank"] == laws.REST_RANK
+            if full and known and not laws.outside(key):
+                cells = [name, o.curve.group, with_interval(ratio_of([o], full))]
+                found.append([*cells, number(by_law), number(z, 2)])
+    head = ["curve", PLACE, "best LR / full fine-tuning's [95%]", "the law", "z"]
+    return [head, *found] if found else []
 
 
 def _held_out(table: pd.DataFrame) -> str:

@@ -92,6 +92,14 @@ ACTIONS = {
         "rates",
         *("model data", OURS, "one model and one data set"),
     ),
+    "rate": Action(
+        "plans:rate",
+        "./my-model full_lr=1e-5 alpha=32 steps=1000",
+        "predict LoRA's learning rate from full fine-tuning's, or the reverse; trains nothing. "
+        "lora_lr=2e-4 at_alpha=16: from LoRA's at another alpha; rank=, layers=",
+        "full_lr lora_lr at_alpha at_steps",
+        *("model", OURS, "one model"),
+    ),
     "fit": Action(
         "runs:fit",
         "runs.csv",
@@ -215,6 +223,8 @@ def as_overrides(typed: Sequence[str], sweeps: Collection[str]) -> list[str]:
     if first in VERBS:  # also if a sweep of the user's or of a package has the name
         head = [f"action={VERBS[first]}"] if first != "run" else []
         keys = ACTIONS[VERBS[first]].words.split()
+        if first == "rate":
+            settings = [re.sub(r"^(alpha|rank|layers)=", r"method.\1=", s) for s in settings]
         if given[:1] == ["fleet"] and first in OF_FLEET:
             keys, given = ["customers"], given[1:]
         if keys and not given and not settings:

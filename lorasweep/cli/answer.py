@@ -1,4 +1,4 @@
-"""Collect the runs that a request asks for, and call `analysis` with them; no other module does.
+"""Collect the runs that a request asks for, and call `analysis` with them; no other module judges.
 
 `analysis` is imported inside functions, because pandas and scipy take a second to load.
 """
@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.advise.rates import law
 from lorasweep.advise.rules import family_of, law_rate, texts
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.fleet.choice import with_further
 from lorasweep.plan.budget import parse_budget
 from lorasweep.spec.metric import metric_of
+from lorasweep.spec.run import RunSpec
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
@@ -29,7 +31,7 @@ from lorasweep.sweep.grid import (
 )
 from lorasweep.sweep.question import Sweep, axes_of
 from lorasweep.sweep.request import Request, question
-from lorasweep.sweep.search import Look, is_short, search
+from lorasweep.sweep.search import MIN_SEEDS, Look, is_short, search
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,13 +107,13 @@ def _searched(request: Request, store: RunStore) -> list[Point]:
         return _LOOKS[key]
 
     arms = request.sweep.arms
-    starts = [
-        p
-        if "lr" in request.given or "lr" in fields_of(axes_of(arms.get(p.arm, {})))
-        else start_of(p)
-        for p in request.points
-    ]
-    return search(starts, request.sweep.search, loss, may_begin, look_at)
+    own = {p.spec for p in request.points if "lr" in fields_of(axes_of(arms.get(p.arm, {})))}
+    starts = [p if "lr" in request.given or p.spec in own else start_of(p) for p in request.points]
+
+    def unless_given(of: RunSpec, known: RunSpec, lr: float) -> float | None:
+        return None if of in own else law(of, known, lr)
+
+    return search(starts, request.sweep.search, loss, may_begin, look_at, unless_given)
 
 
 _LOOKS: dict[tuple[str, ...], Look] = {}
@@ -219,19 +221,27 @@ def look(table: "pd.DataFrame", question: dict[str, Any]) -> Look:
     """Judge the runs of a search so far; StoreError: they cannot be judged together.
 
     Returns whether they decide it, and the learning rates that a curve still needs, by the id of
-    one of its runs. With one seed, no curve has a variance, which asks for no learning rate.
+    one of its runs. A missing variance asks for no learning rate: the next seed gives it. From
+    MIN_SEEDS seeds on, an arm of few learning rates gets two more if it does not know its best one.
     """
     from analysis.measures.next_runs import missing_lrs
+    from analysis.optimum.fit import FEW_RATES
+    from analysis.questions.base import rank_of
     from analysis.questions.registry import analyse
     from analysis.report.report import results_of
     from analysis.runs.curves import runs_of
 
     found, lrs = analyse(table, question), {}
+    results, seeds = results_of(found, question, table), table["seed"].nunique()
+    unknown = {arm["rank"] or 0 for arm in results["arms"] if not arm["known"]}
     for o in found.optima:
-        if table["seed"].nunique() > 1 or "no_variance" not in o.flags:
+        few = len({*o.curve.x[o.curve.usable]}) < FEW_RATES and seeds >= MIN_SEEDS
+        if few and rank_of(o) in unknown:
+            o = dataclasses.replace(o, flags=(*o.flags, "few_points"))
+        if "no_variance" not in o.flags or (seeds > 1 and o.open_side):
             run = str(runs_of(table, o.curve)["run_id"].iloc[0])
             lrs[run] = [float(f"{lr:.2e}") for lr in missing_lrs(o)[0]]
-    return not open_questions(results_of(found, question, table)), lrs
+    return not open_questions(results), lrs
 
 
 def open_questions(results: dict[str, Any]) -> list[str]:

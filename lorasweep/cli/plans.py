@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lorasweep.advise import rates
 from lorasweep.advise.pages import render
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points
@@ -96,6 +97,26 @@ def matrices(request: Request, store: RunStore) -> Answer:
         rows.append({"layer_set": "total", "trained": trained, "weights": s.model.n_params})
         lines += [f"{s.method.name} on {s.model.name} ({given})", *table(rows, *columns), ""]
     return Answer({"sweep": request.sweep_name, "kinds": kinds}, lines[:-1])
+
+
+def rate(request: Request, store: RunStore) -> Answer:
+    """Predict one method's best learning rate from the other's; SpecError outside the scope."""
+    (point,), known = request.points, [request.full_lr, request.lora_lr]
+    spec, at = point.spec, request.at_steps or point.spec.steps
+    if known.count(None) != 1 or (request.full_lr and (request.at_alpha or request.at_steps)):
+        raise SpecError(
+            "action=rate needs one of full_lr=LR, and lora_lr=LR with at_alpha=A and at_steps=N."
+        )
+    if "model" not in request.given or not ("steps" in request.given or request.at_steps):
+        raise SpecError("action=rate needs model=MODEL, and steps=N, the number of updates.")
+    if "steps" in request.given and at != spec.steps:
+        raise SpecError(
+            f"at_steps={at}, steps={spec.steps}: full fine-tuning's best learning rate, too, "
+            "changes with the updates, and the law does not say how. Give both the same number."
+        )
+    spec = dataclasses.replace(spec, steps=at)
+    found = rates.predict(spec, request.full_lr, request.lora_lr, request.at_alpha)
+    return Answer(found, rates.lines(found))
 
 
 def check_available(request: Request) -> None:

@@ -316,7 +316,11 @@ class Composer:
         owned, kinds = self._own_of(request.points), {"model": ModelSpec, "dataset": DatasetSpec}
         for own in owned:
             data = {p.spec.dataset for p in request.points if p.spec.model == own.spec}
-            named = request.data or any(k.split(".")[-1] == "dataset" for k in request.given)
+            named = (
+                request.data
+                or request.action == "rate"
+                or any(k.split(".")[-1] == "dataset" for k in request.given)
+            )
             if not named and (made_up := next((d for d in data if d.source == "synthetic"), None)):
                 raise SpecError(
                     f"model={own.given} on {made_up.name!r}, an artificial language: which rows? "

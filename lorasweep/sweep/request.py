@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
-from lorasweep.spec.values import Is
+from lorasweep.spec.run import LR_RANGE
+from lorasweep.spec.values import ABOVE_0, Is
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import ADDED_AFTER, Sweep, made
 
@@ -52,6 +53,12 @@ class Settings:
     """action=verify_served: address of a vLLM, or a list; empty: only folders are checked."""
     serve: str = "peft"
     """action=fleet: the server of the adapters, by a file in conf/serve."""
+    full_lr: Annotated[float | None, Is("learning rate", *LR_RANGE)] = None
+    lora_lr: Annotated[float | None, Is("learning rate", *LR_RANGE)] = None
+    """action=rate: the known best learning rate of one method."""
+    at_alpha: Annotated[float | None, Is("", ABOVE_0, 1e6)] = None
+    at_steps: Annotated[int | None, Is("updates", 1)] = None
+    """action=rate: alpha and updates at which `lora_lr` is the best; None: those asked for."""
     rates: Any = 3
     """Number of learning rates, around lr (action=measure) or the advised one (action=fleet)."""
 

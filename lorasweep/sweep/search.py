@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.run import snap_lr
+from lorasweep.spec.run import RunSpec, snap_lr
 from lorasweep.sweep.grid import Point, around, curve_key, lrs_around_optimum
 from lorasweep.sweep.question import FINEST, MIN_SHORT, Search
 
@@ -20,6 +20,9 @@ Losses = dict[float, float]
 """Learning rate -> loss (lower is better); infinity if the run diverged."""
 
 
+Law = Callable[[RunSpec, RunSpec, float], float | None]
+"""(a run, one of another arm, that arm's best learning rate) -> the best learning rate of the run's
+arm by the law; None outside its scope."""
 Look = tuple[bool, Mapping[str, Sequence[float]]]
 """What the analysis says of finished runs: whether they answer the question, and by the id of a run
 the learning rates that its arm still needs: its optimum is at an edge, or has too few around it."""
@@ -31,15 +34,21 @@ def search(
     loss: Callable[[str], float | None],
     may_begin: Callable[[Sequence[Point], Sequence[Point]], bool],
     look: Callable[[Sequence[Point]], Look],
+    law: Law = lambda of, known, lr: None,
 ) -> list[Point]:
     """Return the runs of a search so far, in the order in which they are trained.
+
+    An arm that the law covers waits for the first arm of LoRA. Then it gets `n_lrs` learning rates
+    in full around the prediction, and more while the best is at an end.
 
     Args:
         starts: a run of full length for each arm and rank, at the learning rate to start from.
         loss: run id -> loss, infinity if the run diverged, None if it has not finished.
         may_begin: whether the budget allows runs (second argument) after others (first argument).
         look: judges finished runs, once the range of all arms is known.
+        law: predicts an arm's best learning rate from the one of LoRA's first arm.
     """
+    anchor = next((p for p in starts if p.spec.method.name == "lora"), starts[0])
     points: list[Point] = []
     for p in starts:
         if how.short_steps(p.spec.steps) >= p.spec.steps:
@@ -68,10 +77,21 @@ def search(
     while True:
         arms = [(start, [p for p in points if is_of(p, start)]) for start in starts]
         seeds, new = {p.spec.seed for p in points}, list[Point]()
+        first = [p for p in points if is_of(p, anchor) and p.spec.seed == anchor.spec.seed]
+        known = losses(first)
+        unsettled = next_lrs(anchor.spec.lr, losses(first, False), known, how)[0]
+        best = None if unsettled else vertex(known)
         for start, own in arms:  # the range of each arm, with its first seed
             steps, seed = start.spec.steps, start.spec.seed
             first = [p for p in own if p.spec.seed == seed]
-            lrs, in_full = next_lrs(start.spec.lr, losses(first, False), losses(first), how)
+            full, short = losses(first), losses(first, False)
+            lrs, in_full = next_lrs(start.spec.lr, short, full, how)
+            guess = law(start.spec, anchor.spec, best or anchor.spec.lr)
+            if guess and start is not anchor and not short and (full or best or unsettled):
+                ready = [] if unsettled else around(guess, how.n_lrs, how.fine)
+                step = how.fine if len(full) < 2 * how.n_lrs else how.wide
+                narrow = dataclasses.replace(how, wide=step, n_full=how.n_lrs)
+                lrs, in_full = next_lrs(guess, full, full, narrow)[0] if full else ready, True
             new += [at(start, lr, steps if in_full else how.short_steps(steps), seed) for lr in lrs]
         if not new:
             # arms of which the losses are not lowest at the lowest end
@@ -185,6 +205,25 @@ def next_lrs(centre: float, short: Losses, full: Losses, how: Search) -> tuple[l
     if not wide and missing > 0:
         wide = [gap for gap in gaps if gap[1] / gap[0] > FINEST**2][:missing]
     return [snap_lr(math.sqrt(low * high)) for low, high in wide], True
+
+
+def vertex(losses: Losses) -> float | None:
+    """Return the vertex of the parabola in ln(lr) through the best and its neighbours.
+
+    Beside a diverged run, or on a line, the best one tried. None if the best is at an end.
+    """
+    lrs = sorted(losses)
+    at = lrs.index(min(lrs, key=losses.__getitem__))
+    if at in (0, len(lrs) - 1):
+        return None
+    (a, b, c), (low, best, high) = (
+        [math.log(lr / lrs[at]) for lr in lrs[at - 1 : at + 2]],
+        [losses[lr] for lr in lrs[at - 1 : at + 2]],
+    )
+    down, up = (best - low) / (b - a), (high - best) / (c - b)  # slopes on both sides
+    if not math.isfinite(up - down) or up <= down:
+        return lrs[at]
+    return lrs[at] * math.exp((a * up - c * down) / 2 / (up - down))
 
 
 def _beyond(losses: Losses, factor: float) -> float | None:

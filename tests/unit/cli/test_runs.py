@@ -250,6 +250,13 @@ class Hurt(Valley):
         return 3.0 + self.by[spec.steps < 64] * (spec.lr + abs(math.log(spec.lr / 1e-3)) / 1e6)
 
 
+def test_an_arm_with_a_learning_rate_of_its_own_starts_there(tune):
+    asked = ("fullft.lr=1e-5", "budget=9runs")
+    points = tune(Valley(10), *asked)[2]
+    lrs = sorted(p.spec.lr for p in points if p.arm == "fullft" and p.spec.steps == 8)
+    assert lrs[:5] == pytest.approx([1e-5 * 4.0**k for k in range(-2, 3)], rel=0.01)
+
+
 @pytest.mark.parametrize(  # with -1.0 the full runs overfit
     "world, budget", [(Hurt(), 60), (Hurt(short=-1.0), 9), (Hurt(math.nan, math.nan), 60)]
 )

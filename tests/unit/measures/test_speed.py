@@ -231,24 +231,14 @@ def ratios(rng, seeds, sd, alphas, error, log):
     ]
 
 
-@pytest.mark.parametrize(
-    ("p", "q", "name"),
-    [
-        *((0.0, q, "constant 10 (the study)") for q in (0.0, -0.7)),
-        (0.5, 0.0, "sqrt(hidden) (muA, arXiv 2602.06204)"),
-        (1.0, -1.0, "sqrt(3) hidden/alpha (equal first step under Adam)"),
-    ],
-)
-def test_the_ratios_law_tells_rivals_apart(p, q, name):
+@pytest.mark.parametrize(("p", "q"), [(0.0, 0.0), (0.0, -0.7), (0.5, 0.0), (1.0, -1.0)])
+def test_the_exponents_of_the_ratio_are_found(p, q):
     def log(h, a):
         return 1.0 + p * math.log(h / 1000) + q * math.log(a / 32)
 
     law = ratio_law(ratios(np.random.default_rng(4), 3, 0.03, (8, 32, 128), 0.05, log))
     assert law.bases == law.bases_q == 9
     assert law.p.low < p < law.p.high and law.q.low < q < law.q.high
-    same = {name, "hidden/(2 alpha) (withdrawn by the study's authors)"} if p == 1.0 else {name}
-    assert law.rivals[name] > 0.05
-    assert all(v < 0.05 for k, v in law.rivals.items() if k not in same)
 
 
 @pytest.mark.parametrize("alphas", [(8, 32, 128), (32,) * 5])
@@ -259,7 +249,7 @@ def test_several_alphas_or_data_sets_of_one_base_are_one_witness_of_its_width(al
         held += law.p.low <= 0 <= law.p.high
     assert law.bases == 6 and 0.9 < held / 300 < 0.98
     one = ratio_law([Ratio("a", 64, 32, 1.0, 0.05), Ratio("b", 64, 32, 1.1, 0.05)])
-    assert {one.p.value, one.q.value, *one.rivals.values()} == {None}
+    assert {one.p.value, one.q.value} == {None}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.8])

@@ -11,6 +11,7 @@ import pytest
 
 from analysis.inference.decide import LOOK_LEVELS, judge
 from analysis.measures import laws
+from analysis.measures.next_runs import suggest
 from analysis.questions import quadrature
 from analysis.questions.quadrature import COUNTED, FROZEN, AllCells, Cell
 from analysis.questions.registry import analyse
@@ -92,7 +93,8 @@ def answer(world, scale="tiny", keep=lambda spec: True, kept=None):
     table = planted_table(world, runs_of(world, scale, keep))
     found = analyse(table, asked, kept)
     results = json.loads(json.dumps(report.results_of(found, asked, table), allow_nan=False))
-    assert "New conditions" in report.render(found, asked, table)
+    page = report.render(found, asked, table)
+    assert "New conditions" in page and "](../" not in page  # it may lie in any folder
     return results, {v["claim"]: v for v in results["verdicts"]}, table
 
 
@@ -132,6 +134,21 @@ def test_what_is_not_so_is_not_supported():
     assert found["still"]["estimate"]["value"] == pytest.approx(0, abs=0.3)
     gates = {g["code"] for v in found.values() for g in v["gates"]}
     assert gates == {"FEW_CONDITIONS"}  # those of SmolLM2 are missing
+
+
+def test_a_grid_with_its_optimum_at_an_edge_is_extended_although_no_condition_is_known():
+    world = ByLaw()
+    specs = list(runs_of(world, "small"))
+    world.best = lambda spec, step: 12e-4 if is_full(spec) else world.optimum(spec, step)
+    asked = question(compose_request(["+sweep=quadrature", "scale=small"]))
+    assert suggest(analyse(planted_table(ByLaw(), specs), asked)) == []  # only bases decide more
+    table = planted_table(world, specs)
+    found = analyse(table, asked)
+    codes = {v.gates[0].code.name for v in found.verdicts}
+    assert codes == {"FLAGGED"} and not found.measures["cells"]
+    assert "missing arm" not in report.render(found, asked, table)
+    wanted = suggest(found)
+    assert {s.curve.name for s in wanted} == {"fullft"} and len(wanted) == 2
 
 
 def planted_cells(
@@ -202,6 +219,17 @@ def test_intervals_leave_out_one_base_with_all_of_its_conditions():
     assert e.spread.of == "bases" and e.n == len(bases)
     one = quadrature.over_bases([c for c in cells if c.base == "256"], quadrature.form)
     assert one.value is None and one.draws is None  # one base, and no condition at rest
+
+
+def test_the_scope_of_a_table():
+    key = {"method": "lora", "rank": 8, "alpha": 16, "layers": "attention+mlp"}
+    assert laws.outside(key) == laws.outside({**key, "schedule": "constant", "start": None}) == ""
+    assert laws.outside({"method": "fullft", "rank": math.nan, "layers": "attention+mlp"}) == ""
+    assert laws.alpha_of(key) == 16 and laws.alpha_of({**key, "scaling_by": "none"}) == 128
+    others = ({"schedule": "linear"}, {"rank": 2}, {"layers": "mlp"}, {"start": "b"})
+    others += ({"objective": "rl_is"}, {"expert_rank": "active"}, {"method": "dora"})
+    for other in others:
+        assert laws.outside({**key, **other})
 
 
 def test_noise_is_the_variance_of_the_difference():

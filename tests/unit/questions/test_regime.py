@@ -12,8 +12,7 @@ import pytest
 
 from analysis.inference.decide import GateCode
 from analysis.questions.registry import analyse
-from analysis.runs.table import TableError, read
-from lorasweep.cli.answer import KEPT
+from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.request import question
@@ -36,6 +35,8 @@ from tests.planted import (
     rewarded,
     smoke,
 )
+from tests.unit.questions.test_quadrature import ByLaw
+from tests.unit.questions.test_quadrature import runs_of as law_runs
 from tests.world import compose_request
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
@@ -406,8 +407,9 @@ def stops(of):
 
 
 def some_conditions(scale):
-    table = read(KEPT / f"rate_law-{scale}" / "table.parquet")
-    return "rate_law", None, table[table["alpha"].isin([math.nan, 2, 8])].reset_index(drop=True)
+    world = ByLaw()
+    keep = {"tiny": lambda s: s.model.name == "tiny64-s1", "small": lambda s: True}[scale]
+    return "quadrature", None, planted.planted_table(world, law_runs(world, scale, keep))
 
 
 def mlp_at_edge(spec, step):
@@ -487,7 +489,7 @@ CASES = [
     case("rank_1_control", EDGES, rewarded, climbs, lrs=2, control=True),
     case("rank_1_control", OF_BOTH, rewarded, climbs, control=True, lora=(2, 3, 4, 5)),
     case("control", "MISSING", rewarded, climbs, control=False, sweep="rl_matrices"),
-    case("law", "FEW_CONDITIONS", some_conditions, "tiny"),
+    case("predicts", "FEW_CONDITIONS", some_conditions, "tiny"),
 ]
 
 
@@ -504,9 +506,9 @@ def test_every_gate_has_a_case():
 
 
 def test_a_law_of_two_scales_is_judged_once_and_a_withdrawn_question_not(tmp_path):
-    (tmp_path / "rate_law-tiny").mkdir()
-    some_conditions("tiny")[2].to_parquet(tmp_path / "rate_law-tiny" / "table.parquet")
+    (tmp_path / "quadrature-tiny").mkdir()
+    some_conditions("tiny")[2].to_parquet(tmp_path / "quadrature-tiny" / "table.parquet")
     found = judged(*some_conditions("small"), kept=tmp_path, scale="small")
-    assert found["law"] == ["ELSEWHERE"]
+    assert found["predicts"] == ["ELSEWHERE"]
     found = judged(*ratio(Valley(3), (4,)), withdrawn="other arms")
     assert found["ratio"] == ["WITHDRAWN"]

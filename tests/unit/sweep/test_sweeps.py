@@ -25,6 +25,7 @@ from lorasweep.sweep.grid import REST, Point, assignments, fields_of, run_names,
 from lorasweep.sweep.question import Claim, Planning, Search, check_directions, made
 from lorasweep.sweep.request import from_plain, question
 from lorasweep.sweep.search import LOWEST, check_search, full_runs, next_lrs, search
+from tests.planted import is_full
 from tests.world import ROOT, compose_request, tiny_spec
 
 ASKED = ("+sweep=lr_ratio", "scale=smoke")
@@ -284,11 +285,18 @@ def valley(best, cliff=math.inf):
     return lambda lr: math.inf if lr > cliff * best else 1 + 0.03 * math.log(lr / best) ** 2
 
 
-def run(starts, world, how=HOW, may_begin=lambda known, new: True, look=lambda _: (False, {})):
+def run(
+    starts,
+    world,
+    how=HOW,
+    may_begin=lambda known, new: True,
+    look=lambda _: (False, {}),
+    law=lambda of, known, lr: None,
+):
     """Train what a search asks for until it asks for no more; every step starts from results alone."""
     losses, batches = {}, []
     while True:
-        points = search(starts, how, losses.get, may_begin, look)
+        points = search(starts, how, losses.get, may_begin, look, law)
         new = [p for p in points if p.id not in losses]
         if not new:
             return points, batches
@@ -371,6 +379,85 @@ def test_an_arm_that_does_not_train_has_one_full_run_and_another_goes_on(world):
     assert {p.spec.seed for p in both} == set(range(HOW.seeds + 1))
     lrs, full = next_lrs(1e-3, {LOWEST * 5: 1.0, LOWEST * 20: 2.0}, {}, HOW)
     assert lrs == [pytest.approx(LOWEST * 1.25)] and not full
+
+
+def three_arms(best, law=None, world=None):
+    """Full fine-tuning, rank 8 and rank 2 (which no law covers), with the searches' full losses."""
+    starts = [start("full", method=FullFT()), lora(8), lora(2), lora(16)]
+
+    def name(spec):
+        return getattr(spec.method, "rank", 0)
+
+    def by_law(of, known, lr):
+        assert name(known) == 8
+        return None if name(of) == 2 else lr * best[name(of)] / best[8] * (law or 1)
+
+    world = world or (lambda p: valley(best[name(p.spec)])(p.spec.lr))
+    points, batches = run(starts, world, ONE_SEED, law=by_law)
+    full = {
+        r: sorted(p.spec.lr for p in points if name(p.spec) == r and p.spec.steps == 64)
+        for r in best
+    }
+    short = {name(p.spec) for p in points if p.spec.steps < 64}
+    return full, short, batches, name
+
+
+def test_arms_that_the_law_covers_get_three_rates_around_it_after_the_first_arm():
+    best = {0: 1e-4, 8: 2e-3, 2: 4e-3, 16: 2.2e-3}
+    full, short, batches, name = three_arms(best)
+    assert short == {8, 2} and min(map(len, (full[8], full[2]))) >= 5
+    for r in (0, 16):
+        assert full[r] == pytest.approx([best[r] / 2, best[r], best[r] * 2], rel=0.05)
+    first = next(k for k, new in enumerate(batches) if any(name(p.spec) in (0, 16) for p in new))
+    assert not any(name(p.spec) == 8 for new in batches[first:] for p in new)  # it was known
+    spacing = [b / a for lrs in full.values() for a, b in itertools.pairwise(lrs)]
+    assert max(spacing) <= 4 + 1e-9
+
+
+def test_a_law_that_is_wrong_widens_the_arm_until_the_best_is_inside():
+    best = {0: 1e-4, 8: 2e-3, 2: 4e-3, 16: 2.2e-3}
+    for wrong in (1 / 5, 7):
+        full, short, _, _ = three_arms(best, law=wrong)
+        for r in (0, 16):
+            assert full[r][0] < best[r] < full[r][-1] and short == {8, 2}
+            assert all(b / a <= 2.1 for a, b in itertools.pairwise(full[r]))
+
+
+def test_without_a_first_arm_that_trains_all_arms_are_searched_without_the_law():
+    best = {0: 1e-4, 8: 2e-3, 2: 4e-3, 16: 2.2e-3}
+
+    def world(p):
+        rank = getattr(p.spec.method, "rank", 0)
+        return math.inf if rank == 8 else valley(best[rank])(p.spec.lr)
+
+    full, short, _, _ = three_arms(best, world=world)
+    assert short == {0, 8, 2, 16} and len(full[8]) == 1
+    assert all(full[r][0] < best[r] < full[r][-1] for r in (0, 2, 16))
+    best |= {8: 60.0}  # beyond HIGHEST
+    full, _, _, _ = three_arms(best)
+    assert all(full[r][0] < best[r] < full[r][-1] for r in (0, 2, 16))
+    best |= {8: 2e-3}
+    diverging = lambda p: valley(best[getattr(p.spec.method, "rank", 0)], 1.5)(p.spec.lr)  # noqa: E731
+    full, _, _, _ = three_arms(best, world=diverging)
+    assert all(sum(lr < 1.5 * best[r] for lr in full[r]) >= 3 for r in (0, 16))
+
+
+def test_an_arm_that_the_law_covers_and_that_does_not_train_ends_in_few_full_runs():
+    best = {0: 1e-4, 8: 2e-3, 2: 4e-3, 16: 2.2e-3}
+
+    def hurt(p):
+        return 1 + p.spec.lr if is_full(p.spec) else valley(best[p.spec.method.rank])(p.spec.lr)
+
+    full, _, _, _ = three_arms(best, world=hurt)
+    assert len(full[0]) <= 11 and full[0][0] < HOW.wide * LOWEST
+
+
+def test_the_vertex_is_that_of_the_parabola_and_never_beyond_the_neighbours():
+    at = of_sweep.vertex({lr: valley(1.3e-3)(lr) for lr in (5e-4, 1e-3, 4e-3)})
+    assert at == pytest.approx(1.3e-3)
+    assert of_sweep.vertex({1e-3: 2.0, 2e-3: 1.0, 4e-3: math.inf}) == 2e-3
+    flat = of_sweep.vertex({1e-3: 1.0, 2e-3: 1.0, 4e-3: 1.0, 5e-4: 1.0001})
+    assert flat == pytest.approx(math.sqrt(2) * 1e-3)
 
 
 def test_a_search_is_about_one_model_and_file_at_a_constant_rate_and_arms_differ_in_rank():

@@ -1,0 +1,127 @@
+"""Predict one method's best learning rate from the other's, within the scope of the law.
+
+The law is in analysis/measures/laws.py. What was measured there: supervised rows, a constant
+learning rate, models of up to 135M parameters.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from analysis.measures import laws
+from analysis.measures.laws import AT_REST, REST_RANK
+from lorasweep.errors import SpecError
+from lorasweep.methods.lora import LoRA
+from lorasweep.spec.method import Method
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec
+
+MEASURED = {"hidden size": (64, 576), "updates": (12, 1024), "alpha": (1 / 32, 8192)}
+"""Least and most that were measured; 576 is SmolLM2-135M."""
+
+
+def outside(model: ModelSpec, method: Method, **more: str) -> str:
+    """Return why the law does not cover an arm; empty: it does.
+
+    `more`: objective and schedule, if they are not supervised and constant.
+    """
+    experts = {"expert_rank": "own"} if model.n_experts else {}
+    return laws.outside({**method.plain(), "method": method.name, **experts, **more})
+
+
+def alpha_of(method: LoRA) -> float:
+    """Return the alpha that gives the same output under alpha / rank."""
+    return method.scaling * method.rank
+
+
+def lora_lr(model: ModelSpec, method: LoRA, steps: int, full_lr: float) -> float | None:
+    """Return LoRA's best learning rate, from full fine-tuning's; None outside the law's scope."""
+    if outside(model, method):
+        return None
+    lr = full_lr * float(laws.ratio(model.hidden_size, alpha_of(method), steps, full_lr))
+    moves = laws.movement(model.hidden_size, lr, steps) >= AT_REST
+    return lr if moves or method.rank == REST_RANK else None
+
+
+def full_lr(model: ModelSpec, method: LoRA, steps: int, lora_lr: float) -> float | None:
+    """Return full fine-tuning's best learning rate, from LoRA's; None outside the law's scope."""
+    moves = laws.movement(model.hidden_size, lora_lr, steps) >= AT_REST
+    if outside(model, method) or not (moves or method.rank == REST_RANK):
+        return None
+    return float(laws.full_lr(model.hidden_size, alpha_of(method), steps, lora_lr))
+
+
+def law(of: RunSpec, known: RunSpec, lr: float) -> float | None:
+    """Return the best learning rate of a run's arm, from LoRA's best `lr` in another arm.
+
+    None outside the law's scope. Both runs have one model, data set, batch and number of updates.
+    """
+    method, other = of.method, known.method
+    arms = [outside(s.model, s.method, objective=s.objective) for s in (of, known)]
+    full = None
+    if not any(arms) and isinstance(other, LoRA):
+        full = full_lr(of.model, other, of.steps, lr)
+    return lora_lr(of.model, method, of.steps, full) if full and isinstance(method, LoRA) else full
+
+
+def predict(
+    spec: RunSpec, full_lr: float | None, lora_lr: float | None, at_alpha: float | None
+) -> dict[str, Any]:
+    """Predict best learning rates from full fine-tuning's, or from LoRA's at alpha `at_alpha`.
+
+    Returns `full_lr` and `lora_lr`; which of them is `given` ("full", "lora" or ""); `factor`: the
+    others lie within it of the prediction (two rms errors); z, and `moving_alpha`, the alpha up to
+    which z is 1 or more; and what was `never_measured`.
+
+    Raises SpecError outside the law's scope, with the reason.
+    """
+    method, width, steps = spec.method, spec.model.hidden_size, spec.steps
+    why = outside(spec.model, method, objective=spec.objective, schedule=spec.schedule)
+    if not isinstance(method, LoRA):
+        why = why or "which rank of LoRA?"
+    else:
+        alpha = alpha_of(method)
+        at = alpha_of(replace(method, alpha=at_alpha or method.alpha))
+        full = full_lr or float(laws.full_lr(width, at, steps, lora_lr))
+        lora = full * float(laws.ratio(width, alpha, steps, full))
+        known, z = (float(laws.movement(width, lr, steps)) for lr in (lora_lr or lora, lora))
+        if not why and min(known, z) < AT_REST and method.rank != REST_RANK:
+            why = f"z is {min(known, z):.2g}, so A hardly moves and the ratio depends on the rank: "
+            why += f"there only rank {REST_RANK} was measured"
+    if why or not isinstance(method, LoRA):
+        raise SpecError(f"action=rate: {why}. Search it: lorasweep tune MODEL ROWS")
+    q = float(laws.movement(width, full, steps))
+    values = zip(MEASURED.items(), (width, steps, alpha))
+    return {
+        **{"full_lr": full, "lora_lr": lora, "alpha": method.alpha, "steps": steps, "z": z},
+        "moving_alpha": laws.limit(width, alpha / method.alpha) * q / math.sqrt(2),
+        "given": "full" if full_lr else "lora" if at == alpha else "",
+        "factor": math.exp(2 * laws.ERROR),
+        "never_measured": [
+            f"{name} {value:g} (from {low:g} to {high:g})"
+            for (name, (low, high)), value in values
+            if not low <= value <= high
+        ],
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Say a prediction in words."""
+    f, z = found["factor"], found["z"]
+
+    def said(which: str) -> str:
+        lr = found[f"{which}_lr"]
+        given = found["given"] == which
+        return f"{lr:.2e} ({'given' if given else f'{lr / f:.1e} to {lr * f:.1e}'})"
+
+    meaning = "A moves more than its random start: alpha hardly matters to the loss"
+    if z < 1:
+        less = "moves less than its random start" if z >= AT_REST else "hardly moves"
+        meaning = f"A {less}; it moves more up to alpha {found['moving_alpha']:.2g}"
+    times = f"{found['lora_lr'] / found['full_lr']:.3g} times as high"
+    return [
+        f"full fine-tuning: {said('full')}",
+        f"LoRA at alpha {found['alpha']:g}: {said('lora')}, {times}",
+        f"z = {z:.2g}: {meaning}",
+        *(f"never measured: {text}" for text in found["never_measured"]),
+    ]
