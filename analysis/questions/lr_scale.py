@@ -16,7 +16,6 @@ import pandas as pd
 
 from analysis.inference.decide import Gate
 from analysis.inference.estimate import Estimate, number
-from analysis.measures.laws import published
 from analysis.measures.ratio import Ratio, RatioLaw, ratio_law, ratio_of
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
@@ -134,10 +133,11 @@ def scale_report(asked: base.Asked, c: Bases) -> tuple[dict[str, Any], list[base
         tokens = "-" if not b.tokens else f"{b.tokens:.2g}"
         settings = [b.model, b.hidden, f"{b.alpha:g}", number(b.base_nll, 4), tokens]
         found_here = [base.best_lr(b.full), base.best_lr(b.lora), b.ratio]
-        rows.append([*settings, *found_here, *published(b.hidden, b.alpha).values()])
-    head = "base | hidden | alpha | base NLL | pretraining tokens | best FullFT LR | best LoRA LR"
-    short = (name.partition(" (")[0] for name in published(64, 32.0))
-    head = " | ".join([head, "ratio [95%]", *short])
+        rows.append([*settings, *found_here])
+    head = (
+        "base | hidden | alpha | base NLL | pretraining tokens | best FullFT LR | best LoRA LR | "
+        "ratio [95%]"
+    )
     ratios = base.Section.of("Ratios", head, rows)
     place = {id(o): k for k, o in enumerate(c.optima)}
     measured = [

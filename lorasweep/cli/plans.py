@@ -235,7 +235,12 @@ def search_lines(request: Request) -> list[str]:
     if request.sweep is None or request.sweep.search is None:
         return []
     how, n, steps = request.sweep.search, len(request.points), request.points[0].spec.steps
-    first = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)  # n_lrs short runs go on
+    known = next((p for p in request.points if p.spec.method.name == "lora"), request.points[0])
+    lr = answer.start_of(known).spec.lr
+    covered = sum(p != known and bool(rates.law(p.spec, known.spec, lr)) for p in request.points)
+    # n_lrs short runs of an arm that the law does not cover go on
+    first = (n - covered) * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)
+    first += covered * how.n_lrs
     return [
         f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
         f"runs of {steps} updates judge: about {first:.0f} of full length, and {n * how.n_lrs} "
