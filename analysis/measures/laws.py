@@ -84,24 +84,25 @@ def outside(key: Mapping[str, Any]) -> str:
     said = {k: v for k, v in key.items() if v is not None and v == v}
     method, layers = said["method"], str(said.get("layers", "attention+mlp"))
     usual = {"init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a"}
-    reasons = {
-        "it is for supervised rows; with rewards, the ratio was 2 to 4 where it says about 30": (
-            said.get("objective", "sft") != "sft"
+    reasons = (
+        (said.get("objective", "sft") != "sft", "it is for supervised rows, not for rewards"),
+        ("expert_rank" in said, "mixtures of experts were not measured"),
+        (said.get("schedule", "constant") != "constant", "it is for a constant learning rate"),
+        (
+            not {"attention", "mlp"} <= {*layers.split("+")},
+            f"layers={layers}: it is for attention and MLP together",
         ),
-        "mixtures of experts were not measured": "expert_rank" in said,
-        "it is for a constant learning rate": said.get("schedule", "constant") != "constant",
-        f"layers={layers}: it is for attention and MLP together": (
-            not {"attention", "mlp"} <= {*layers.split("+")}
+        (method not in ("lora", "fullft"), f"method {method} was not measured"),
+        (
+            method == "lora" and said["rank"] < LEAST_RANK,
+            f"rank={said.get('rank', 0):g}: it is for ranks of {LEAST_RANK} and more",
         ),
-        f"method {method} was not measured": method not in ("lora", "fullft"),
-        f"rank={said.get('rank', 0):g}: it is for ranks of {LEAST_RANK} and more": (
-            method == "lora" and said["rank"] < LEAST_RANK
+        (
+            any(said.get(k, v) != v for k, v in usual.items()),
+            "another initialisation, or other learning rates of A and B, than the study's",
         ),
-        "another initialisation, or other learning rates of A and B, than the study's": (
-            any(said.get(k, v) != v for k, v in usual.items())
-        ),
-    }
-    return next((why for why, applies in reasons.items() if applies), "")
+    )
+    return next((why for applies, why in reasons if applies), "")
 
 
 def alpha_of(key: Mapping[str, Any]) -> float:

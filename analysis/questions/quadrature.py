@@ -6,12 +6,8 @@ LoRA. All estimands are functions of all conditions. Their intervals are Student
 jackknife's pseudo-values, which leave out one base model with all its conditions (for an rms error,
 of its logarithm): conditions of one base share its optimum of full fine-tuning and its misfit.
 
-Simulated before the first run (eleven bases; standard deviations of ln(ratio) of 0.04 between
-bases, 0.03 between units, 0.05 between conditions, and 0.055 of an optimum's measurement; Holm's
-correction and two looks included): the law, whose rms error is then 0.10, is SUPPORTED in 79%, its
-form in 78%, A frozen in 89%. If the linear law is true, the form is REFUTED in 82% and never
-SUPPORTED. A law at the limit of 0.15 is SUPPORTED in 2 to 6%. Intervals of 97% hold the true rms
-error in 93 to 96%; percentiles of resampled bases hold it in 84 to 93%, so they are not used.
+Simulated before the first run: a law with an rms error of 0.1 is SUPPORTED in 79%, one at the limit
+in 2 to 6%; intervals of 97% hold the true error in 93 to 96% (docs/log/2026-11-30.md).
 """
 
 import itertools
