@@ -16,7 +16,7 @@ from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 
-MEASURED = {"hidden size": (64, 576), "updates": (12, 1024), "alpha": (1 / 32, 8192)}
+MEASURED = {"hidden size": (64, 576), "updates": (12, 512), "alpha": (0.5, 2048)}
 """Least and most that were measured; 576 is SmolLM2-135M."""
 
 
