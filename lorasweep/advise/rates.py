@@ -29,16 +29,13 @@ def outside(model: ModelSpec, method: Method, **more: str) -> str:
     return laws.outside({**method.plain(), "method": method.name, **experts, **more})
 
 
-def alpha_of(method: LoRA) -> float:
-    """Return the alpha that gives the same output under alpha / rank."""
-    return method.scaling * method.rank
-
-
 def lora_lr(model: ModelSpec, method: LoRA, steps: int, full_lr: float) -> float | None:
     """Return LoRA's best learning rate, from full fine-tuning's; None outside the law's scope."""
     if outside(model, method):
         return None
-    lr = full_lr * float(laws.ratio(model.hidden_size, alpha_of(method), steps, full_lr))
+    lr = full_lr * float(
+        laws.ratio(model.hidden_size, laws.alpha_of(method.plain()), steps, full_lr)
+    )
     moves = laws.movement(model.hidden_size, lr, steps) >= AT_REST
     return lr if moves or method.rank == REST_RANK else None
 
@@ -48,7 +45,7 @@ def full_lr(model: ModelSpec, method: LoRA, steps: int, lora_lr: float) -> float
     moves = laws.movement(model.hidden_size, lora_lr, steps) >= AT_REST
     if outside(model, method) or not (moves or method.rank == REST_RANK):
         return None
-    return float(laws.full_lr(model.hidden_size, alpha_of(method), steps, lora_lr))
+    return float(laws.full_lr(model.hidden_size, laws.alpha_of(method.plain()), steps, lora_lr))
 
 
 def law(of: RunSpec, known: RunSpec, lr: float) -> float | None:
@@ -80,8 +77,8 @@ def predict(
     if not isinstance(method, LoRA):
         why = why or "which rank of LoRA?"
     else:
-        alpha = alpha_of(method)
-        at = alpha_of(replace(method, alpha=at_alpha or method.alpha))
+        alpha = laws.alpha_of(method.plain())
+        at = laws.alpha_of(replace(method, alpha=at_alpha or method.alpha).plain())
         full = full_lr or float(laws.full_lr(width, at, steps, lora_lr))
         lora = full * float(laws.ratio(width, alpha, steps, full))
         known, z = (float(laws.movement(width, lr, steps)) for lr in (lora_lr or lora, lora))
@@ -114,7 +111,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         given = found["given"] == which
         return f"{lr:.2e} ({'given' if given else f'{lr / f:.1e} to {lr * f:.1e}'})"
 
-    meaning = "A moves more than its random start: alpha hardly matters to the loss"
+    meaning = "A moves more than its random start: LoRA's falls as 1 / sqrt(alpha)"
     if z < 1:
         less = "moves less than its random start" if z >= AT_REST else "hardly moves"
         meaning = f"A {less}; it moves more up to alpha {found['moving_alpha']:.2g}"
@@ -124,4 +121,5 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"LoRA at alpha {found['alpha']:g}: {said('lora')}, {times}",
         f"z = {z:.2g}: {meaning}",
         *(f"never measured: {text}" for text in found["never_measured"]),
+        "fitted to earlier runs; the test on new ones (sweep quadrature) is not judged yet",
     ]

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lorasweep.advise import rates
 from lorasweep.advise.read import Customer, Models, RowError
 from lorasweep.data import column_names
 from lorasweep.errors import DataError, SpecError
@@ -587,12 +586,6 @@ def rate_of(a: Advice, method: str) -> Rate:
                 if law is not None:
                     found[f"law of {name}s (tinker_law)"] = law
             middle = list(found.values())
-            if method == "full" and found and not family and a.steps:  # no published law of its own
-                lora = published["law"]["factor"] * math.sqrt(math.prod(middle))
-                known = LoRA(rank=a.rank, alpha=ALPHA)
-                if by_law := rates.full_lr(model, known, a.steps, lora):
-                    found["law of A's movement, from LoRA's; measured up to width 576"] = by_law
-                    middle = [by_law]
             by_rank = (published["best_rates"] or {"models": {}})["models"].get(model.location)
             if method == "lora" and by_rank:
                 best = by_rank[min(by_rank, key=lambda r: abs(r - a.rank))]

@@ -149,9 +149,10 @@ def report(request: Request, store: RunStore) -> Answer:
         raise SpecError("action=report: a search answers itself. Give its command again.")
     missing = [p for p in points if not store.result(p.id)]
     if len(missing) == len(points):
+        kept = any(answer.KEPT.glob(f"{name or 'lr_ratio'}-*"))
         raise SpecError(
             f"no run of this command has finished in {store.root}. Train them: the same command "
-            f"without report. The kept answer: python -m analysis {name or 'lr_ratio'}"
+            "without report." + f" The kept answer: python -m analysis {name or 'lr_ratio'}" * kept
         )
     if missing:
         left = f"{len(missing)} of {len(points)} runs have not finished: this answer may change"

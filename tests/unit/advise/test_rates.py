@@ -79,7 +79,11 @@ def test_the_command_predicts_either_method_in_text_and_json(capsys):
     assert "A hardly moves; it moves more up to alpha" in out
     root = ("full_lr=1e-4", "alpha=16", "method.scaling_by=sqrt_rank", "steps=30", "rank=16")
     out = said(capsys, "smollm2-135m", *root)  # alpha 64 under alpha / rank
-    assert "LoRA at alpha 16: 9.15e-04" in out and "alpha hardly matters" in out
+    assert (
+        "LoRA at alpha 16: 9.15e-04" in out
+        and "falls as 1 / sqrt(alpha)" in out
+        and "not judged yet" in out
+    )
     still = json.loads(said(capsys, "smollm2-135m", *root, "format=json"))
     assert still["moving_alpha"] == pytest.approx(71 / 4, rel=0.01)
 
