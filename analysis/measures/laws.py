@@ -109,19 +109,3 @@ def alpha_of(key: Mapping[str, Any]) -> float:
     """Return the alpha of an arm of LoRA that gives the same output under alpha / rank."""
     rank, by = float(key["rank"]), str(key.get("scaling_by") or "rank")
     return float(key["alpha"]) * {"rank": 1.0, "sqrt_rank": math.sqrt(rank), "none": rank}[by]
-
-
-ALPHA = 32.0
-"""The study's alpha."""
-
-
-def published(hidden: int, alpha: float) -> dict[str, float]:
-    """Return the ratios that published laws predict at this hidden size and alpha."""
-    if not hidden:
-        return {}
-    return {
-        "constant 10 (the study)": 10.0,
-        "10 sqrt(hidden/4096) (muA, arXiv 2602.06204, anchored)": 10 * math.sqrt(hidden / 4096),
-        "hidden/(2 alpha) (withdrawn by the study's authors)": hidden / (2 * alpha),
-        "sqrt(3) hidden/alpha (equal first step under Adam)": math.sqrt(3) * hidden / alpha,
-    }

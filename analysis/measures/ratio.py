@@ -18,7 +18,6 @@ from analysis.inference.estimate import (
     from_draws,
     meta_regression,
 )
-from analysis.measures.laws import ALPHA
 from analysis.optimum.fit import Optimum
 
 MIN_RANK = 4
@@ -104,7 +103,7 @@ class RatioLaw(NamedTuple):
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     """Fit the law to measured ratios.
 
-    p comes from a regression over bases at one alpha: ALPHA, or the one that most bases have. It
+    p comes from a regression over bases at one alpha: 32, or the one that most bases have. It
     has a variance between bases, and one row per base, since the ratios of a base share its full
     fine-tuning curve. q is the mean over bases of the slope over ln(alpha). If hidden size or alpha
     does not vary, its exponent has no value.
@@ -113,7 +112,7 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     """
     tried = {r.alpha for r in ratios}
     bases_at = {a: len({r.base for r in ratios if r.alpha == a}) for a in sorted(tried)}
-    alpha = ALPHA if ALPHA in tried else max(bases_at, key=lambda a: bases_at[a], default=ALPHA)
+    alpha = 32.0 if 32.0 in tried else max(bases_at, key=lambda a: bases_at[a], default=32.0)
     many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
     rows = _at(alpha, ratios)
     width, found_q = _regress(rows, _regress(many)), _within_bases(ratios)

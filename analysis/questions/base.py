@@ -407,8 +407,6 @@ class Estimand:
     """Number of seeds behind the estimate."""
     margin_gates: Callable[[Any, float], Sequence[Gate]] = lambda c, high: ()
     """Gates that depend on the upper end of the claim's margin; listed last."""
-    rivals: Callable[[Any], dict[str, float]] = lambda c: {}
-    """Predictions of published laws, shown beside the verdict."""
     each: "Estimand | None" = None
     """A claim is SUPPORTED only if this one is SUPPORTED in each part, by the same margin."""
     read: Callable[[Any], str] = lambda c: ""
@@ -540,8 +538,6 @@ def _judged(c: Any, e: Estimand, name: str, claim: dict[str, Any], level: float)
     """
     estimate, gates, seeds = None, missing(c.missing), 0
     if not c.missing:
-        if rivals := e.rivals(c):
-            claim = {**claim, "alternatives": {**(claim.get("alternatives") or {}), **rivals}}
         if (estimate := e.measure(c)) is None:
             gates = missing(e.absent if isinstance(e.absent, str) else e.absent(c))
         else:

@@ -17,7 +17,8 @@ fewest` or `most`; `objective: sft`: the supervised runs beside rewarded ones. O
     optional: true         no verdict, and no gate, where an arm is missing
     any_task: true         for `points`: also on tasks whose rewards start or end elsewhere
     pool: [...]            estimands whose noise is pooled; otherwise that of all ranks
-    log: false, laws: true margin on a linear scale; published laws of the ratio beside the verdict
+    log: false             margin on a linear scale
+    rates: true            the question is about learning rates: their ratios, by variant
 """
 
 import functools
@@ -41,7 +42,6 @@ from analysis.inference.estimate import (
     within_groups,
 )
 from analysis.measures import at_best, rewards
-from analysis.measures.laws import published
 from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of
 from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho, stalled
@@ -480,7 +480,7 @@ OVER_TASKS = {"every_task": _everywhere, "trace": _trace}
 """Keys of quantities of all tasks together."""
 
 
-KEYS = ("measure", "of", "over", "times", "log", "pool", "laws", "load", "optional", "any_task")
+KEYS = ("measure", "of", "over", "times", "log", "pool", "rates", "load", "optional", "any_task")
 """Keys of an estimand on a task."""
 
 
@@ -527,7 +527,6 @@ def on_task(name: str, said: Said) -> base.Estimand:
         applies=lambda c: isinstance(c, Task) and c.applies(name, said),
         seeds=lambda t: base.fewest_seeds(t.used(t.pairs[name], said["measure"] != "points")),
         margin_gates=lambda t, high: q.margin_gates(t, t.pairs[name], said, high),
-        rivals=laws_of if said.get("laws") else lambda t: {},
         read=lambda t: _read(t, name, said),
     )
 
@@ -539,15 +538,6 @@ def _read(t: Task, name: str, said: Said) -> str:
         return ""
     to = f", to update {read_to([t.points()[id(o)] for o in p.all])}"
     return f"rank {base.rank_of(p.one)}" + (to if said["measure"] == "speed" else "")
-
-
-def laws_of(t: Task) -> dict[str, float]:
-    """Return the ratios that published laws predict; empty if the hidden size is unknown."""
-    key = next((o.curve.key for o in base.lora_of(t.main)), None)
-    if key is None or "hidden_size" not in t.runs:
-        return {}
-    width = t.runs.loc[t.runs["model"] == key["model"], "hidden_size"].fillna(0).iloc[0]
-    return published(int(width), float(key.get("alpha", math.nan)))
 
 
 def conditions(
@@ -656,7 +646,7 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
     """
     place = {id(o): k for k, o in enumerate(base.distinct(o for t in tasks for o in t.optima))}
     ratios, independent, out = [], [], []
-    of_rates = any(s.get("laws") for s in tasks[0].estimands.values())
+    of_rates = any(s.get("rates") for s in tasks[0].estimands.values())
     head = (
         "arm | trained parameters | best LR [95%] | over FullFT's [95%] | rho [95%] | best NLL | "
         "gap (nats) [95%] | regret, % of the gain [95%] | regret of FullFT's LR | of 10x FullFT's "
@@ -669,7 +659,7 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
             said = t.estimands[name]
             if said["measure"] == "best_lr" and "min_rank" in said["of"]:
                 rows.append((None, p.one, name, ratio_of(p.of, p.over), {}))
-            if said.get("laws") and ";" not in t.name:  # variants share a FullFT curve
+            if said.get("rates") and ";" not in t.name:  # variants share a FullFT curve
                 independent.append(ratio_of(p.of, p.over))
         for at, o, name, ratio, lost in rows if of_rates else ():
             rank = None if at is None else base.rank_of(o)
@@ -687,10 +677,7 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
             row = [name, f"{t.size(o):,}", base.best_lr(o), ratio, speed(t, pair, {})]
             row += [number(o.best_nll, 5), base.with_interval(gap.mean(), signed), gap.percent()]
             rows.append([*row, *map(signed, lost.values()), gradient_share(t, o)])
-        predicted = laws_of(t) if of_rates else {}
-        laws = "; ".join(f"{law}: {number(v)}" for law, v in predicted.items())
-        text = [f"The ratio of optimal LRs by published laws: {laws}."] if laws else []
-        out.append(base.Section.of(t.name, head, rows, text))
+        out.append(base.Section.of(t.name, head, rows))
     if (pooled := pool_ratios(independent)) is not None:
         ratio, spread = pooled
         sentence = (
@@ -748,15 +735,12 @@ def _rewarded(t: Task, figure: str) -> base.Section:
 
 
 def question_of(said: Mapping[str, Said], variants: Mapping[str, Said]) -> base.Question:
-    """Return the question that a sweep's `estimands` and `variants` declare.
-
-    It is about learning rates themselves if published laws of their ratio are among its estimands.
-    """
+    """Return the question that a sweep's `estimands` and `variants` declare."""
     found = {name: on_task(name, s) for name, s in said.items() if "of" in s}
     for name, s in said.items():
         for key in s.keys() & OVER_TASKS.keys():
             found[name] = OVER_TASKS[key](name, s, found)
-    of_rates = any(s.get("laws") for s in said.values())
+    of_rates = any(s.get("rates") for s in said.values())
     return base.Question(
         list(found.values()),
         lambda table: conditions(table, said, variants, of_rates),

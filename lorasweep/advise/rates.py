@@ -29,23 +29,24 @@ def outside(model: ModelSpec, method: Method, **more: str) -> str:
     return laws.outside({**method.plain(), "method": method.name, **experts, **more})
 
 
+def _covers(model: ModelSpec, method: LoRA, steps: int, lora_lr: float) -> bool:
+    """Return whether the law covers an arm: its scope, and its rank where A hardly moves."""
+    moves = laws.movement(model.hidden_size, lora_lr, steps) >= AT_REST
+    return not outside(model, method) and (moves or method.rank == REST_RANK)
+
+
 def lora_lr(model: ModelSpec, method: LoRA, steps: int, full_lr: float) -> float | None:
     """Return LoRA's best learning rate, from full fine-tuning's; None outside the law's scope."""
-    if outside(model, method):
-        return None
-    lr = full_lr * float(
-        laws.ratio(model.hidden_size, laws.alpha_of(method.plain()), steps, full_lr)
-    )
-    moves = laws.movement(model.hidden_size, lr, steps) >= AT_REST
-    return lr if moves or method.rank == REST_RANK else None
+    alpha = laws.alpha_of(method.plain())
+    lr = full_lr * float(laws.ratio(model.hidden_size, alpha, steps, full_lr))
+    return lr if _covers(model, method, steps, lr) else None
 
 
 def full_lr(model: ModelSpec, method: LoRA, steps: int, lora_lr: float) -> float | None:
     """Return full fine-tuning's best learning rate, from LoRA's; None outside the law's scope."""
-    moves = laws.movement(model.hidden_size, lora_lr, steps) >= AT_REST
-    if outside(model, method) or not (moves or method.rank == REST_RANK):
-        return None
-    return float(laws.full_lr(model.hidden_size, laws.alpha_of(method.plain()), steps, lora_lr))
+    alpha = laws.alpha_of(method.plain())
+    lr = float(laws.full_lr(model.hidden_size, alpha, steps, lora_lr))
+    return lr if _covers(model, method, steps, lora_lr) else None
 
 
 def law(of: RunSpec, known: RunSpec, lr: float) -> float | None:
@@ -53,12 +54,12 @@ def law(of: RunSpec, known: RunSpec, lr: float) -> float | None:
 
     None outside the law's scope. Both runs have one model, data set, batch and number of updates.
     """
-    method, other = of.method, known.method
-    arms = [outside(s.model, s.method, objective=s.objective) for s in (of, known)]
-    full = None
-    if not any(arms) and isinstance(other, LoRA):
-        full = full_lr(of.model, other, of.steps, lr)
-    return lora_lr(of.model, method, of.steps, full) if full and isinstance(method, LoRA) else full
+    if any(outside(s.model, s.method, objective=s.objective) for s in (of, known)):
+        return None
+    full = isinstance(known.method, LoRA) and full_lr(of.model, known.method, of.steps, lr)
+    if full and isinstance(of.method, LoRA):
+        return lora_lr(of.model, of.method, of.steps, full)
+    return full or None
 
 
 def predict(
