@@ -1,9 +1,10 @@
 """Count the updates that `+sweep=tune` needs, a plain grid needs, and Optuna needs.
 
-    python -m benchmarks search [--out FILE] [replays[:N]] [coverage[:N]] [tiny] [small]
+    python -m benchmarks search [--out FILE] [replays[:N]] [cells[:N]] [coverage[:N]] [tiny] [small]
 
-`replays`: N replays of each kept table. `coverage`: N simulated searches of each family. `tiny`,
-`small`: real runs; `small` needs the weights of SmolLM2 and GSM8K.
+`replays`: N replays of each kept table. `cells`: the same on each base of `quadrature`.
+`coverage`: N simulated searches of each family. `tiny`, `small`: real runs; `small` needs the
+weights of SmolLM2 and GSM8K.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ from lorasweep.cli.answer import start_of
 from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
 from lorasweep.launch.trainer import finetune
+from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.models.load import load as load_model
 from lorasweep.spec.metric import eval_steps
@@ -351,7 +353,11 @@ class Kept(NamedTuple):
 def kept(name: str) -> Kept:
     """Read a kept table."""
     table = pd.read_parquet(RESULTS / name / "table.parquet")
-    table = table[TABLES[name](table)].reset_index(drop=True)
+    return kept_of(name, table[TABLES[name](table)].reset_index(drop=True))
+
+
+def kept_of(name: str, table: pd.DataFrame) -> Kept:
+    """Return runs of one base, data set and length as a table to replay."""
     found, arms = truths(table), []
     for truth in found:
         runs = runs_of(table, truth.optimum.curve)
@@ -445,6 +451,62 @@ def replays(log: Log, n: int = 1000) -> list[Figures]:
         log(str(row))
         rows.append(row)
     return rows
+
+
+CELLS = {"quadrature-tiny": (32.0, 4.0), "quadrature-small": (64.0, 2.0)}
+"""Kept table -> two alphas of LoRA, the first arm's first. The search was written before anybody
+saw these runs."""
+
+
+def cells(log: Log, n: int = 200) -> list[Figures]:
+    """Replay searches over full fine-tuning and two alphas of LoRA, on each base of `quadrature`.
+
+    Every arm's range is found with one seed, from a start up to FAR from its optimum.
+    """
+    rows = []
+    for name, alphas in CELLS.items():
+        table = pd.read_parquet(RESULTS / name / "table.parquet")
+        free = (table["lr_b_ratio"].fillna(1) == 1) & table["alpha"].isin(alphas)
+        table = table[free | (table["method"] == "fullft")]
+        curves = lr_curves(table)
+        for unit in dict.fromkeys(c.group for c in curves):
+            mine = [c for c in curves if c.group == unit]
+            if len(mine) == 1 + len(alphas):
+                runs = pd.concat([runs_of(table, c) for c in mine], ignore_index=True)
+                rows.append(_cell(unit, runs, alphas, n))
+                log(str(rows[-1]))
+    return rows
+
+
+def _cell(unit: str, runs: pd.DataFrame, alphas: Sequence[float], n: int) -> Figures:
+    """Replay `tune` and the plain grid on one base; the arm of the first alpha goes first."""
+    data = kept_of(unit, runs)
+    steps = data.arms[0].start.spec.steps
+
+    def place(k: int) -> int:
+        method = data.arms[k].start.spec.method
+        return alphas.index(method.alpha) if isinstance(method, LoRA) else len(alphas)
+
+    order = sorted(range(len(data.arms)), key=place)
+    truths, every = [data.truths[k] for k in order], [data.arms[k] for k in order]
+    found: dict[str, list[tuple[float, list[float]]]] = {TUNE: [], GRID: []}
+    for k in range(n):
+        arms = data._replace(truths=truths, arms=every).drawn(k)
+        tuned = [[t for t in own if t.seed == 0] for own in tune(arms, Search(seeds=1))]
+        for method, searches in ((TUNE, tuned), (GRID, [plain_grid(a) for a in arms])):
+            ends = [course(own, steps, t)[-1][1] for own, t in zip(searches, truths)]
+            found[method].append((updates_of(searches, steps), ends))
+    return {
+        **{"unit": unit, "replays": n, "steps": steps, "alphas": list(alphas)},
+        "methods": {
+            method: {
+                "end": fmean(spent for spent, _ in every_search),
+                "right": fmean(r < RIGHT for _, ends in every_search for r in ends),
+                "regret": fmean(r for _, ends in every_search for r in ends),
+            }
+            for method, every_search in found.items()
+        },
+    }
 
 
 def _needs(paths: Sequence[Path], ends: Sequence[float]) -> Figures:
@@ -706,8 +768,9 @@ def real(name: str, log: Log) -> Figures:
 # ---------------------------------------------------------------- the page
 
 SETTINGS = "name|range (start / factor to start x factor)|reduction factor|random first trials"
-HALF, OFTEN, COVERED = 0.5, 0.95, 0.93
-"""Aims: tune's share of the grid's updates, the share of right choices, and the coverage."""
+HALF, OFTEN, COVERED, SLIGHT = 0.5, 0.95, 0.93, 0.1
+"""Aims: tune's share of the grid's updates, the share of right choices, the coverage, and the mean
+regret in percent of the gain."""
 
 
 def page(content: Figures) -> str:
@@ -727,6 +790,7 @@ def page(content: Figures) -> str:
         settings=[SETTINGS.split("|"), *([k, *map("{:g}".format, v)] for k, v in OPTUNA.items())],
         tables=_tables(replayed),
         replays=_replays(replayed),
+        cells=_cells(content.get("cells", [])),
         looked=[["table", "full runs per arm", "right"], *looked] if looked else [],
         looked_n=max((r["looked"]["replays"] for r in replayed), default=0),
         coverage=_coverage(covered),
@@ -767,6 +831,15 @@ def aims(content: Figures) -> Rows:
         raced(where, most, "90% of searches")
         right = m[TUNE]["right"]
         add(f"right in {_percent(OFTEN)}", where, _percent(right, 1), right >= OFTEN)
+    if asked := content.get("cells"):
+        where = f"{len(asked)} new bases"
+        tuned, gridded = ([c["methods"][m] for c in asked] for m in (TUNE, GRID))
+        spent, plain = (fmean(float(c["end"]) for c in of) for of in (tuned, gridded))
+        halved("over all arms", where, spent, plain)
+        right, regret = (fmean(c[k] for c in tuned) for k in ("right", "regret"))
+        add(f"right in {_percent(OFTEN)}", where, _percent(right, 1), right >= OFTEN)
+        aim = f"mean regret below {SLIGHT:g}% of the gain"
+        add(aim, where, f"{number(regret, 2)}%", regret < SLIGHT)
     for key, what in (("lr", "the best learning rate"), ("gap", "LoRA's gap")):
         n, held = (
             sum(c[k][key] for c in content.get("coverage", [])) for k in ("intervals", "held")
@@ -807,6 +880,17 @@ def _replays(replays: Sequence[Figures]) -> Rows:
             end = [f"{m['end']:.1f}", _percent(m["right"], 1)]
             rows.append(["" if k else r["table"], method, f"{m['searches']:,}", *cells, *end])
     return rows
+
+
+def _cells(found: Sequence[Figures]) -> Rows:
+    head = "base and data|method|full runs per arm|of the grid's|right|mean regret, % of the gain"
+    rows = [head.split("|")]
+    for c in found:
+        grid = c["methods"][GRID]["end"]
+        for k, (method, m) in enumerate(c["methods"].items()):
+            cells = [f"{m['end']:.1f}", _percent(m["end"] / grid), _percent(m["right"], 1)]
+            rows.append(["" if k else c["unit"], method, *cells, number(m["regret"], 2)])
+    return rows if found else []
 
 
 def _coverage(cells: Sequence[Figures]) -> Rows:
@@ -876,6 +960,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure the named parts, or all, and write the page."""
     parts: dict[str, Callable[..., Any]] = {
         "replays": replays,
+        "cells": cells,
         "coverage": coverage,
         **{name: partial(real, name) for name in CASES},
     }
