@@ -39,7 +39,8 @@ def search(
     """Return the runs of a search so far, in the order in which they are trained.
 
     An arm that the law covers waits for the first arm of LoRA. Then it gets `n_lrs` learning rates
-    in full around the prediction, and more while the best is at an end.
+    in full around the prediction. While the best is at an end it gets more, until they are twice as
+    many: then it is searched like the first arm.
 
     Args:
         starts: a run of full length for each arm and rank, at the learning rate to start from.
@@ -85,13 +86,16 @@ def search(
             steps, seed = start.spec.steps, start.spec.seed
             first = [p for p in own if p.spec.seed == seed]
             full, short = losses(first), losses(first, False)
-            lrs, in_full = next_lrs(start.spec.lr, short, full, how)
             guess = law(start.spec, anchor.spec, best or anchor.spec.lr)
-            if guess and start is not anchor and not short and (full or best or unsettled):
-                ready = [] if unsettled else around(guess, how.n_lrs, how.fine)
-                step = how.fine if len(full) < 2 * how.n_lrs else how.wide
-                narrow = dataclasses.replace(how, wide=step, n_full=how.n_lrs)
-                lrs, in_full = next_lrs(guess, full, full, narrow)[0] if full else ready, True
+            lost = len(seeds) == 1 and len(full) >= 2 * how.n_lrs and _beyond(full, how.fine)
+            by_law = not lost if full else guess and (best or unsettled)
+            if by_law and start is not anchor and not short:
+                ready = around(guess, how.n_lrs, how.fine) if guess and not unsettled else []
+                narrow = dataclasses.replace(how, wide=how.fine, n_full=how.n_lrs)
+                lrs, in_full = next_lrs(0, full, full, narrow)[0] if full else ready, True
+            else:  # full runs that short ones did not begin are of the law
+                own_full = full if full.keys() & short.keys() else {}
+                lrs, in_full = next_lrs(start.spec.lr, short, own_full, how)
             new += [at(start, lr, steps if in_full else how.short_steps(steps), seed) for lr in lrs]
         if not new:
             # arms of which the losses are not lowest at the lowest end
@@ -100,13 +104,8 @@ def search(
             if live and (len(seeds) == 1 or len(seeds) >= MIN_SEEDS):
                 decided, lrs_of = look(points)
                 for start, own, tried in live:  # what the analysis asks for, with all seeds so far
-                    wanted = {lr for p in own for lr in lrs_of.get(p.id, ())}
-                    far = [
-                        lr
-                        for lr in sorted(wanted)
-                        if LOWEST < lr < HIGHEST
-                        and all(abs(math.log(lr / t)) > math.log(FINEST) for t in tried)
-                    ]
+                    lrs = {v for p in own for v in lrs_of.get(p.id, ()) if LOWEST < v < HIGHEST}
+                    far = [v for v in sorted(lrs) if all(max(v / t, t / v) > FINEST for t in tried)]
                     for lr in far[: max(0, how.most_lrs - len(tried))]:
                         so_far = sorted({p.spec.seed for p in own})
                         new += [at(start, lr, start.spec.steps, seed) for seed in so_far]

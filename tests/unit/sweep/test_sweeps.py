@@ -448,8 +448,23 @@ def test_an_arm_that_the_law_covers_and_that_does_not_train_ends_in_few_full_run
     def hurt(p):
         return 1 + p.spec.lr if is_full(p.spec) else valley(best[p.spec.method.rank])(p.spec.lr)
 
-    full, _, _, _ = three_arms(best, world=hurt)
-    assert len(full[0]) <= 11 and full[0][0] < HOW.wide * LOWEST
+    full, short, _, _ = three_arms(best, world=hurt)
+    assert len(full[0]) <= 7 and full[0][0] < HOW.wide * LOWEST and short == {0, 8, 2}
+
+
+def test_an_arm_that_the_law_began_gets_no_short_runs_when_the_first_arm_leaves_the_laws_scope():
+    def look(points):  # the first arm's best rate rises
+        return False, {points[0].id: [2.6e-3]} if {p.spec.seed for p in points} == {0} else {}
+
+    cliff = {"lora": valley(2.6e-3, 1.2), "full": valley(1e-4)}
+    points, _ = run(
+        [start("full", method=FullFT()), lora(8)],
+        lambda p: cliff[p.arm](p.spec.lr),
+        look=look,
+        law=lambda of, known, lr: 1e-4 if lr < 2.5e-3 else None,
+    )
+    assert any(p.spec.lr == 2.6e-3 for p in points)
+    assert {p.spec.steps for p in points if p.arm == "full"} == {64}
 
 
 def test_the_vertex_is_that_of_the_parabola_and_never_beyond_the_neighbours():
