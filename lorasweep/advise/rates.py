@@ -16,7 +16,7 @@ from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 
-MEASURED = {"hidden size": (64, 576), "updates": (12, 512), "alpha": (0.5, 2048)}
+MEASURED = {"hidden size": (64, 576), "updates": (12, 512), "alpha": (0.5, 2048), "batch": (4, 256)}
 """Least and most that were measured; 576 is SmolLM2-135M."""
 
 
@@ -74,7 +74,8 @@ def predict(
     Raises SpecError outside the law's scope, with the reason.
     """
     method, width, steps = spec.method, spec.model.hidden_size, spec.steps
-    why = outside(spec.model, method, objective=spec.objective, schedule=spec.schedule)
+    schedule = "warmup" if spec.warmup_steps else spec.schedule
+    why = outside(spec.model, method, objective=spec.objective, schedule=schedule)
     if not isinstance(method, LoRA):
         why = why or "which rank of LoRA?"
     else:
@@ -82,23 +83,23 @@ def predict(
         at = laws.alpha_of(replace(method, alpha=at_alpha or method.alpha).plain())
         full = full_lr or float(laws.full_lr(width, at, steps, lora_lr))
         lora = full * float(laws.ratio(width, alpha, steps, full))
-        known, z = (float(laws.movement(width, lr, steps)) for lr in (lora_lr or lora, lora))
+        known, z, q = (laws.movement(width, lr, steps) for lr in (lora_lr or lora, lora, full))
         if not why and min(known, z) < AT_REST and method.rank != REST_RANK:
             why = f"z is {min(known, z):.2g}, so A hardly moves and the ratio depends on the rank: "
             why += f"there only rank {REST_RANK} was measured"
     if why or not isinstance(method, LoRA):
         raise SpecError(f"action=rate: {why}. Search it: lorasweep tune MODEL ROWS")
-    q = float(laws.movement(width, full, steps))
-    values = zip(MEASURED.items(), (width, steps, alpha))
+    alphas = (("alpha", value) for value in sorted({at, alpha}))
+    values = (("hidden size", width), ("updates", steps), *alphas, ("batch", spec.batch_size))
     return {
         **{"full_lr": full, "lora_lr": lora, "alpha": method.alpha, "steps": steps, "z": z},
         "moving_alpha": laws.limit(width, alpha / method.alpha) * q / math.sqrt(2),
         "given": "full" if full_lr else "lora" if at == alpha else "",
         "factor": math.exp(2 * laws.ERROR),
         "never_measured": [
-            f"{name} {value:g} (from {low:g} to {high:g})"
-            for (name, (low, high)), value in values
-            if not low <= value <= high
+            "{} {:g} (from {:g} to {:g})".format(name, value, *MEASURED[name])
+            for name, value in values
+            if not MEASURED[name][0] <= value <= MEASURED[name][1]
         ],
     }
 

@@ -75,6 +75,9 @@ def test_the_command_predicts_either_method_in_text_and_json(capsys):
     assert laws.movement(576, full, 30) * limit / math.sqrt(2) == pytest.approx(1)
     out = said(capsys, "llama-3.1-8b", "full_lr=1e-5", "steps=2000")
     assert "never measured: hidden size 4096" in out and "never measured: updates 2000" in out
+    far = ("lora_lr=0.3", "at_alpha=0.01", "at_steps=30", "batch_size=512")
+    out = said(capsys, "smollm2-135m", *far)
+    assert "measured: batch 512 (from 4 to 256)" in out and "measured: alpha 0.01 (from 0.5" in out
     out = said(capsys, "tiny64", "full_lr=3e-4", "alpha=1024", "steps=256", "rank=8")
     assert "A hardly moves; it moves more up to alpha" in out
     root = ("full_lr=1e-4", "alpha=16", "method.scaling_by=sqrt_rank", "steps=30", "rank=16")
@@ -100,6 +103,7 @@ def test_the_command_predicts_either_method_in_text_and_json(capsys):
             ("smollm2-135m", "full_lr=1e-4", "steps=30", "schedule=cosine"),
             "a constant learning rate",
         ),
+        (("smollm2-135m", "full_lr=1e-4", "steps=30", "warmup_steps=20"), "a constant learning"),
         (("smollm2-135m", "full_lr=1e-4", "steps=30", "rank=2"), "rank=2: it is for ranks"),
         (("qwen3-30b-a3b", "full_lr=1e-5", "steps=30"), "mixtures of experts"),
         (("smollm2-135m", "full_lr=1e-4", "steps=30", "method=fullft"), "which rank of LoRA"),
