@@ -129,7 +129,7 @@ class _Maker:
         self, results: Mapping[str, Any], question: Mapping[str, Any], runs: pd.DataFrame
     ) -> None:
         self.results, self.question, self.runs = results, question, runs
-        self.bases = sorted(runs["model"].unique()) if "model" in runs else []
+        self.bases = sorted({*runs.get("model", ()), *(c["base"] for c in self.cells("base"))})
         self.settings = _settings(runs)
         none = np.empty(0)
         keys = [{k: c[k] for k in CURVE_KEYS if k in c} for c in results["curves"]]

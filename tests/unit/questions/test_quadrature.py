@@ -93,7 +93,7 @@ def answer(world, scale="tiny", keep=lambda spec: True, kept=None):
     table = planted_table(world, runs_of(world, scale, keep))
     found = analyse(table, asked, kept)
     results = json.loads(json.dumps(report.results_of(found, asked, table), allow_nan=False))
-    page = report.render(found, asked, table)
+    results["page"] = page = report.render(found, asked, table)
     assert "New conditions" in page and "](../" not in page  # it may lie in any folder
     return results, {v["claim"]: v for v in results["verdicts"]}, table
 
@@ -106,6 +106,7 @@ def test_planted_runs_of_both_scales_give_back_the_law(tmp_path):
     results, found, table = answer(ByLaw(lost=0.05), kept=tmp_path)
     assert len(results["cells"]) == COUNTED + FROZEN
     assert {k: v["outcome"] for k, v in found.items()} == dict.fromkeys(found, "SUPPORTED")
+    assert "Yes: on SmolLM2, tiny128, " in results["page"]  # the bases of both scales
     value = {k: v["estimate"]["value"] for k, v in found.items()}
     assert value["predicts"] < 0.05 and value["form"] == pytest.approx(1, abs=0.2)
     assert value["frozen"] == pytest.approx(-math.log(1.2), abs=0.04)
