@@ -64,16 +64,17 @@ def show(request: Request, store: RunStore) -> Answer:
     """Show the runs that would be trained and their cost; start none."""
     hardware = hardware_of(request)
     about: dict[str, Any] = {"scale": request.scale}
-    if request.described:
-        about["understood"] = understood(request)
+    about |= {"understood": understood(request)} if request.described else {}
     if request.hardware and hardware.has_speeds:
         return _on_gpus(request, store, hardware, about)
-    plan = make_plan(all_points(request, store), store, request.exec, hardware)
-    queue = difference(request, store, plan)
+    plan = make_plan(points := all_points(request, store), store, request.exec, hardware)
+    queue, begun = difference(request, store, plan), {(p.arm, p.spec.method) for p in points}
+    later = [p for p in request.points if (p.arm, p.spec.method) not in begun]
+    if later:  # arms that wait for the first one of a search, at a run each
+        plan = make_plan([*points, *later], store, request.exec, hardware)
     outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
-    if outlooks:
-        found["claims"] = [o.plain() for o in outlooks]
+    found |= {"claims": [o.plain() for o in outlooks]} if outlooks else {}
     lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
     lines += search_lines(request)
     if request.members:
@@ -101,7 +102,7 @@ def matrices(request: Request, store: RunStore) -> Answer:
 
 def rate(request: Request, store: RunStore) -> Answer:
     """Predict one method's best learning rate from the other's; SpecError outside the scope."""
-    (point,), known = request.points, [request.full_lr, request.lora_lr]
+    (point,), known = request.points, (request.full_lr, request.lora_lr)
     spec, at = point.spec, request.at_steps or point.spec.steps
     if known.count(None) != 1 or (request.full_lr and (request.at_alpha or request.at_steps)):
         raise SpecError(
@@ -114,8 +115,7 @@ def rate(request: Request, store: RunStore) -> Answer:
             f"at_steps={at}, steps={spec.steps}: full fine-tuning's best learning rate, too, "
             "changes with the updates, and the law does not say how. Give both the same number."
         )
-    spec = dataclasses.replace(spec, steps=at)
-    found = rates.predict(spec, request.full_lr, request.lora_lr, request.at_alpha)
+    found = rates.predict(dataclasses.replace(spec, steps=at), *known, request.at_alpha)
     return Answer(found, rates.lines(found))
 
 
@@ -237,10 +237,9 @@ def search_lines(request: Request) -> list[str]:
     how, n, steps = request.sweep.search, len(request.points), request.points[0].spec.steps
     known = next((p for p in request.points if p.spec.method.name == "lora"), request.points[0])
     lr = answer.start_of(known).spec.lr
-    covered = sum(p != known and bool(rates.law(p.spec, known.spec, lr)) for p in request.points)
-    # n_lrs short runs of an arm that the law does not cover go on
-    first = (n - covered) * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)
-    first += covered * how.n_lrs
+    n_law = sum(p != known and bool(rates.law(p.spec, known.spec, lr)) for p in request.points)
+    wide = how.n_full + (how.n_short - how.n_lrs) / how.prefix  # n_lrs short runs go on
+    first = n_law * how.n_lrs + (n - n_law) * wide
     return [
         f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
         f"runs of {steps} updates judge: about {first:.0f} of full length, and {n * how.n_lrs} "

@@ -281,6 +281,7 @@ def test_a_rewarded_search_is_answered_in_rewards_and_a_plan_says_what_one_takes
     assert act(compose(*TUNE, "action=plan", "budget=40runs", "out=best")) == 0
     out = capsys.readouterr().out
     assert "search of 2 arm(s): short runs of 8 updates" in out and "runs of 64 updates" in out
+    assert "  fullft     -  tiny64     1 " in out  # it waits for LoRA, but its memory is counted
     for more, full in (("lora.rank=2", 10), ("lora.rank=8", 8)):  # no law for rank 2
         assert act(compose(*TUNE, more, "action=plan", "lora.alpha=4")) == 0
         assert f"about {full} of full length" in capsys.readouterr().out
