@@ -77,7 +77,7 @@ FLAGS = {
     "bounded_by_divergence": "next to one that diverges",
     "at_edge": "the last one that was tried",
     "few_points": "few were tried",
-    "no_variance": "one seed",
+    "no_variance": "too few seeds",
     "flat": "several are equally good",
     "fullft": "full fine-tuning",
     r"lora r(\d+)": r"LoRA rank \1",

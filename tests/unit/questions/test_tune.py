@@ -95,6 +95,22 @@ def test_a_look_decides_or_says_what_is_open_and_asks_for_rates_at_an_edge():
     assert not decided and not any(lrs.values())
 
 
+def test_three_seeds_of_two_arms_decide_with_three_rates_in_the_arm_that_the_law_covers():
+    around = {0: (0.5, 1, 2), 8: (0.25, 0.5, 1, 2, 4)}
+    best = {0: FULL / SHIFT, 8: LORA / SHIFT}
+
+    def is_tried(s):
+        rank = getattr(s.method, "rank", 0)
+        off = s.lr / best.get(rank, 1)
+        rates = around.get(rank, ()) if s.seed == 0 else (0.5, 1, 2)
+        return rank in best and s.seed < 3 and any(off == pytest.approx(k, rel=0.02) for k in rates)
+
+    runs = [s for s in specs() if is_tried(s)]
+    assert len(runs) == 3 + 5 + 2 * 6
+    decided, lrs = look(planted_table(Shifted(), runs), ASKED)
+    assert decided and not any(lrs.values())
+
+
 def test_lora_alone_is_answered_without_a_comparison():
     found = results(Shifted(), [s for s in specs() if not is_full(s)])
     assert by_rank(found).keys() == {2, 8} and by_rank(found)[8]["gap_percent"] is None
