@@ -69,9 +69,8 @@ def show(request: Request, store: RunStore) -> Answer:
         return _on_gpus(request, store, hardware, about)
     plan = make_plan(points := all_points(request, store), store, request.exec, hardware)
     queue, begun = difference(request, store, plan), {(p.arm, p.spec.method) for p in points}
-    later = [p for p in request.points if (p.arm, p.spec.method) not in begun]
-    if later:  # arms that wait for the first one of a search, at a run each
-        plan = make_plan([*points, *later], store, request.exec, hardware)
+    if later := [p for p in request.points if (p.arm, p.spec.method) not in begun]:
+        plan = make_plan([*points, *later], store, request.exec, hardware)  # arms that yet wait
     outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
     found |= {"claims": [o.plain() for o in outlooks]} if outlooks else {}

@@ -39,8 +39,8 @@ def search(
     """Return the runs of a search so far, in the order in which they are trained.
 
     An arm that the law covers waits for the first arm of LoRA. Then it gets `n_lrs` learning rates
-    in full around the prediction. While the best is at an end it gets more, until they are twice as
-    many: then it is searched like the first arm.
+    in full around the prediction. It is searched like the first arm if another search has begun it
+    so, or if the best of twice as many is at an end.
 
     Args:
         starts: a run of full length for each arm and rank, at the learning rate to start from.
@@ -61,14 +61,16 @@ def search(
     def at(start: Point, lr: float, steps: int, seed: int) -> Point:
         return Point(start.arm, dataclasses.replace(start.spec, lr=lr, steps=steps, seed=seed))
 
+    def done(start: Point, lrs: Iterable[float], steps: int) -> bool:
+        return None not in [loss(at(start, lr, steps, start.spec.seed).id) for lr in lrs]
+
     def losses(runs: Iterable[Point], full: bool = True) -> Losses:
         """Return mean losses of runs of an arm, in full or short, by learning rate."""
         by_lr: dict[float, list[float]] = {}
-        for p in runs:
-            if full != is_short(p, starts):
-                found = loss(p.id)
-                assert found is not None, "a search goes on when all its runs have finished"
-                by_lr.setdefault(p.spec.lr, []).append(found)
+        for p in (p for p in runs if full != is_short(p, starts)):
+            found = loss(p.id)
+            assert found is not None, "a search goes on when all its runs have finished"
+            by_lr.setdefault(p.spec.lr, []).append(found)
         return {lr: sum(found) / len(found) for lr, found in by_lr.items()}
 
     def is_of(p: Point, start: Point) -> bool:  # an arm and rank, at any length
@@ -88,9 +90,11 @@ def search(
             full, short = losses(first), losses(first, False)
             guess = law(start.spec, anchor.spec, best or anchor.spec.lr)
             lost = len(seeds) == 1 and len(full) >= 2 * how.n_lrs and _beyond(full, how.fine)
-            by_law = not lost if full else guess and (best or unsettled)
+            ready = around(guess, how.n_lrs, how.fine) if guess and not unsettled else []
+            wide = around(start.spec.lr, how.n_short, how.wide)
+            begun = done(start, wide, how.short_steps(steps)) and not done(start, ready, steps)
+            by_law = not lost if full else guess and (best or unsettled) and not begun
             if by_law and start is not anchor and not short:
-                ready = around(guess, how.n_lrs, how.fine) if guess and not unsettled else []
                 narrow = dataclasses.replace(how, wide=how.fine, n_full=how.n_lrs)
                 lrs, in_full = next_lrs(0, full, full, narrow)[0] if full else ready, True
             else:  # full runs that short ones did not begin are of the law
@@ -98,14 +102,13 @@ def search(
                 lrs, in_full = next_lrs(start.spec.lr, short, own_full, how)
             new += [at(start, lr, steps if in_full else how.short_steps(steps), seed) for lr in lrs]
         if not new:
-            # arms of which the losses are not lowest at the lowest end
-            trained = [(start, own, losses(own)) for start, own in arms]
+            trained = [(start, own, losses(own)) for start, own in arms]  # live: best not lowest
             live = [one for one in trained if (_beyond(one[2], how.wide) or LOWEST) >= LOWEST]
             if live and (len(seeds) == 1 or len(seeds) >= MIN_SEEDS):
                 decided, lrs_of = look(points)
                 for start, own, tried in live:  # what the analysis asks for, with all seeds so far
-                    lrs = {v for p in own for v in lrs_of.get(p.id, ()) if LOWEST < v < HIGHEST}
-                    far = [v for v in sorted(lrs) if all(max(v / t, t / v) > FINEST for t in tried)]
+                    ask = {v for p in own for v in lrs_of.get(p.id, ()) if LOWEST < v < HIGHEST}
+                    far = [v for v in sorted(ask) if all(max(v / t, t / v) > FINEST for t in tried)]
                     for lr in far[: max(0, how.most_lrs - len(tried))]:
                         so_far = sorted({p.spec.seed for p in own})
                         new += [at(start, lr, start.spec.steps, seed) for seed in so_far]
@@ -118,10 +121,9 @@ def search(
                         lrs = lrs_around_optimum(tried, how.n_lrs)
                         new += [at(start, lr, start.spec.steps, seed) for lr in lrs]
         new = [p for p in new if p not in points]
-        if not new or not may_begin(points, new):
-            return points
-        points += new
-        if any(loss(p.id) is None for p in new):
+        begins = bool(new) and may_begin(points, new)
+        points += new if begins else []
+        if not begins or any(loss(p.id) is None for p in new):
             return points
 
 

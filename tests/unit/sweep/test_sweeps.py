@@ -467,6 +467,22 @@ def test_an_arm_that_the_law_began_gets_no_short_runs_when_the_first_arm_leaves_
     assert {p.spec.steps for p in points if p.arm == "full"} == {64}
 
 
+def test_an_arm_that_another_search_has_finished_is_not_trained_again_by_the_law():
+    best, world = {8: 2e-3, 16: 2.2e-3}, lambda p: valley(best[p.spec.method.rank])(p.spec.lr)
+    before, _ = run([lora(8)], world, ONE_SEED)
+    losses = {p.id: world(p) for p in before}
+    while new := [
+        p
+        for p in search(
+            *([lora(16), lora(8)], ONE_SEED, losses.get, lambda known, new: True),
+            *(lambda _: (False, {}), lambda of, known, lr: lr * 1.1),
+        )
+        if p.id not in losses
+    ]:
+        losses |= {p.id: world(p) for p in new}
+        assert {p.spec.method.rank for p in new} == {16}
+
+
 def test_the_vertex_is_that_of_the_parabola_and_never_beyond_the_neighbours():
     at = of_sweep.vertex({lr: valley(1.3e-3)(lr) for lr in (5e-4, 1e-3, 4e-3)})
     assert at == pytest.approx(1.3e-3)
