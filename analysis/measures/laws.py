@@ -83,15 +83,14 @@ def outside(key: Mapping[str, Any]) -> str:
     """
     said = {k: v for k, v in key.items() if v is not None and v == v}
     method, layers = said["method"], str(said.get("layers", "attention+mlp"))
+    missing = {"attention", "mlp"} - {*layers.split("+")}
+    constant = (said.get("schedule", "constant"), said.get("warmup_steps", 0)) == ("constant", 0)
     usual = {"init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a"}
     reasons = (
         (said.get("objective", "sft") != "sft", "it is for supervised rows, not for rewards"),
         ("expert_rank" in said, "mixtures of experts were not measured"),
-        (said.get("schedule", "constant") != "constant", "it is for a constant learning rate"),
-        (
-            not {"attention", "mlp"} <= {*layers.split("+")},
-            f"layers={layers}: it is for attention and MLP together",
-        ),
+        (not constant, "it is for a constant learning rate"),
+        (missing, f"layers={layers}: it is for attention and MLP together"),
         (method not in ("lora", "fullft"), f"method {method} was not measured"),
         (
             method == "lora" and said["rank"] < LEAST_RANK,

@@ -337,7 +337,7 @@ def law_rows(optima: Sequence[Optimum], table: pd.DataFrame) -> list[list[str]]:
             by_law = float(laws.ratio(width, laws.alpha_of(key), steps, best))
             z = laws.movement(width, by_law * best, steps)
             known = z >= laws.AT_REST or key["rank"] == laws.REST_RANK
-            if full and known and not laws.outside(key):
+            if full and known and not laws.outside(key) and not laws.outside(full.curve.key):
                 cells = [name, o.curve.group, with_interval(ratio_of([o], full))]
                 found.append([*cells, number(by_law), number(z, 2)])
     head = ["curve", PLACE, "best LR / full fine-tuning's [95%]", "the law", "z"]

@@ -20,10 +20,10 @@ MEASURED = {"hidden size": (64, 576), "updates": (12, 512), "alpha": (0.5, 2048)
 """Least and most that were measured; 576 is SmolLM2-135M."""
 
 
-def outside(model: ModelSpec, method: Method, **more: str) -> str:
+def outside(model: ModelSpec, method: Method, **more: str | int) -> str:
     """Return why the law does not cover an arm; empty: it does.
 
-    `more`: objective and schedule, if they are not supervised and constant.
+    `more`: objective, schedule and warmup_steps, if they are not supervised, constant and 0.
     """
     experts = {"expert_rank": "own"} if model.n_experts else {}
     return laws.outside({**method.plain(), "method": method.name, **experts, **more})
@@ -74,8 +74,8 @@ def predict(
     Raises SpecError outside the law's scope, with the reason.
     """
     method, width, steps = spec.method, spec.model.hidden_size, spec.steps
-    schedule = "warmup" if spec.warmup_steps else spec.schedule
-    why = outside(spec.model, method, objective=spec.objective, schedule=schedule)
+    run = {"objective": spec.objective, "schedule": spec.schedule}
+    why = outside(spec.model, method, **run, warmup_steps=spec.warmup_steps)
     if not isinstance(method, LoRA):
         why = why or "which rank of LoRA?"
     else:

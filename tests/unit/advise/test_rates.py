@@ -7,11 +7,14 @@ import math
 import pytest
 
 from analysis.measures import laws
+from analysis.questions.base import fit
+from analysis.report.report import law_rows
 from lorasweep.advise import rates
 from lorasweep.cli.actions import act, as_overrides, check
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from tests.planted import World, arms, is_full, planted_table, smoke
 from tests.world import compose_request, tiny_spec
 
 
@@ -55,6 +58,20 @@ def test_one_arm_from_another():
     still = arm(LoRA(rank=8, alpha=1024))
     assert rates.law(arm(LoRA(rank=16, alpha=1024)), still, 3e-5) is None
     assert rates.law(arm(LoRA(rank=8, alpha=512)), still, 3e-5) == pytest.approx(6e-5, rel=0.01)
+
+
+def test_a_reports_table_has_only_ratios_of_two_arms_at_a_constant_rate():
+    for full, lora, rows in (
+        ({}, {}, 2),
+        ({"schedule": "linear"}, {}, 0),
+        ({"warmup_steps": 9}, {"warmup_steps": 9}, 0),
+    ):
+        specs = [
+            dataclasses.replace(s, steps=64, **(full if is_full(s) else lora))
+            for s in arms(smoke(), ranks=(8,), seeds=range(3))
+        ]
+        table = planted_table(World(), specs)
+        assert len(law_rows(fit(table), table)) == rows
 
 
 def said(capsys, *typed):
