@@ -208,8 +208,8 @@ class Composer:
             if not is_one or (override.is_sweep_override() and group not in replaced):
                 axis = f"{group}=A,B" if group in replaced else f"'sweep.axes.{group}=[A,B]'"
                 raise SpecError(
-                    f"{text!r}: expected one value of {group}. Several, as an axis of a sweep: "
-                    f"{axis}."
+                    f"{text!r}: expected one value of {group}."
+                    + f" Several, as an axis of a sweep: {axis}." * bool(asked)
                 )
             if is_group:
                 option = self._option(group, str(value), typed)
