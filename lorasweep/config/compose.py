@@ -186,7 +186,8 @@ class Composer:
         """
         chosen, changes = list[str](), list[Override]()
         methods = {*self.options("method")} - SCHEMA.keys()  # of a package: any name
-        asked, replaced = _value_of("sweep", typed), dict[str, list[Any]]()
+        asked, action = (_value_of(k, typed) for k in ("sweep", "action"))
+        replaced = dict[str, list[Any]]()
         for text in typed:
             try:
                 override = OverridesParser.create().parse_override(text)
@@ -209,7 +210,7 @@ class Composer:
                 axis = f"{group}=A,B" if group in replaced else f"'sweep.axes.{group}=[A,B]'"
                 raise SpecError(
                     f"{text!r}: expected one value of {group}."
-                    + f" Several, as an axis of a sweep: {axis}." * bool(asked)
+                    + f" Several, as an axis of a sweep: {axis}." * (action != "rate")
                 )
             if is_group:
                 option = self._option(group, str(value), typed)
