@@ -49,7 +49,7 @@ from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.model import ModelSpec, Recipe
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.spec.values import UNSET, build, fields, misfits, problems_of
-from lorasweep.sweep.grid import GENERATOR_PARAMS, Point, around, expand, fields_of, geom
+from lorasweep.sweep.grid import GENERATOR_PARAMS, WHOLE, Point, around, expand, fields_of, geom
 from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, made
 from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 from lorasweep.sweep.search import check_search
@@ -58,7 +58,7 @@ GROUPS = ("model", "dataset")
 FORM = ("format", "prompt_field", "completion_field", "mask", "render")
 """Fields of a data set that say how a row is read."""
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
-FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes"}
+FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes", "fields"}
 """Mappings that take new keys, with a + before them."""
 PARTS = ("method", "exec", "dataset", "cluster")
 """Groups in which a setting without its group is looked for."""
@@ -423,7 +423,10 @@ class Composer:
         shipped = {f"+sweep={path.stem}" for path in (conf_dir() / "sweep").glob("*.yaml")}
 
         def look_up(group: str, name: str) -> Any:
-            concerned = ("sweep=", "scale=", f"{group}.", "exec.models_dir=")
+            if name in METHODS and group == "method":
+                return METHODS[name]()
+            of_files = ("sweep=", "scale=", "exec.models_dir=")
+            concerned = of_files if group == "method" else (*of_files, f"{group}.")
             of_group = [
                 o for o in typed if o.lstrip("+~").startswith(concerned) and o not in shipped
             ]
@@ -432,8 +435,11 @@ class Composer:
             key = (group, name, *of_group)
             if key not in self._looked_up:
                 values = _plain(self.composed([*of_group, f"{group}={quoted(name)}"])[group])
-                cls = ModelSpec if group == "model" else DatasetSpec
-                self._looked_up[key] = build(cls, values)
+                if group == "method":
+                    self._looked_up[key] = spec_from({"method": values}).method
+                else:
+                    cls = ModelSpec if group == "model" else DatasetSpec
+                    self._looked_up[key] = build(cls, values)
             return self._looked_up[key]
 
         return expand(base, sweep, look_up)
@@ -567,7 +573,7 @@ def _replace_axis(
                 for name in gone & part.keys():
                     del part[name]
                 for name, inner in part.items():
-                    if name != GENERATOR_PARAMS:
+                    if name not in WHOLE:
                         strip(inner)
 
     for axes in arms if method else [sweep["axes"], *arms]:

@@ -30,6 +30,7 @@ class FullFT(Method):
     """Layer sets trained under scope=matrices. Must stay 'all' under scope=all."""
     MAX_PACK: ClassVar[int | None] = 1
     """Runs that train all weights cannot share a base."""
+    TRAINS_BASE: ClassVar[bool] = True
 
     def check(self, model: ModelSpec) -> None:
         for problem in misfits(self, self.WHERE):

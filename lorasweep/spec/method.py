@@ -23,6 +23,12 @@ class Method(Value):
     name: str = "???"
     MAX_PACK: ClassVar[int | None] = None
     """How many runs may share a pack; None: no limit."""
+    TRAINS_BASE: ClassVar[bool] = False
+    """Whether the trained tensors are weights of the base."""
+    ONE_PROCESS: ClassVar[bool] = False
+    """Whether several processes cannot train one run."""
+    LIBRARY: ClassVar[str] = ""
+    """Package whose version is recorded in the results."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = ()
     """Fields that may differ inside a pack."""
 
@@ -46,6 +52,10 @@ class Method(Value):
     def rank_of(self, matrix: Matrix) -> int | None:
         """Return the rank of the adapter on a kind of matrix; None without adapters."""
         return None
+
+    def n_copied(self, model: ModelSpec) -> int:
+        """Count the frozen weights that the run holds a second time, in fp32."""
+        return 0
 
     def target_layers(self) -> tuple[str, ...]:
         """Return the layer sets of the matrices that `attach` needs."""

@@ -60,7 +60,7 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in (*_RESULT_COLUMNS, *({"packages"} & result.keys()))}
-    if method["name"] not in METHODS:  # of a package, with fields that have no columns
+    if "config" in method or method["name"] not in METHODS:  # with fields that have no columns
         own = (f"{k}={v}" for k, v in sorted(method.items()) if k not in row and k != "name")
         row |= {"method_fields": ", ".join(own)}
     metric = metric_of(result)
