@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,37 +27,37 @@ if TYPE_CHECKING:
     from torch import nn
 
 TESTED = ("LoraConfig", "VeraConfig", "OFTConfig", "LoHaConfig", "LoKrConfig", "HRAConfig")
-"""Classes with tests here. Others that adapt matrices work as far as PEFT alone makes them work."""
-RANK = {"OFTConfig": "oft_block_size", "BOFTConfig": "boft_block_size"}
-"""The field that `rank` sets, where it is not `r`."""
+"""Classes that are tested here. Others are as good as PEFT makes them."""
+RANK = ("oft_block_size", "boft_block_size", "r")
 ALPHA = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha")
+"""Fields that `rank` and `alpha` set: the first one that the class has."""
 OURS = {
     *("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping"),
-    *("peft_version", "target_modules", "exclude_modules", "layers_to_transform", "bias"),
+    *("peft_type", "peft_version", "target_modules", "exclude_modules", "layers_to_transform"),
     *("layers_pattern", "modules_to_save", "trainable_token_indices", "target_parameters"),
     *("layer_replication", "rank_pattern", "alpha_pattern", "runtime_config", "megatron_config"),
-    *("megatron_core", "ensure_weight_tying"),
+    *("megatron_core", "ensure_weight_tying", "bias"),
 }
-"""Fields that are not set: `layers` says which matrices are adapted, all in one way."""
+"""Fields that nobody sets: `layers` says which matrices are adapted, all in one way."""
 LOOPS = ("AdaLoraConfig", "AdamssConfig", "ShadowConfig", "PolyConfig", "AdaptionPromptConfig")
 """Classes whose training needs more than the gradient of the loss."""
-OF_DATA = ("eva", "corda", "lora_ga", "loftq")
-"""Starts of LoRA that need rows or a quantised base."""
 REWRITES = ("pissa", "olora")
 """Starts of LoRA that take the adapter out of the base's weights."""
+STARTS = ("True", "False", "gaussian", "orthogonal", *REWRITES)
+"""Starts of LoRA that need no rows and no quantised base."""
 PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class PEFT(Method):
-    """A method of PEFT: its config, resolved."""
+    """A method of PEFT, with the fields of its config resolved."""
 
     name: str = "peft"
     config: str = ""
     """PEFT's class, such as LoHaConfig."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Fields of the class but for rank and alpha. Resolved: all that are not empty, so that a field
-    which a later PEFT adds with an empty default changes no id; and `peft_type`."""
+    """Fields of the class without rank and alpha. Resolved: all that are not empty, and peft_type.
+    So a field that a later PEFT adds with an empty default changes no id."""
     rank: Annotated[int | None, Is("null: the class's default", 1)] = None
     """Field r of the class; of OFT and BOFT the size of a block."""
     alpha: Annotated[float | None, Is("null: the class's default", ABOVE_0, 1e6)] = None
@@ -71,57 +70,62 @@ class PEFT(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.config:  # else the defaults, of which no run is made
-            given = encode(dict(self.fields))
-            vars(self).update(_resolved(self.config, given, self.rank, self.alpha))
+            found = self._config
+            sizes, defaults = _sizes(type(found)), _defaults(type(found))
+            kept = {k: v for k, v in vars(found).items() if k in defaults.keys() - OURS - {*sizes}}
+            kept = {k: v for k, v in kept.items() if v or v != defaults[k]}
+            plain = json.dumps(kept | {"peft_type": found.peft_type.value}, default=sorted)
+            alpha = getattr(found, sizes[1], None)
+            vars(self)["fields"] = json.loads(plain, object_hook=_frozen)
+            vars(self)["rank"] = getattr(found, sizes[0], None)
+            vars(self)["alpha"] = alpha and float(alpha)
+
+    @property
+    def _config(self) -> Any:
+        return _config(self.config, encode(dict(self.fields)), self.rank, self.alpha)
+
+    def made(self, modules: Sequence[str]) -> Any:
+        """Return PEFT's config for modules with these names (last part)."""
+        return dataclasses.replace(self._config, target_modules=sorted({*modules}))
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether PEFT takes the adapter out of the base's weights, which are then held twice."""
+        return str(self.fields.get("init_lora_weights")).startswith(REWRITES)
+
+    def _trained(self, model: ModelSpec) -> list[tuple[Matrix, int]]:
+        """Return the kinds of matrices, with the trained parameters of one matrix."""
+        matrices = model.matrices(self.target_layers())
+        return [*zip(matrices, _trained(self.canonical, matrices))]
 
     def check(self, model: ModelSpec) -> None:
         if not self.config:
             raise SpecError(
-                f"method={self.name}: no method.config, the name of one of PEFT's classes. Tested: "
+                f"method={self.name}: set method.config to a class of PEFT. Tested: "
                 f"{', '.join(TESTED)}. Or choose method=dora, pissa, olora, vera or oft."
             )
-        layers = parse_layers(self.layers)
-        if model.n_experts and "mlp" in layers:
-            raise SpecError(
-                f"method={self.name} on {model.name!r}: experts are adapted by method=lora only. "
-                "Use method.layers=attention."
-            )
-        _trained(self.canonical, model.matrices(layers))
+        if model.n_experts and "mlp" in self.target_layers():
+            raise SpecError(f"method={self.name}: experts need method=lora, or layers=attention.")
+        self._trained(model)
 
-    @property
-    def rewrites(self) -> bool:
-        """Whether PEFT takes the adapter out of the base's weights: they are held twice."""
-        return str(self.fields.get("init_lora_weights", "")).startswith(REWRITES)
+    def n_trainable(self, model: ModelSpec) -> int:
+        return sum(n * m.count for m, n in self._trained(model))
+
+    def n_copied(self, model: ModelSpec) -> int:
+        return self.rewrites * sum(m.size for m in model.matrices(self.target_layers()))
+
+    def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
+        # As LoRA's, with the products with factors that VeRA has but does not train. Left out is
+        # work that does not grow with the tokens, such as the norms of DoRA.
+        rank, trained = self.rank or 0, self._trained(model)
+        sizes = (max(n, rank * (m.d_in + m.d_out)) * m.count for m, n in trained)
+        return n_tokens * (4.0 * model.n_active_params + 6.0 * sum(sizes))
 
     def rank_of(self, matrix: Matrix) -> int | None:
         return self.rank
 
-    def n_copied(self, model: ModelSpec) -> int:
-        matrices = model.matrices(parse_layers(self.layers))
-        return sum(m.size for m in matrices) if self.rewrites else 0
-
-    def n_trainable(self, model: ModelSpec) -> int:
-        matrices = model.matrices(parse_layers(self.layers))
-        return sum(n * m.count for n, m in zip(_trained(self.canonical, matrices), matrices))
-
-    def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
-        # As LoRA's: the products with the factors, which VeRA has but does not train. Work that
-        # does not grow with the tokens is left out, such as the norms of DoRA.
-        matrices, rank = model.matrices(parse_layers(self.layers)), self.rank or 0
-        trained = _trained(self.canonical, matrices)
-        sides = (max(n, rank * (m.d_in + m.d_out)) * m.count for n, m in zip(trained, matrices))
-        return n_tokens * (4.0 * model.n_active_params + 6.0 * sum(sides))
-
     def target_layers(self) -> tuple[str, ...]:
         return parse_layers(self.layers)
-
-    def made(self, modules: Sequence[str]) -> Any:
-        """Return PEFT's config for modules with these names (last part)."""
-        sizes = {"rank": self.rank, "alpha": self.alpha}
-        names = {k: f for k, f in zip(sizes, _size_fields(self.config)) if f}
-        own = {k: json.loads(encode(v)) for k, v in self.fields.items() if k != "peft_type"}
-        own |= {f: sizes[k] for k, f in names.items()}
-        return _class(self.config)(**own, target_modules=sorted(modules))
 
     def attach(
         self,
@@ -138,86 +142,64 @@ class PEFT(Method):
 # ---------------------------------------------------------------- PEFT's configs
 
 
-@cache
-def _class(name: str) -> Any:
-    """Return a class of PEFT's configs that adapts matrices by a loss's gradient; or SpecError."""
-    check_installed("peft", "method=peft")
-    import peft
-    from peft import PeftConfig
-
-    cls, tested = getattr(peft, name, None), f"Tested: {', '.join(TESTED)}."
-    if not (isinstance(cls, type) and issubclass(cls, PeftConfig)):
-        raise SpecError(f"{unknown('method.config', name, TESTED)} It is none of PEFT's classes.")
-    if "target_modules" not in (f.name for f in dataclasses.fields(cls)):
-        raise SpecError(f"method.config={name} adapts no matrices. {tested}")
-    if name in LOOPS:
-        raise SpecError(f"method.config={name} needs a training loop of its own. {tested}")
-    return cls
+def _frozen(values: dict[str, Any]) -> FrozenDict:
+    return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _size_fields(name: str) -> tuple[str | None, str | None]:
-    """Return the fields of rank and alpha of a class; None: it has none."""
-    known = {f.name for f in dataclasses.fields(_class(name))}
-    wanted = ((RANK.get(name, "r"),), ALPHA)
-    rank, alpha = (next((f for f in some if f in known), None) for some in wanted)
+def _defaults(cls: Any) -> dict[str, Any]:
+    made = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+    found = {f.name: f.default for f in dataclasses.fields(cls)}
+    return found | {k: make() for k, make in made.items() if make is not dataclasses.MISSING}
+
+
+def _sizes(cls: Any) -> tuple[str, str]:
+    """Return the fields of rank and alpha; '' if the class has none."""
+    rank, alpha = (next((f for f in some if f in _defaults(cls)), "") for some in (RANK, ALPHA))
     return rank, alpha
 
 
 @cache
-def _resolved(name: str, given: str, rank: int | None, alpha: float | None) -> dict[str, Any]:
-    """Return `fields`, `rank` and `alpha` of a config as PEFT resolves them; or SpecError."""
-    cls, fields, sizes = _class(name), json.loads(given), _size_fields(name)
-    fields.pop("peft_type", None)
-    makers = {f.name: f.default_factory for f in dataclasses.fields(cls)}
-    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-    defaults |= {k: make() for k, make in makers.items() if make is not dataclasses.MISSING}
-    allowed = defaults.keys() - OURS - {*sizes, "peft_type"}
+def _config(name: str, given: str, rank: int | None, alpha: float | None) -> Any:
+    """Make a config of PEFT without modules; SpecError: the class or a field cannot be used."""
+    check_installed("peft", "method=peft")
+    import peft
+
+    cls, fields, tested = getattr(peft, name, None), json.loads(given), ", ".join(TESTED)
+    if not (isinstance(cls, type) and issubclass(cls, peft.PeftConfig)):
+        raise SpecError(f"method.config={name} is no class of PEFT's configs. Tested: {tested}.")
+    if "target_modules" not in _defaults(cls) or name in LOOPS:
+        why = "it adapts no matrices" if name not in LOOPS else "it needs a loop of its own"
+        raise SpecError(f"method.config={name}: {why}. Tested: {tested}.")
+    sizes, defaults = _sizes(cls), _defaults(cls)
+    allowed = defaults.keys() - OURS - {*sizes}
     for key, value in fields.items():
-        if key not in allowed:
+        if key not in allowed | {"peft_type"}:
             hint = " Set method.rank or method.alpha." * (key in sizes)
-            raise SpecError(unknown(f"field of {name} (method.fields)", key, allowed) + hint)
-        kind = type(defaults[key])
-        numbers = kind in (int, float) and type(value) in (int, float)
-        if kind in (bool, int, float) and not (numbers or type(value) is kind or "init" in key):
-            raise SpecError(f"method.fields.{key}={value!r}: expected {kind.__name__}.")
+            raise SpecError(unknown(f"{name}: method.fields", key, allowed) + hint)
+        if type(defaults[key]) is bool and type(value) is not bool and "init" not in key:
+            raise SpecError(f"method.fields.{key}={value!r}: expected true or false.")
+        if key.endswith("dropout") and value:
+            raise SpecError(f"method.fields.{key}={value}: runs have no dropout. Leave it out.")
+    start = str(fields.get("init_lora_weights", True))
+    if not start.startswith(STARTS) or (start.startswith(REWRITES) and fields.get("use_dora")):
+        raise SpecError(
+            f"method.fields.init_lora_weights={start}: allowed are true, false, gaussian, "
+            "orthogonal, and without use_dora pissa, pissa_niter_N and olora."
+        )
     for what, size, key in (("rank", rank, sizes[0]), ("alpha", alpha, sizes[1])):
         if size is not None and not key:
-            raise SpecError(
-                f"method.{what}={size:g}: {name} has no {what}. Set method.{what}=null, and "
-                f"method.fields: {', '.join(sorted(allowed))}."
-            )
+            has = ", ".join(sorted(allowed))
+            raise SpecError(f"method.{what}={size:g}: {name} has none. method.fields has: {has}.")
         fields |= {key: size} if size is not None else {}
     try:
-        config = cls(**fields)
+        return cls(**fields)
     except (TypeError, ValueError, ImportError) as error:
         raise SpecError(f"method.config={name}: PEFT refuses its fields: {error}") from None
-    found = {k: v.value if isinstance(v, Enum) else v for k, v in vars(config).items()}
-    start = str(found.get("init_lora_weights"))
-    for key, value in found.items():
-        if key.endswith("dropout") and value:
-            raise SpecError(f"method.fields.{key}={value}: runs have no dropout. Set it to 0.")
-    if start.startswith(OF_DATA) or (start.startswith(REWRITES) and found["use_dora"]):
-        raise SpecError(
-            f"method.fields.init_lora_weights={start}: it needs rows or a quantised base, or "
-            "does not go with use_dora. Allowed: true, gaussian, orthogonal; without it also "
-            "pissa and olora."
-        )
-    kept = {k: v for k, v in found.items() if k in allowed and (v or v != defaults[k])}
-    plain = json.loads(json.dumps(kept | {"peft_type": found["peft_type"]}, default=sorted))
-    chosen = {k: found[f] if f else None for k, f in zip(("rank", "alpha"), sizes)}
-    alpha = chosen["alpha"]
-    return {**chosen, "alpha": alpha and float(alpha), "fields": _frozen(plain)}
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, dict):
-        return FrozenDict({k: _frozen(v) for k, v in value.items()})
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 @cache
 def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
-    """Count the trained parameters of one matrix of each kind, by PEFT on the device 'meta'."""
+    """Let PEFT count the trained parameters of a matrix of each kind, on the device 'meta'."""
     from peft import get_peft_model
     from torch import nn
 
@@ -227,10 +209,9 @@ def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
             f"method.rank={method.rank}. Allowed with layers {method.layers}: from 1 to "
             f"{smallest}, the smallest side of an adapted matrix."
         )
-    config = method.made([f"m{k}" for k in range(len(matrices))])
+    model, config = nn.Module(), method.made([f"m{k}" for k in range(len(matrices))])
     if method.rewrites:
         config.init_lora_weights = False  # nothing to decompose
-    model = nn.Module()
     for k, m in enumerate(matrices):
         model.add_module(f"m{k}", nn.Linear(m.d_in, m.d_out, bias=False, device="meta"))
     try:
@@ -238,10 +219,10 @@ def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
             warnings.filterwarnings("error", "Invalid")  # a size that PEFT would replace
             attached = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, UserWarning) as error:
-        sides = ", ".join(f"{m.d_in}x{m.d_out}" for m in matrices)
         raise SpecError(
-            f"method={method.name} with rank {method.rank} on matrices {sides}: PEFT refuses it: "
-            f"{error} Choose another method.rank, other method.fields or method.layers."
+            f"method={method.name} method.rank={method.rank} on matrices "
+            f"{', '.join(f'{m.d_in}x{m.d_out}' for m in matrices)}: PEFT refuses it: {error} "
+            "Choose another method.rank, other method.fields or method.layers."
         ) from None
     found = [0] * len(matrices)
     for name, p in attached.named_parameters():
@@ -255,7 +236,7 @@ def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
 
 @contextmanager
 def _quiet(seed: int = 0) -> Iterator[None]:
-    """Let PEFT warn nobody, and draw from torch's generator with this seed, which is put back."""
+    """Silence PEFT's warnings, and seed torch's generator, whose state is put back."""
     import torch
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -274,7 +255,7 @@ def _restored(base: Any, targets: Mapping[str, Any]) -> Iterator[None]:
     flags, known = {n: p.requires_grad for n, p in base.named_parameters()}, {*vars(base)}
     try:
         for name, linear in targets.items():
-            # by its class exempt from rounding to bf16 before the run: DoRA and others read weights
+            # its class keeps it from being held in bf16: DoRA and others read the weights
             sides = linear.in_features, linear.out_features
             copy = NonDynamicallyQuantizableLinear(sides[0], sides[1], device="meta")
             kind = torch.promote_types(linear.weight.dtype, torch.float32)
@@ -293,7 +274,7 @@ def _restored(base: Any, targets: Mapping[str, Any]) -> Iterator[None]:
 
 
 class PeftAdapter(Trainables):
-    """PEFT's model of one run, around a base that `detach` restores."""
+    """PEFT's model of one run. No norm or spectrum fits every method: none is recorded."""
 
     def __init__(self, base: Any, targets: Mapping[str, Any], method: PEFT, seed: int) -> None:
         """Attach the adapter; its random numbers come from the stream 'init' of the seed."""
@@ -303,11 +284,11 @@ class PeftAdapter(Trainables):
         self._restored = _restored(base, targets)
         self._restored.__enter__()
         try:
-            modules = {name.rpartition(".")[2] for name in targets}
+            config = method.made([name.rpartition(".")[2] for name in targets])
             with _quiet(int(stream("init", seed, "peft").integers(2**63))):
-                self.model = get_peft_model(base, method.made(sorted(modules)))
-            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            self._trained = {n.removeprefix(PREFIX): p for n, p in trained}
+                self.model = get_peft_model(base, config)
+            named = self.model.named_parameters()
+            self._trained = {n.removeprefix(PREFIX): p for n, p in named if p.requires_grad}
             for name, linear in targets.items():
                 inner = base.get_submodule(name).get_base_layer()
                 if torch.equal(inner.weight, linear.weight.to(inner.weight.dtype)):
@@ -322,7 +303,7 @@ class PeftAdapter(Trainables):
         return dict(self._trained)
 
     def norms(self) -> list[dict[str, float]]:
-        return [{}]  # no measure fits every method
+        return [{}]
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         return [{}]
@@ -340,28 +321,27 @@ def save(
     weights: "Mapping[str, torch.Tensor]",
     place: tuple[str, str | None],
 ) -> None:
-    """Let PEFT write a run's adapter as a folder that it loads on the base, and load it to compare.
+    """Let PEFT write a run's adapter, load it on the untouched base, and compare the logits.
 
-    An adapter that was taken out of the base's weights becomes one of twice the rank.
+    An adapter that was taken out of the base's weights is written with twice the rank.
 
     Args:
-        base, targets: the untouched base in fp32, and its adapted matrices.
+        base, targets: the base in fp32, and its adapted matrices.
         weights: the trained tensors, by the names of `parameters`.
         place: name and revision with which PEFT finds the base.
 
     Raises:
-        TrainingError: the loaded adapter gives other logits than the trained weights.
+        TrainingError: the loaded adapter gives other logits.
     """
     import torch
     from peft import PeftModel
 
     tokens = torch.arange(64, device=base.device)[None] % base.config.vocab_size
+    how: dict[str, Any] = {"save_embedding_layers": False}
     adapter = PeftAdapter(base, targets, method, seed)
     try:
         config = adapter.model.peft_config["default"]
-        config.base_model_name_or_path, config.revision = place
-        config.task_type = "CAUSAL_LM"
-        how: dict[str, Any] = {"save_embedding_layers": False}
+        (config.base_model_name_or_path, config.revision), config.task_type = place, "CAUSAL_LM"
         with TemporaryDirectory() as start, _quiet(), torch.no_grad():
             if method.rewrites:
                 adapter.model.save_pretrained(start, **how)
@@ -375,8 +355,7 @@ def save(
     (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
     with _restored(base, targets), _quiet(), torch.no_grad():
         found = PeftModel.from_pretrained(base, str(folder))(input_ids=tokens).logits
-    gap = float((found - wanted).abs().max() / wanted.abs().max())
-    if not gap < 1e-3:
+    if not (gap := float((found - wanted).abs().max() / wanted.abs().max())) < 1e-3:
         raise TrainingError(
             f"the adapter that PEFT wrote gives logits that differ by {gap:.1%} from the run's. "
             "Nothing was written. Choose other method.fields."
