@@ -267,7 +267,8 @@ class Planner:
                     f"matmul_flops_s.{spec.precision} to its file in conf/hardware."
                 )
             where, e = self.place(spec), self.exec
-            if spec.method.MAX_PACK is not None or where.layout.gpus > 1:
+            alone = spec.trainer.command or where.layout.gpus > 1
+            if spec.method.MAX_PACK is not None or alone:
                 size = spec.method.MAX_PACK or 1  # several processes train one run at a time
             elif e.pack_size is not None and not hardware.has_speeds:
                 size = e.pack_size

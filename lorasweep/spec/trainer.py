@@ -1,0 +1,105 @@
+"""Who trains a run: our loop, or a command that leaves an adapter or a model, which we measure.
+
+The words of a command have places, such as {lr}, that are filled for each run. No shell reads them.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lorasweep.errors import unknown
+from lorasweep.spec.values import Value, misfits
+
+if TYPE_CHECKING:
+    from lorasweep.spec.run import RunSpec
+
+NEEDED = ("lr", "seed", "out")
+"""Places without which all runs would be the same, or leave nothing."""
+UNUSUAL = (
+    *("warmup_steps", "weight_decay", "beta1", "beta2", "eps", "clip_norm", "precision"),
+    *("schedule", "scaling_by", "init_scale", "lr_b_ratio", "random_factor", "init_seed", "scope"),
+)
+"""Settings of a run that need a place if they differ from their defaults."""
+PLACES = (
+    *NEEDED,
+    *("method", "rank", "alpha", "layers", "modules", "batch_size", "steps", "schedule"),
+    *("model", "rows", "resume", "script", "gpus", "max_length", *UNUSUAL[:7]),
+)
+PLACE = re.compile(r"\{([a-z]\w*)\}")
+
+
+def places_in(words: tuple[str, ...]) -> set[str]:
+    """Return the names of the places in a command's words."""
+    return {name for word in words for name in PLACE.findall(word)}
+
+
+@dataclass(frozen=True)
+class TrainerSpec(Value):
+    """A trainer: our loop if `command` is empty."""
+
+    WHERE: ClassVar[str] = "trainer."
+
+    name: str = "builtin"
+    command: tuple[str, ...] = ()
+    """The program and its arguments."""
+    full: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
+    """More arguments for full fine-tuning, and for LoRA."""
+    resume: tuple[str, ...] = ()
+    """More arguments if an attempt left a checkpoint, {resume}; empty: a run starts again."""
+    files: tuple[str, ...] = ()
+    """SHA-256 of the script and of the other files of the trainer; exec.trainer_files has paths."""
+    rows: Literal["tokens", "pairs", "messages"] = "tokens"
+    """Form of the rows. tokens: {input_ids, labels}. pairs: {prompt, completion}."""
+    in_order: bool = False
+    """Whether rows=tokens are in the order of our updates, and the trainer keeps it."""
+
+    @property
+    def label(self) -> str:
+        """Name with a hash of the template and its files: runs of one label may share a curve."""
+        return f"{self.name}-{hashlib.sha256(self.canonical.encode()).hexdigest()[:8]}"
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the template."""
+        words, given = (*self.command, *self.full, *self.lora), places_in(self.command)
+        if not self.command:
+            if words or self.files or self.name != "builtin":
+                yield f"trainer={self.name} has no command: trainer.command=[PROGRAM,ARGUMENT,...]."
+            return
+        for name in sorted(places_in((*words, *self.resume)) - {*PLACES}):
+            yield f"trainer.command: {unknown('place', name, PLACES)}"
+        if absent := [f"{{{name}}}" for name in NEEDED if name not in given]:
+            yield (
+                f"trainer.command has no {', '.join(absent)}: expected a word with each of {{lr}}, "
+                "{seed} and {out}, such as --learning_rate={lr}."
+            )
+        if ("resume" in places_in(words)) or (
+            self.resume and "resume" not in places_in(self.resume)
+        ):
+            yield "trainer: {resume} belongs into trainer.resume, and into no other list."
+        if "script" in places_in(words) and not self.files:
+            yield "trainer.script: missing. The command has {script}: trainer.script=FILE.py."
+        order = self.in_order and self.rows != "tokens"
+        yield from misfits(self, self.WHERE, [("in_order", order, "false without rows=tokens")])
+
+    def refusals(self, run: "RunSpec") -> Iterator[str]:
+        """Yield why this trainer, which is not ours, cannot train a run that our loop can."""
+        method, said = run.method, f"trainer={self.name}"
+        if method.name not in ("fullft", "lora"):
+            yield f"{said}: method={method.name} is trained by trainer=builtin only."
+        if run.model.n_experts:
+            yield f"{said}: {run.model.name} has experts, which trainer=builtin only trains."
+        if run.dataset.source == "synthetic" and self.rows != "tokens":
+            yield f"trainer.rows={self.rows}: {run.dataset.name} has no text. Expected tokens."
+        wanted: dict[str, tuple[Any, Any]] = {"objective": (run.objective, "sft")}
+        wanted |= {"early_stopping": (run.early_stopping, 0), "test_rows": (run.test_rows, True)}
+        passed = places_in((*self.command, *self.full, *self.lora))
+        default = {**vars(type(run)()), **vars(type(method)())}
+        values = {**vars(run), **vars(method)}
+        wanted |= {k: (values[k], default[k]) for k in UNUSUAL if k in values and k not in passed}
+        for key, (value, expected) in wanted.items():
+            if value != expected:
+                place = f", or a place {{{key}}} in its command" * (key in PLACES)
+                yield f"{said} is not told of {key}={value}. Expected {expected}{place}."
