@@ -20,7 +20,7 @@ from lorasweep.methods.trainables import Target, Trainables
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import Matrix, ModelSpec
 from lorasweep.spec.streams import stream
-from lorasweep.spec.values import ABOVE_0, FrozenDict, Is, encode
+from lorasweep.spec.values import ABOVE_0, FrozenDict, Is, encode, misfits
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +104,8 @@ class PEFT(Method):
                 f"method={self.name}: set method.config to a class of PEFT. Tested: "
                 f"{', '.join(TESTED)}. Or choose method=dora, pissa, olora, vera or oft."
             )
+        for problem in misfits(self, self.WHERE):
+            raise SpecError(problem)
         if model.n_experts and "mlp" in self.target_layers():
             raise SpecError(f"method={self.name}: experts need method=lora, or layers=attention.")
         self._trained(model)
