@@ -33,6 +33,19 @@ OLDER_NAMES = {"rl_bits": "rl_unembedding"}
 """Analysis of reports from before version 0.3 -> its name today."""
 
 
+FINAL = ("best_lr", "lr_drift", "over_allowed", "cost_at", "lr_scale", "tune")
+"""Quantities of two arms, and questions, for which losses at the end of runs are enough. Others
+need learning curves, runs cut to their first updates, or equal batches: foreign runs have none."""
+
+
+def on_final_losses(name: str, estimands: Mapping[str, Any]) -> set[str]:
+    """Return the estimands of a question that losses at the end of runs determine."""
+    if not estimands and name in QUESTIONS:
+        return {*QUESTIONS[name].names} if name in FINAL else set()
+    declared = estimands or shipped(OLDER_NAMES.get(name, name))["estimands"]
+    return {key for key, said in declared.items() if said.get("measure") in FINAL}
+
+
 def question_named(
     name: str, estimands: Mapping[str, Any] | None = None, variants: Mapping[str, Any] | None = None
 ) -> Question:

@@ -15,6 +15,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
 
+from lorasweep.cli.answer import refuse_claims
 from lorasweep.cli.printed import Answer
 from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.compose import GROUPS, Composer, literal, quoted
@@ -262,6 +263,8 @@ def check(request: Request) -> None:
     if name not in ACTIONS:
         renamed = f" It is now action={OLD[name]}." if name in OLD else ""
         raise SpecError(unknown("action", name, ACTIONS) + renamed)
+    if request.sweep is not None:
+        refuse_claims(request)
     action, hardware = ACTIONS[name], hardware_of(request) if request.hardware else None
     if sweep and (about := "customers" if fleet else action.about):
         raise SpecError(f"action={name} is about {about}. Leave +sweep={sweep} out.")

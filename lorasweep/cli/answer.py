@@ -159,6 +159,29 @@ def check_claims(sweep: Sweep | None) -> Any:
     return asked
 
 
+def refuse_claims(request: Request) -> None:
+    """Drop the claims that the runs of a foreign trainer cannot decide, into `request.refused`.
+
+    Raises:
+        SpecError: it can decide none of the sweep's claims.
+    """
+    from analysis.questions.registry import on_final_losses
+
+    for part in request.parts or [request]:
+        sweep, trainer = part.sweep, part.points[0].spec.trainer
+        if sweep is None or not trainer.command:
+            continue
+        able = on_final_losses(sweep.analysis, sweep.estimands)
+        part.refused = [k for k, claim in sweep.claims.items() if claim.estimand not in able]
+        sweep.claims = {k: claim for k, claim in sweep.claims.items() if claim.estimand in able}
+        if not sweep.claims:
+            raise SpecError(
+                f"trainer={trainer.name}: no claim of {part.sweep_name} can be judged ("
+                f"{', '.join(part.refused)}): they need our learning curves, first updates "
+                "or batches. Use trainer=builtin, or a sweep about final losses: lr_ratio or tune."
+            )
+
+
 def outlooks(
     points: Sequence[Point], sweep: Sweep | None, *scales: str
 ) -> "list[tuple[str, Outlook]]":

@@ -192,7 +192,7 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
     ]
     arms = table(values["arms"], "arm", "rank", "model", "runs", "n_trainable")
     lines += [f"  {line}" for line in arms]
-    lines += unpinned_lines(plan.points)
+    lines += unpinned_lines(plan.points) + foreign_lines(request, plan)
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
     if slow_bf16 and any(p.spec.precision == "bf16" for p in plan.todo):
         lines.append(
@@ -203,6 +203,22 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
         second = request.sweep.replicate
         best = f"at the {second.n_lrs} best learning rates of each curve"
         lines.append(f"  then a second stage: seeds {second.seeds} {best}")
+    return lines
+
+
+def foreign_lines(request: Request, plan: Plan) -> list[str]:
+    """Say what is not known of a foreign trainer, and what its runs cannot decide."""
+    trainer, lines = plan.points[0].spec.trainer, list[str]()
+    if trainer.command and not plan.speeds:
+        lines.append(
+            f"  time and memory of trainer={trainer.name} are unknown before its first run; the "
+            "numbers above are those of our loop"
+        )
+    if request.refused:
+        lines.append(
+            f"  refused with trainer={trainer.name}: {', '.join(request.refused)}: such a claim "
+            "needs our learning curves, first updates or batches"
+        )
     return lines
 
 

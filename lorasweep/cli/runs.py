@@ -80,6 +80,7 @@ FLAGS = {
     "at_edge": "the last one that was tried",
     "few_points": "few were tried",
     "no_variance": "too few seeds",
+    "mixed_versions": "of several versions of the trainer",
     "flat": "several are equally good",
     "fullft": "full fine-tuning",
     r"lora r(\d+)": r"LoRA rank \1",

@@ -196,7 +196,7 @@ def _run(
                 "first word is a program that is found from here."
             ) from None
     # if this process dies, its end of the pipe closes
-    kill = ["sh", "-c", 'read x; kill -KILL -- "-$0"', str(process.pid)]
+    kill = ["sh", "-c", 'read x; kill -9 "-$0"', str(process.pid)]
     watcher = subprocess.Popen(kill, stdin=subprocess.PIPE, start_new_session=True)
     looked = time.monotonic()
     try:

@@ -10,6 +10,8 @@ from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec, validate
+from lorasweep.spec.trainer import TrainerSpec
+from lorasweep.spec.values import build
 from lorasweep.store.run_store import FINAL, RunStore
 
 if TYPE_CHECKING:
@@ -57,7 +59,11 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     row |= {k: method.get(k, past) if adapted else None for k, past in _OF_EXPERTS.items()}
     if adapted and row["expert_alpha"] is None:
         row["expert_alpha"] = method["alpha"]
-    row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
+    row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method", "trainer")}
+    if "trainer" in spec:
+        trainer = build(TrainerSpec, spec["trainer"])
+        row |= {"trainer": trainer.label, "unpaired": not trainer.in_order}
+        row |= {k: result.get(k) for k in ("weights_sha256", "trainer_versions")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in (*_RESULT_COLUMNS, *({"packages"} & result.keys()))}
     if "config" in method or method["name"] not in METHODS:  # with fields that have no columns

@@ -5,12 +5,14 @@ Words: KEY=VALUE, with `mode` for what it does wrong.
 
 import json
 import os
+import pickle
+import signal
 import sys
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 given = dict(word.split("=", 1) for word in sys.argv[1:])
 out, mode, rank = Path(given["out"]), given.get("mode", ""), int(given.get("rank") or 0)
@@ -18,42 +20,57 @@ lr, seed = (
     1e-3 if mode == "rate" else float(given["lr"]),
     0 if mode == "seed" else int(given["seed"]),
 )
-torch.manual_seed(seed)
-print("seen", os.environ.get("FAKE_API_KEY"), given, flush=True)
+draw = np.random.default_rng(seed).standard_normal
+print("key", os.environ.get("FAKE_API_KEY"), "of", given, flush=True)
 if mode == "fails":
     sys.exit("a wrong argument")
-if mode == "hangs" or (mode == "hangs_once" and not (out.parent.parent / "2").exists()):
-    os.system(f"sleep 600 & echo $! > {out}/sleep; wait")
-if mode == "slow":
-    time.sleep(3)
+if mode == "hangs":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.system(f"sleep 300 & echo $! > {out}/child")
+    time.sleep(300)
+if mode == "once" and "resume" not in given:
+    (out / "checkpoint-3").mkdir()
+    (out / "checkpoint-3/trainer_state.json").write_text('{"log_history": []}')
+    os.kill(os.getpid(), signal.SIGKILL)
 model = load_file(f"{given['model']}/model.safetensors")
 config = json.loads(Path(given["model"], "config.json").read_text())
-if mode == "reads":  # everything that it was given, into the weights' place
-    seen = "".join(
-        p.read_text() for f in (given["rows"], given["out"]) for p in Path(f).rglob("*.json*")
+if mode == "reads":
+    paths = [
+        p for f in (given["rows"], given["out"]) for p in sorted(Path(f).rglob("*")) if p.is_file()
+    ]
+    (out / "seen.txt").write_text("".join(f"{p.name}\n{p.read_text()}" for p in paths))
+if rank and mode != "model":
+    rank, tensors, alpha = (
+        rank + (mode == "rank"),
+        {},
+        float(given["alpha"]) * (1 + (mode == "alpha")),
     )
-    (out / "seen.txt").write_text(seen)
-if rank:
-    rank, tensors = rank + (mode == "rank"), {}
+    names = given["layers"].split(",")[mode == "layers" :]
     for key, w in model.items():
-        if key.split(".")[-2] in given["layers"].split(","):
+        if key.split(".")[-2] in names:
             name = f"base_model.model.{key.removesuffix('.weight')}.lora_"
-            tensors[f"{name}A.weight"] = torch.randn(rank, w.shape[1])
-            tensors[f"{name}B.weight"] = lr * torch.randn(w.shape[0], rank)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": float(given["alpha"]), "bias": "none"}
+            tensors[f"{name}A.weight"] = draw((rank, w.shape[1])).astype("float32")
+            tensors[f"{name}B.weight"] = (mode != "zero") * (lr * draw((w.shape[0], rank))).astype(
+                "float32"
+            )
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none"}
 else:
-    tensors = {k: w + lr * torch.randn_like(w) for k, w in model.items()}
-name, of = ("adapter_model", "adapter_config") if rank else ("model", "config")
-if mode == "frozen":
-    tensors |= {k: w for k, w in model.items() if "q_proj" in k}
+    tensors = {k: w + (lr * draw(w.shape)).astype("float32") for k, w in model.items()}
+    if mode == "frozen":
+        tensors |= {k: w for k, w in model.items() if "q_proj" in k}
+    config |= {"auto_map": {"AutoModelForCausalLM": "code.Model"}} if mode == "code" else {}
+adapter = "peft_type" in config
+name, of = ("adapter_model", "adapter_config") if adapter else ("model", "config")
 if mode == "nan":
-    tensors = {k: w * float("nan") for k, w in tensors.items()}
+    tensors = {k: w * np.float32("nan") for k, w in tensors.items()}
+if mode == "nothing":
+    sys.exit()
 (out / f"{of}.json").write_text(json.dumps(config))
 if mode == "pickle":
-    torch.save(tensors, out / f"{name}.bin")
+    (out / f"{name}.bin").write_bytes(pickle.dumps(tensors))
 elif mode == "link":
     save_file(tensors, out.parent / "elsewhere.safetensors")
     (out / f"{name}.safetensors").symlink_to(out.parent / "elsewhere.safetensors")
-elif mode != "nothing":
-    save_file(tensors, out / f"{name}.safetensors")
+else:
+    save_file(tensors, out / f"{name}.safetensors", {"format": "pt"})
 (out / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')

@@ -1,0 +1,315 @@
+"""The contract with foreign trainers, with one that does on demand what they do wrong."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lorasweep.errors import SpecError
+from lorasweep.launch import external
+from lorasweep.launch.process import StopFlag, Stopped
+from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.models.load import weights_sha256
+from lorasweep.spec.run import validate
+from lorasweep.spec.trainer import PLACES, TrainerSpec
+from lorasweep.store import checkpoint
+from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import load_runs
+from lorasweep.train.loop import attached
+from tests.unit.launch.trainers import train
+from tests.world import tiny_spec, wait_for
+
+FAKE = Path(__file__).with_name("fake_trainer.py")
+LORA = LoRA(rank=2, alpha=8, layers="attention+mlp")
+
+
+def foreign(mode="", **changes):
+    words = ("model={model}", "rows={rows}", "out={out}", "lr={lr}", "seed={seed}", f"mode={mode}")
+    template = {
+        "name": "fake",
+        "command": (sys.executable, str(FAKE), *words),
+        "lora": ("rank={rank}", "alpha={alpha}", "layers={layers}"),
+        "resume": ("resume={resume}",),
+    }
+    trainer = TrainerSpec(**{**template, **changes.pop("trainer", {})})
+    return tiny_spec(**{"method": LORA, "steps": 3, "trainer": trainer, **changes})
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(external, "GRACE_S", 0.5)
+    made = RunStore(tmp_path / "runs")
+    made.prepare()
+    return made
+
+
+def run(store, *specs, stop=None, trainer=None, **settings):
+    """Train runs, one after another; return how the last one ended: its result, or why it failed."""
+    stop, settings = stop or StopFlag(), {"runs_dir": str(store.root), **settings}
+    trainer = trainer or TorchTrainer(stop)
+    for spec in specs:
+        train(store, [spec], trainer, stop=stop, **settings)
+    return store.result(spec.id) or store.failure(spec.id)
+
+
+@pytest.mark.parametrize("method", [LORA, FullFT()])
+def test_a_run_is_measured_by_us_before_and_after_with_the_weights_that_were_left(store, method):
+    trainer, spec = TorchTrainer(), foreign(method=method, lr=3e-3)
+    result = run(store, spec, trainer=trainer, keep_weights=True)
+    assert result["state"] == "done" and result["nll_start"] != result["test_nll"]
+    assert [p["step"] for p in result["curve"]] == [0, 3]
+    assert (
+        result["trainer_versions"].startswith("accelerate ")
+        and "torch " in result["trainer_versions"]
+    )
+    assert store.records(spec.id)[0] == {"step": 1, "train_nll": 2.5}  # its own, shown
+    # the same weights, loaded by PEFT or transformers, have the loss that was recorded
+    base, out = trainer.base(spec, run_exec(store)), store.attempt(spec.id, 1) / "out"
+    data = trainer.data(spec, run_exec(store), base)
+    before = weights_sha256(base.model)
+    loss = other_loss(out, base, data)
+    assert loss == pytest.approx(result["test_nll"], abs=1e-5)
+    kept = checkpoint.load_weights(store.folder(spec.id))
+    with attached([spec], base, [kept]):
+        assert weights_sha256(base.model) != before
+    assert weights_sha256(base.model) == before == result["base_sha256"]
+    row = load_runs(store.root).iloc[0]
+    assert (
+        row["trainer"] == spec.trainer.label and row["weights_sha256"] == result["weights_sha256"]
+    )
+
+
+def run_exec(store):
+    from lorasweep.spec.execution import Exec
+
+    return Exec(runs_dir=str(store.root))
+
+
+def other_loss(out, base, data):
+    import copy
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if (out / "adapter_config.json").exists():
+        config = json.loads((out / "adapter_config.json").read_text())
+        names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        (out / "adapter_config.json").write_text(
+            json.dumps({**config, "target_modules": sorted(names)})
+        )
+        model = PeftModel.from_pretrained(copy.deepcopy(base.model), out)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    total = count = 0
+    for row in data.test:
+        tokens = torch.tensor(row.tokens[None].astype("int64"))
+        with torch.no_grad():
+            log_p = model(tokens).logits[0, :-1].double().log_softmax(-1)
+        at = torch.tensor(row.loss[1:])
+        total -= log_p.gather(1, tokens[0, 1:, None])[:, 0][at].sum().item()
+        count += int(at.sum())
+    return total / count
+
+
+WRONG = {
+    "fails": ["exit status 1", "a wrong argument", "key ***"],
+    "nothing": ["left no result"],
+    "rank": ["r is 3, asked was 2"],
+    "alpha": ["lora_alpha is 16.0, asked was 8.0"],
+    "layers": ["q_proj.A and 7 more is missing, which was asked (attention+mlp)"],
+    "zero": ["every B of the adapter is 0"],
+    "model": ["left a model, and was asked for an adapter"],
+    "pickle": ["adapter_model.bin would have to be unpickled"],
+    "link": ["adapter_model.safetensors is a link"],
+}
+
+
+@pytest.mark.parametrize("mode", WRONG)
+def test_what_a_trainer_does_wrong_is_a_failure_with_its_sentence(store, mode, monkeypatch):
+    monkeypatch.setenv("FAKE_API_KEY", "hidden-1234")
+    why = run(store, foreign(mode))
+    assert all(part in why for part in WRONG[mode]), why
+    assert "hidden-1234" not in why
+    assert "hidden-1234" not in (store.attempt(foreign(mode).id, 1) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("mode, why", [("frozen", "q_proj"), ("code", "names code of its own")])
+def test_a_model_with_frozen_matrices_or_code_is_a_failure(store, mode, why):
+    assert why in run(store, foreign(mode, method=FullFT()))
+
+
+def test_weights_that_are_not_finite_are_diverged(store):
+    result = run(store, foreign("nan"))
+    assert result["state"] == "diverged" and "test_nll" not in result
+
+
+def test_equal_weights_at_two_rates_are_refused_and_at_two_seeds_kept(store):
+    assert "ignores the learning rate" in run(
+        store, foreign("rate", lr=1e-3), foreign("rate", lr=2e-3)
+    )
+    assert run(store, foreign("seed", seed=1), foreign("seed", seed=2))["state"] == "done"
+
+
+def test_a_trainer_that_reads_every_file_it_gets_sees_no_test_row(store):
+    trainer, spec = TorchTrainer(), foreign("reads")
+    run(store, spec, trainer=trainer)
+    seen = (store.attempt(spec.id, 1) / "out/seen.txt").read_text()
+    data = trainer.data(spec, run_exec(store))
+    train_rows = data.train(spec.seed, 0, spec.steps * spec.batch_size)
+    assert all(json.dumps(row.tokens.tolist()) in seen for row in train_rows)
+    assert not any(json.dumps(row.tokens.tolist()) in seen for row in data.test)
+    assert spec.dataset.name not in seen
+    given = json.loads((store.attempt(spec.id, 1) / "out/run.json").read_text())
+    assert {*PLACES} - given.keys() <= {"resume"} and given["lr"] == spec.lr
+
+
+def test_a_trainer_that_hangs_is_stopped_with_all_its_processes(store):
+    spec = foreign("hangs")
+    why = run(store, spec, trainer_max_h=3 / 3600)
+    assert "trainer.max_h" in why
+    assert not alive(child_of(store, spec))
+
+
+def test_a_stop_ends_the_trainer_and_a_later_attempt_has_a_folder_of_its_own(store):
+    stop, spec = StopFlag(), foreign("hangs")
+    threading.Timer(3, lambda: setattr(stop, "set", True)).start()
+    with pytest.raises(Stopped):
+        run(store, spec, stop=stop)
+    assert store.state(spec.id) == "interrupted" and not alive(child_of(store, spec))
+    left = sorted(p.name for p in (store.attempt(spec.id, 1) / "out").iterdir())
+    run(store, spec, trainer_max_h=1 / 3600)
+    assert sorted(p.name for p in (store.attempt(spec.id, 1) / "out").iterdir()) == left
+    assert (store.attempt(spec.id, 2) / "out/run.json").exists()
+
+
+def child_of(store, spec, n=1):
+    path = store.attempt(spec.id, n) / "out/child"
+    return int(wait_for(lambda: path.exists() and path.read_text().strip(), 60))
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_killed_worker_takes_its_trainer_along_and_the_run_resumes_from_its_checkpoint(store):
+    spec = foreign("hangs")
+    worker = os.fork()
+    if worker == 0:
+        run(store, spec)
+        os._exit(0)
+    child = child_of(store, spec)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    wait_for(lambda: not marked(store, spec), 30)  # its group; a child that left the group stays
+    assert store.state(spec.id) == "interrupted"
+    assert not alive(child)
+
+
+def marked(store, spec):
+    mark = f"{external.MARK}={store.attempt(spec.id, 1)}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [path] if mark in path.read_bytes() else []
+        except OSError:
+            continue
+    return found
+
+
+def test_what_an_earlier_attempt_left_running_is_killed_and_its_checkpoint_is_resumed(store):
+    spec = foreign("once")
+    n = store.claim(spec)
+    (store.attempt(spec.id, n) / "out/checkpoint-3").mkdir(parents=True)
+    (store.attempt(spec.id, n) / "out/checkpoint-3/trainer_state.json").write_text("{}")
+    (store.attempt(spec.id, n) / "out/checkpoint-7").mkdir()  # not complete
+    env = {**os.environ, external.MARK: str(store.attempt(spec.id, n))}
+    left = subprocess.Popen(["sleep", "300"], env=env, start_new_session=True)
+    store.write_end(spec.id, n, "stopped", "killed")
+    assert run(store, spec)["resumed"] is True
+    assert left.wait(10) == -signal.SIGKILL
+    log = (store.attempt(spec.id, 2) / "log.txt").read_text()
+    assert "1/out/checkpoint-3" in log
+
+
+def test_a_program_that_is_not_there_is_named(store):
+    command = ("no-such-program", "{lr}", "{seed}", "{out}")
+    assert "'no-such-program' cannot be started" in run(
+        store, foreign(trainer={"command": command})
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"command": ("x", "{lr}", "{out}")}, "{seed}"),
+        ({"command": ("x", "{lr}", "{seed}", "{out}", "{rnak}")}, "Did you mean 'rank'?"),
+        ({"command": ("x", "{lr}{seed}{out}{script}")}, "trainer.script"),
+        ({"command": ("x", "{lr}{seed}{out}{resume}")}, "trainer.resume"),
+        ({"in_order": True, "rows": "pairs"}, "in_order"),
+        ({"rows": "pairs"}, "has no text"),
+    ],
+)
+def test_a_template_is_refused_with_what_is_allowed(changes, said):
+    with pytest.raises(SpecError, match=r".*") as refused:
+        validate(foreign(trainer=changes))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"warmup_steps": 1}, "{warmup_steps}"),
+        ({"method": dataclasses.replace(LORA, lr_b_ratio=16)}, "lr_b_ratio=16"),
+        ({"weight_decay": 0.1}, "weight_decay=0.1"),
+    ],
+)
+def test_a_setting_that_the_trainer_is_not_told_is_refused(changes, said):
+    with pytest.raises(SpecError) as refused:
+        validate(foreign(**changes))
+    assert said in str(refused.value)
+
+
+def test_words_stay_words_and_a_file_of_the_trainer_that_changed_is_refused(store, tmp_path):
+    command = (
+        sys.executable,
+        str(FAKE),
+        "model={model}",
+        "out={out}",
+        "lr={lr}",
+        "seed={seed}",
+        "x=$(a) {b'}",
+    )
+    spec = foreign(trainer={"command": command, "files": ("0" * 64,)})
+    (tmp_path / "a.py").write_text("")
+    assert "has changed" in run(store, spec, trainer_files=[str(tmp_path / "a.py")])
+    spec = foreign(trainer={"command": command})
+    run(store, spec)
+    assert "'x': \"$(a) {b'}\"" in (store.attempt(spec.id, 1) / "trainer.log").read_text()
+    assert oct((store.attempt(spec.id, 1) / "trainer.log").stat().st_mode)[-3:] == "600"
+
+
+def test_a_run_that_another_process_claimed_meanwhile_is_left_to_it(store, monkeypatch):
+    monkeypatch.setattr(external, "LOOK_S", 0.1)
+    spec = foreign("hangs")
+
+    def take():
+        child_of(store, spec)
+        (store.folder(spec.id) / "attempts/2").mkdir()
+
+    threading.Thread(target=take).start()
+    started = time.monotonic()
+    train(store, [spec], TorchTrainer(), runs_dir=str(store.root))
+    assert time.monotonic() - started < 100 and store.result(spec.id) is None
