@@ -19,7 +19,7 @@ from analysis.runs.table import TableError, as_losses
 
 NAMES = (
     *("batch_size", "capacity", "invariance", "lr_scale", "quadrature"),
-    *("rank", "recipes", "regime", "tune"),
+    *("rank", "recipes", "regime", "tune", "variants"),
 )
 QUESTIONS: dict[str, Question] = {
     **{n: importlib.import_module(f"analysis.questions.{n}").QUESTION for n in NAMES},
