@@ -117,11 +117,12 @@ class PEFT(Method):
         return self.rewrites * sum(m.size for m in model.matrices(self.target_layers()))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
-        # As LoRA's, with the products with factors that VeRA has but does not train. Left out is
-        # work that does not grow with the tokens, such as the norms of DoRA.
-        rank, trained = self.rank or 0, self._trained(model)
-        sizes = (max(n, rank * (m.d_in + m.d_out)) * m.count for m, n in trained)
-        return n_tokens * (4.0 * model.n_active_params + 6.0 * sum(sizes))
+        # As LoRA's, with 4 operations per weight of factors that are not trained, as VeRA's. Left
+        # out is work that does not grow with the tokens, such as the norms of DoRA.
+        rank, flops = self.rank or 0, 4.0 * model.n_active_params
+        for m, n in self._trained(model):
+            flops += (6.0 * n + 4.0 * max(0, rank * (m.d_in + m.d_out) - n)) * m.count
+        return n_tokens * flops
 
     def rank_of(self, matrix: Matrix) -> int | None:
         return self.rank

@@ -30,7 +30,7 @@ from lorasweep.spec.streams import stream
 from lorasweep.store.checkpoint import weights_of
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
-from lorasweep.sweep.grid import trained_by_set
+from lorasweep.sweep.grid import run_names, trained_by_set
 from lorasweep.train.objectives.sft import SupervisedFineTuning
 from tests import training
 from tests.training import EPS, ROUNDING, Trained, apart, pack_of, state_of
@@ -389,6 +389,10 @@ def test_arms_of_a_sweep_and_files_of_the_user_name_methods(tmp_path):
     assert found["mine", "mine"].config == "LoKrConfig"
     assert found["mine", "mine"].fields["decompose_both"] is True
     assert found["free", "peft"].config == "LoHaConfig"
+    names = list(run_names(points).values())
+    assert names[1].startswith("dora r2 ") and not any("config" in name for name in names)
+    again = [dataclasses.replace(p, arm="one") for p in points[1:]]
+    assert all("fields={" in name for name in run_names(again).values())
     of_dora = compose_request([*words, "dora.rank=8", "arms=dora"], str(tmp_path)).points
     assert [p.spec.method.rank for p in of_dora] == [8]
     (changed,) = compose_request(
