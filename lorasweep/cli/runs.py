@@ -46,7 +46,6 @@ from lorasweep.launch.trainer import TorchTrainer, Trainer, trainer_named
 from lorasweep.launch.worker import check_world_size
 from lorasweep.methods import peft
 from lorasweep.methods.lora import LoRA
-from lorasweep.methods.peft import PEFT
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
@@ -475,7 +474,7 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
         commit = final.get("base_commit")
         write_adapter(partial, spec, weights_of(state), commit, final["models_dir"])
     lines = [f"trained again: {why}", f"weights of run {request.run} saved to {request.out}"]
-    if isinstance(spec.method, LoRA | PEFT):
+    if isinstance(spec.method, LoRA | peft.PEFT):
         lines[1] = f"adapter of run {request.run} saved to {request.out}: load it with "
         lines[1] += "peft.PeftModel.from_pretrained"
         if spec.model.tied and "unembedding" in spec.method.target_layers():
@@ -500,10 +499,10 @@ def write_adapter(
     from lorasweep.models.load import find_targets, load, save_trained
 
     base = spec.model.location if spec.model.source == "hub" else spec.model.name
-    if isinstance(spec.method, PEFT):
+    if isinstance(spec.method, peft.PEFT):
         model = load(spec.model, models_dir).model
         targets = find_targets(model, spec.model, spec.method.target_layers())
-        peft.save(folder, model, targets, spec.method, spec.seed, weights, (base, commit))
+        peft.save(folder, model, targets, spec, weights, (base, commit))
         return
     if not isinstance(spec.method, LoRA):
         save_trained(spec.model, models_dir, weights, folder)

@@ -50,7 +50,7 @@ from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.model import ModelSpec, Recipe
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.spec.trainer import TrainerSpec
-from lorasweep.spec.values import UNSET, build, fields, misfits, problems_of
+from lorasweep.spec.values import UNSET, fields, misfits, problems_of
 from lorasweep.sweep.grid import GENERATOR_PARAMS, WHOLE, Point, around, expand, fields_of, geom
 from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, made
 from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
@@ -429,10 +429,8 @@ class Composer:
         shipped = {f"+sweep={path.stem}" for path in (conf_dir() / "sweep").glob("*.yaml")}
 
         def look_up(group: str, name: str) -> Any:
-            if name in METHODS and group == "method":
-                return METHODS[name]()
-            of_files = ("sweep=", "scale=", "exec.models_dir=")
-            concerned = of_files if group == "method" else (*of_files, f"{group}.")
+            own = (f"{group}.",) * (group in GROUPS)  # an arm's method has its defaults
+            concerned = ("sweep=", "scale=", "exec.models_dir=", *own)
             of_group = [
                 o for o in typed if o.lstrip("+~").startswith(concerned) and o not in shipped
             ]
@@ -441,11 +439,8 @@ class Composer:
             key = (group, name, *of_group)
             if key not in self._looked_up:
                 values = _plain(self.composed([*of_group, f"{group}={quoted(name)}"])[group])
-                if group == "method":
-                    self._looked_up[key] = spec_from({"method": values}).method
-                else:
-                    cls = ModelSpec if group == "model" else DatasetSpec
-                    self._looked_up[key] = build(cls, values)
+                run = spec_from({"method": {"name": "lora"}, group: values})
+                self._looked_up[key] = getattr(run, group)
             return self._looked_up[key]
 
         return without_unembedding(expand(base, sweep, look_up))

@@ -6,41 +6,37 @@ loop, rows and checkpoints are those of every method. A named config imports tor
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from lorasweep.errors import RankTooLarge, SpecError, TrainingError, check_installed, unknown
-from lorasweep.methods.trainables import Target, Trainables
+from lorasweep.methods.trainables import Trainables
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import Matrix, ModelSpec
+from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.spec.values import ABOVE_0, FrozenDict, Is, encode, misfits
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 TESTED = ("LoraConfig", "VeraConfig", "OFTConfig", "LoHaConfig", "LoKrConfig", "HRAConfig")
 """Classes that are tested here. Others are as good as PEFT makes them."""
+LOOPS = ("AdaLoraConfig", "AdamssConfig", "ShadowConfig", "PolyConfig", "AdaptionPromptConfig")
+"""Classes whose training needs more than the gradient of the loss."""
 RANK = ("oft_block_size", "boft_block_size", "r")
 ALPHA = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha")
 """Fields that `rank` and `alpha` set: the first one that the class has."""
-OURS = {
-    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping"),
-    *("peft_type", "peft_version", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "modules_to_save", "trainable_token_indices", "target_parameters"),
-    *("layer_replication", "rank_pattern", "alpha_pattern", "runtime_config", "megatron_config"),
-    *("megatron_core", "ensure_weight_tying", "bias"),
-}
+OURS = re.compile("modules|layer|pattern|megatron|target_p|token_indices|runtime|tying|^bias$")
 """Fields that nobody sets: `layers` says which matrices are adapted, all in one way."""
-LOOPS = ("AdaLoraConfig", "AdamssConfig", "ShadowConfig", "PolyConfig", "AdaptionPromptConfig")
-"""Classes whose training needs more than the gradient of the loss."""
 REWRITES = ("pissa", "olora")
 """Starts of LoRA that take the adapter out of the base's weights."""
 STARTS = ("True", "False", "gaussian", "orthogonal", *REWRITES)
@@ -64,21 +60,19 @@ class PEFT(Method):
     layers: str = "all"
     """Layer sets joined by '+': attention, mlp, unembedding. 'all' means all three."""
     MAX_PACK: ClassVar[int | None] = 1
-    ONE_PROCESS: ClassVar[bool] = True
     LIBRARY: ClassVar[str] = "peft"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.config:  # else the defaults, of which no run is made
             found = self._config
-            sizes, defaults = _sizes(type(found)), _defaults(type(found))
-            kept = {k: v for k, v in vars(found).items() if k in defaults.keys() - OURS - {*sizes}}
+            rank, alpha, defaults = _fields(type(found))
+            kept = {k: v for k, v in vars(found).items() if k in defaults}
             kept = {k: v for k, v in kept.items() if v or v != defaults[k]}
             plain = json.dumps(kept | {"peft_type": found.peft_type.value}, default=sorted)
-            alpha = getattr(found, sizes[1], None)
             vars(self)["fields"] = json.loads(plain, object_hook=_frozen)
-            vars(self)["rank"] = getattr(found, sizes[0], None)
-            vars(self)["alpha"] = alpha and float(alpha)
+            vars(self)["rank"] = getattr(found, rank, None)
+            vars(self)["alpha"] = float(getattr(found, alpha)) if alpha else None
 
     @property
     def _config(self) -> Any:
@@ -90,7 +84,6 @@ class PEFT(Method):
 
     @property
     def rewrites(self) -> bool:
-        """Whether PEFT takes the adapter out of the base's weights, which are then held twice."""
         return str(self.fields.get("init_lora_weights")).startswith(REWRITES)
 
     def _trained(self, model: ModelSpec) -> list[tuple[Matrix, int]]:
@@ -100,10 +93,10 @@ class PEFT(Method):
 
     def check(self, model: ModelSpec) -> None:
         if not self.config:
-            raise SpecError(
-                f"method={self.name}: set method.config to a class of PEFT. Tested: "
-                f"{', '.join(TESTED)}. Or choose method=dora, pissa, olora, vera or oft."
+            hint = (
+                f"(tested: {', '.join(TESTED)}), or choose method=dora, pissa, olora, vera or oft."
             )
+            raise SpecError(f"method={self.name}: set method.config to a class of PEFT {hint}")
         for problem in misfits(self, self.WHERE):
             raise SpecError(problem)
         if model.n_experts and "mlp" in self.target_layers():
@@ -112,9 +105,6 @@ class PEFT(Method):
 
     def n_trainable(self, model: ModelSpec) -> int:
         return sum(n * m.count for m, n in self._trained(model))
-
-    def n_copied(self, model: ModelSpec) -> int:
-        return self.rewrites * sum(m.size for m in model.matrices(self.target_layers()))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # As LoRA's, with 4 operations per weight of factors that are not trained, as VeRA's. Left
@@ -130,13 +120,7 @@ class PEFT(Method):
     def target_layers(self) -> tuple[str, ...]:
         return parse_layers(self.layers)
 
-    def attach(
-        self,
-        base: "nn.Module",
-        targets: dict[str, Target],
-        methods: Sequence[Method],
-        seeds: Sequence[int],
-    ) -> "PeftAdapter":
+    def attach(self, base: Any, targets: Any, methods: Sequence[Any], seeds: Sequence[int]) -> Any:
         if len(methods) != 1:
             raise SpecError(f"method={self.name} trains one run at a time. Set exec.pack_size=1.")
         return PeftAdapter(base, targets, self, seeds[0])
@@ -149,16 +133,16 @@ def _frozen(values: dict[str, Any]) -> FrozenDict:
     return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _defaults(cls: Any) -> dict[str, Any]:
-    made = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+def _fields(cls: Any) -> tuple[str, str, dict[str, Any]]:
+    """Return the fields of rank and alpha ('': none), and the others that are set, by default."""
+    from peft import PeftConfig
+
+    made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(cls)}
     found = {f.name: f.default for f in dataclasses.fields(cls)}
-    return found | {k: make() for k, make in made.items() if make is not dataclasses.MISSING}
-
-
-def _sizes(cls: Any) -> tuple[str, str]:
-    """Return the fields of rank and alpha; '' if the class has none."""
-    rank, alpha = (next((f for f in some if f in _defaults(cls)), "") for some in (RANK, ALPHA))
-    return rank, alpha
+    found |= {k: make() for k, make in made.items() if make is not dataclasses.MISSING}
+    rank, alpha = (next((f for f in some if f in found), "") for some in (RANK, ALPHA))
+    ours = {f.name for f in dataclasses.fields(PeftConfig)} | {rank, alpha}
+    return rank, alpha, {k: v for k, v in found.items() if k not in ours and not OURS.search(k)}
 
 
 @cache
@@ -167,19 +151,19 @@ def _config(name: str, given: str, rank: int | None, alpha: float | None) -> Any
     check_installed("peft", "method=peft")
     import peft
 
-    cls, fields, tested = getattr(peft, name, None), json.loads(given), ", ".join(TESTED)
+    cls, fields, why = getattr(peft, name, None), json.loads(given), ""
     if not (isinstance(cls, type) and issubclass(cls, peft.PeftConfig)):
-        raise SpecError(f"method.config={name} is no class of PEFT's configs. Tested: {tested}.")
-    if "target_modules" not in _defaults(cls) or name in LOOPS:
-        why = "it adapts no matrices" if name not in LOOPS else "it needs a loop of its own"
-        raise SpecError(f"method.config={name}: {why}. Tested: {tested}.")
-    sizes, defaults = _sizes(cls), _defaults(cls)
-    allowed = defaults.keys() - OURS - {*sizes}
+        why = "is no class of PEFT's configs"
+    elif not hasattr(cls, "target_modules") or name in LOOPS:
+        why = "adapts no matrices" if name not in LOOPS else "needs a training loop of its own"
+    if why:
+        raise SpecError(f"method.config={name} {why}. Tested: {', '.join(TESTED)}.")
+    *sizes, allowed = _fields(cls)
     for key, value in fields.items():
-        if key not in allowed | {"peft_type"}:
+        if key not in (*allowed, "peft_type"):
             hint = " Set method.rank or method.alpha." * (key in sizes)
             raise SpecError(unknown(f"{name}: method.fields", key, allowed) + hint)
-        if type(defaults[key]) is bool and type(value) is not bool and "init" not in key:
+        if type(allowed.get(key)) is bool and type(value) is not bool and "init" not in key:
             raise SpecError(f"method.fields.{key}={value!r}: expected true or false.")
         if key.endswith("dropout") and value:
             raise SpecError(f"method.fields.{key}={value}: runs have no dropout. Leave it out.")
@@ -208,10 +192,8 @@ def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
 
     method, smallest = PEFT(**json.loads(canonical)), min(m.smaller for m in matrices)
     if method.config == "LoraConfig" and not 1 <= (method.rank or 0) <= smallest:
-        raise RankTooLarge(
-            f"method.rank={method.rank}. Allowed with layers {method.layers}: from 1 to "
-            f"{smallest}, the smallest side of an adapted matrix."
-        )
+        where = f"with layers {method.layers}: from 1 to {smallest}, the smallest side of a matrix"
+        raise RankTooLarge(f"method.rank={method.rank}. Allowed {where}.")
     model, config = nn.Module(), method.made([f"m{k}" for k in range(len(matrices))])
     if method.rewrites:
         config.init_lora_weights = False  # nothing to decompose
@@ -222,11 +204,9 @@ def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
             warnings.filterwarnings("error", "Invalid")  # a size that PEFT would replace
             attached = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, UserWarning) as error:
-        raise SpecError(
-            f"method={method.name} method.rank={method.rank} on matrices "
-            f"{', '.join(f'{m.d_in}x{m.d_out}' for m in matrices)}: PEFT refuses it: {error} "
-            "Choose another method.rank, other method.fields or method.layers."
-        ) from None
+        sides = ", ".join(f"{m.d_in}x{m.d_out}" for m in matrices)
+        what = f"method={method.name} method.rank={method.rank} on matrices {sides}"
+        raise SpecError(f"{what}: PEFT refuses it: {error} Choose another rank.") from None
     found = [0] * len(matrices)
     for name, p in attached.named_parameters():
         if p.requires_grad:
@@ -252,18 +232,14 @@ def _quiet(seed: int = 0) -> Iterator[None]:
 def _restored(base: Any, targets: Mapping[str, Any]) -> Iterator[None]:
     """Let PEFT change copies of the targets; at the end the base is as before, also on errors."""
     import torch
-    from torch import nn
     from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
     flags, known = {n: p.requires_grad for n, p in base.named_parameters()}, {*vars(base)}
     try:
         for name, linear in targets.items():
             # its class keeps it from being held in bf16: DoRA and others read the weights
-            sides = linear.in_features, linear.out_features
-            copy = NonDynamicallyQuantizableLinear(sides[0], sides[1], device="meta")
-            kind = torch.promote_types(linear.weight.dtype, torch.float32)
-            copy.weight = nn.Parameter(linear.weight.detach().to(kind, copy=True))
-            copy.bias = linear.bias
+            copy = deepcopy(linear).to(torch.promote_types(linear.weight.dtype, torch.float32))
+            copy.__class__ = NonDynamicallyQuantizableLinear
             base.set_submodule(name, copy)
         yield
     finally:
@@ -284,7 +260,7 @@ class PeftAdapter(Trainables):
         import torch
         from peft import get_peft_model
 
-        self._restored = _restored(base, targets)
+        self.method, self._restored = method, _restored(base, targets)
         self._restored.__enter__()
         try:
             config = method.made([name.rpartition(".")[2] for name in targets])
@@ -305,48 +281,34 @@ class PeftAdapter(Trainables):
     def parameters(self) -> "dict[str, torch.Tensor]":
         return dict(self._trained)
 
-    def norms(self) -> list[dict[str, float]]:
-        return [{}]
-
-    def spectra(self) -> list[dict[str, dict[str, float]]]:
-        return [{}]
-
     def detach(self) -> None:
         self._restored.__exit__(None, None, None)
 
 
 def save(
-    folder: Path,
-    base: Any,
-    targets: Mapping[str, Any],
-    method: PEFT,
-    seed: int,
-    weights: "Mapping[str, torch.Tensor]",
-    place: tuple[str, str | None],
+    folder: Path, base: Any, targets: Any, spec: RunSpec, weights: Any, place: Sequence[str | None]
 ) -> None:
-    """Let PEFT write a run's adapter, load it on the untouched base, and compare the logits.
-
-    An adapter that was taken out of the base's weights is written with twice the rank.
+    """Let PEFT write a run's adapter; one taken out of the base's weights gets twice the rank.
 
     Args:
-        base, targets: the base in fp32, and its adapted matrices.
+        base, targets: the untouched base in fp32, and its adapted matrices.
         weights: the trained tensors, by the names of `parameters`.
         place: name and revision with which PEFT finds the base.
 
     Raises:
-        TrainingError: the loaded adapter gives other logits.
+        TrainingError: the adapter, loaded on the base, gives other logits.
     """
     import torch
     from peft import PeftModel
 
     tokens = torch.arange(64, device=base.device)[None] % base.config.vocab_size
     how: dict[str, Any] = {"save_embedding_layers": False}
-    adapter = PeftAdapter(base, targets, method, seed)
+    adapter = PeftAdapter(base, targets, cast(PEFT, spec.method), spec.seed)
     try:
         config = adapter.model.peft_config["default"]
         (config.base_model_name_or_path, config.revision), config.task_type = place, "CAUSAL_LM"
         with TemporaryDirectory() as start, _quiet(), torch.no_grad():
-            if method.rewrites:
+            if adapter.method.rewrites:
                 adapter.model.save_pretrained(start, **how)
                 how["path_initial_model_for_weight_conversion"] = start
             for name, p in adapter.parameters().items():
@@ -359,7 +321,5 @@ def save(
     with _restored(base, targets), _quiet(), torch.no_grad():
         found = PeftModel.from_pretrained(base, str(folder))(input_ids=tokens).logits
     if not (gap := float((found - wanted).abs().max() / wanted.abs().max())) < 1e-3:
-        raise TrainingError(
-            f"the adapter that PEFT wrote gives logits that differ by {gap:.1%} from the run's. "
-            "Nothing was written. Choose other method.fields."
-        )
+        why = f"gives logits that differ by {gap:.1%} from the run's. Choose other method.fields."
+        raise TrainingError(f"the adapter that PEFT wrote {why} Nothing was written.")

@@ -290,7 +290,8 @@ def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) 
         peak = 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
     how: dict[str, Any] = {"frozen_bytes": held, "start_bytes": held, "peak": peak, "host": process}
     parts = memory_parts(load, layout, length, n_runs, states=states, word=word, **how)
-    parts["frozen weights"] += STATE_BYTES[states][0] * spec.method.n_copied(spec.model)
+    copied = sum(m.size for m in load.adapted) * spec.method.rewrites
+    parts["frozen weights"] += STATE_BYTES[states][0] * copied
     if spec.early_stopping:
         parts["best weights"] = parts["trained weights"]
     if not spec.max_new_tokens:

@@ -245,7 +245,7 @@ class Planner:
         if like is not None:
             # a pack that recomputes activations would be slower than its runs one by one
             gpus, ways = like.layout.gpus, (like.layout.checkpointing,)
-        rows, gpus = e.micro_batch_size, 1 if spec.method.ONE_PROCESS else gpus
+        rows, gpus = e.micro_batch_size, 1 if spec.method.LIBRARY else gpus
         return place(spec, self.hardware, n_runs, rows, gpus=gpus, checkpointing=ways)
 
     def kind(self, spec: RunSpec) -> Kind:

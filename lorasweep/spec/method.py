@@ -25,10 +25,8 @@ class Method(Value):
     """How many runs may share a pack; None: no limit."""
     TRAINS_BASE: ClassVar[bool] = False
     """Whether the trained tensors are weights of the base."""
-    ONE_PROCESS: ClassVar[bool] = False
-    """Whether several processes cannot train one run."""
     LIBRARY: ClassVar[str] = ""
-    """Package whose version is recorded in the results."""
+    """Package that makes the adapter, in one process; results have its version."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = ()
     """Fields that may differ inside a pack."""
 
@@ -53,9 +51,10 @@ class Method(Value):
         """Return the rank of the adapter on a kind of matrix; None without adapters."""
         return None
 
-    def n_copied(self, model: ModelSpec) -> int:
-        """Count the frozen weights that the run holds a second time, in fp32."""
-        return 0
+    @property
+    def rewrites(self) -> bool:
+        """Whether the run holds changed copies of its matrices, in fp32."""
+        return False
 
     def target_layers(self) -> tuple[str, ...]:
         """Return the layer sets of the matrices that `attach` needs."""

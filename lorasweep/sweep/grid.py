@@ -251,11 +251,8 @@ def run_names(points: Sequence[Point]) -> dict[str, str]:
         named = {"model": p.spec.model.name, "dataset": p.spec.dataset.name}
         rows.append({**method, **dict(p.spec.values()), **named})
         for key, value in rows[-1].items():
-            if key not in ("lr", "method", "name"):
+            if key not in ("lr", "method", "name", "config", "fields"):  # the arm says these
                 found.setdefault(key, set()).add(value)
-    for key in ("config", "fields"):  # of PEFT, long: the arm says it, unless it has several
-        several = {(p.arm, row.get(key)) for p, row in zip(points, rows)}
-        found[key] = found.get(key, set()) if len(several) > len({p.arm for p in points}) else set()
     varied = [k for k in dict.fromkeys((*FIRST, *found)) if len(found.get(k, ())) > 1]
     names = {}
     for p, row in zip(points, rows):
