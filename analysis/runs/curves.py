@@ -149,7 +149,7 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
     for key, part in table.groupby(keys, dropna=False):
         part = part.sort_values(["lr", "seed"])
         if "weights_sha256" in part:  # a trainer that ignores its seed: no second observation
-            given = part["weights_sha256"].notna()
+            given = part["weights_sha256"].notna() & (part["status"] == "done")
             part = part[~(given & part.duplicated(["lr", "weights_sha256"]))]
         y, lr = part["test_nll"].astype(float).to_numpy(), part["lr"].astype(float).to_numpy()
         start, floor, cut_from = (

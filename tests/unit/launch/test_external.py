@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from analysis.runs.curves import lr_curves
+from analysis.runs.table import TableError
 from lorasweep.errors import SpecError
 from lorasweep.launch import external
 from lorasweep.launch.process import StopFlag, Stopped
@@ -123,13 +125,13 @@ def other_loss(out, base, data):
 
 WRONG = {
     "fails": ["exit status 1", "a wrong argument", "key ***"],
-    "nothing": ["left no result"],
+    "nothing": ["left no config.json", "There: nothing"],
     "rank": ["r is 3, asked was 2"],
     "alpha": ["lora_alpha is 16.0, asked was 8.0"],
-    "layers": ["q_proj.A and 7 more is missing, which was asked (attention+mlp)"],
-    "zero": ["every B of the adapter is 0"],
+    "layers": ["q_proj.A and 7 more: missing (asked were the layers attention+mlp)"],
+    "zero": ["every B is 0"],
     "model": ["left a model, and was asked for an adapter"],
-    "pickle": ["adapter_model.bin would have to be unpickled"],
+    "pickle": ["A pickle is not read (adapter_model.bin)"],
     "link": ["adapter_model.safetensors is a link"],
 }
 
@@ -153,11 +155,27 @@ def test_weights_that_are_not_finite_are_diverged(store):
     assert result["state"] == "diverged" and "test_nll" not in result
 
 
-def test_equal_weights_at_two_rates_are_refused_and_at_two_seeds_kept(store):
-    assert "ignores the learning rate" in run(
-        store, foreign("rate", lr=1e-3), foreign("rate", lr=2e-3)
-    )
-    assert run(store, foreign("seed", seed=1), foreign("seed", seed=2))["state"] == "done"
+def test_equal_weights_at_two_rates_are_refused_and_at_two_seeds_count_once(store):
+    run(store, *(foreign("rate", lr=lr) for lr in (1e-3, 2e-3)))
+    with pytest.raises(
+        TableError, match=r"left equal weights .*0.001 and 0.002: it ignores the learning"
+    ):
+        lr_curves(load_runs(store.root))
+    run(store, *(foreign("seed", seed=seed) for seed in (1, 2)), *(foreign(seed=s) for s in (1, 2)))
+    table = load_runs(store.root)
+    table = table[~table["trainer"].eq(foreign("rate").trainer.label)]
+    curves = lr_curves(table.reset_index(drop=True))
+    assert sorted(len(curve.x) for curve in curves) == [1, 2]
+    assert all((curve.block == 0).all() for curve in curves)  # unpaired seeds
+    assert not any(curve.mixed for curve in curves)
+    table.loc[table["seed"] == 1, "trainer_versions"] = "trl 0.1"
+    assert [curve.mixed for curve in lr_curves(table) if len(curve.x) == 2] == [True]
+
+
+def test_diverged_runs_with_equal_weights_are_not_compared(store):
+    run(store, *(foreign("nan", method=FullFT(), lr=lr) for lr in (1e-3, 2e-3)))
+    (curve,) = lr_curves(load_runs(store.root))
+    assert len(curve.x) == 2 and not curve.usable.any()
 
 
 def test_a_trainer_that_reads_every_file_it_gets_sees_no_test_row(store):
