@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.data.handed import write_rows
-from lorasweep.errors import TrainingError
+from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch.out_of_memory import free_memory
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.plan import detect
@@ -55,6 +55,7 @@ def train(trainer: "TorchTrainer", run: RunSpec, exec_: Exec, stop: StopFlag) ->
     Yields nothing if another process has claimed the run meanwhile.
 
     Raises:
+        SpecError: a file of the trainer has changed.
         TrainingError: the command failed, hung, left no result, or not the one that was asked.
         Stopped: `stop` was set; the command has ended.
     """
@@ -71,7 +72,7 @@ def train(trainer: "TorchTrainer", run: RunSpec, exec_: Exec, stop: StopFlag) ->
         resume = "" if failed else str(left[0]) if left else resume
     for path, digest in zip(exec_.trainer_files, run.trainer.files, strict=True):
         if not os.path.isfile(path) or files.sha256(Path(path)) != digest:
-            raise TrainingError(f"{path} has changed since the command was given. Give it again.")
+            raise SpecError(f"{path} has changed since the command was given. Give it again.")
     out, rows = attempt / "out", attempt / "rows"
     out.mkdir()  # an error if it exists: it is never emptied
     base = trainer.base(run, exec_)

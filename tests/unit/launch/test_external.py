@@ -312,7 +312,8 @@ def test_words_stay_words_and_a_file_of_the_trainer_that_changed_is_refused(stor
     )
     spec = foreign(trainer={"command": command, "files": ("0" * 64,)})
     (tmp_path / "a.py").write_text("")
-    assert "has changed" in run(store, spec, trainer_files=[str(tmp_path / "a.py")])
+    with pytest.raises(SpecError, match=r"a\.py has changed"):
+        run(store, spec, trainer_files=[str(tmp_path / "a.py")])
     spec = foreign(trainer={"command": command})
     run(store, spec)
     assert "'x': \"$(a) {b'}\"" in (store.attempt(spec.id, 1) / "trainer.log").read_text()
