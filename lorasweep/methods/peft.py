@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
 TESTED = ("LoraConfig", "VeraConfig", "OFTConfig", "LoHaConfig", "LoKrConfig", "HRAConfig")
 """Classes that are tested here. Others are as good as PEFT makes them."""
-LOOPS = ("AdaLoraConfig", "AdamssConfig", "ShadowConfig", "PolyConfig", "AdaptionPromptConfig")
-"""Classes whose training needs more than the gradient of the loss."""
+UNFIT = (
+    *("AdaLoraConfig", "AdamssConfig", "ShadowConfig", "PolyConfig", "AdaptionPromptConfig"),
+    *("PveraConfig", "TrainableTokensConfig"),
+)
+"""Classes that train by more than the gradient of the loss, draw numbers, or adapt no matrices."""
 RANK = ("oft_block_size", "boft_block_size", "r")
 ALPHA = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha")
 """Fields that `rank` and `alpha` set: the first one that the class has."""
@@ -72,7 +75,7 @@ class PEFT(Method):
             plain = json.dumps(kept | {"peft_type": found.peft_type.value}, default=sorted)
             vars(self)["fields"] = json.loads(plain, object_hook=_frozen)
             vars(self)["rank"] = getattr(found, rank, None)
-            vars(self)["alpha"] = float(getattr(found, alpha)) if alpha else None
+            vars(self)["alpha"] = (size := getattr(found, alpha, None)) and float(size)
 
     @property
     def _config(self) -> Any:
@@ -151,11 +154,12 @@ def _config(name: str, given: str, rank: int | None, alpha: float | None) -> Any
     check_installed("peft", "method=peft")
     import peft
 
-    cls, fields, why = getattr(peft, name, None), json.loads(given), ""
+    cls: Any = getattr(peft, name, None)
+    fields, why = json.loads(given), ""
     if not (isinstance(cls, type) and issubclass(cls, peft.PeftConfig)):
         why = "is no class of PEFT's configs"
-    elif not hasattr(cls, "target_modules") or name in LOOPS:
-        why = "adapts no matrices" if name not in LOOPS else "needs a training loop of its own"
+    elif not hasattr(cls, "target_modules") or name in UNFIT:
+        why = "does not adapt matrices by the gradient of the loss alone"
     if why:
         raise SpecError(f"method.config={name} {why}. Tested: {', '.join(TESTED)}.")
     *sizes, allowed = _fields(cls)
@@ -189,6 +193,7 @@ def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
     """Let PEFT count the trained parameters of a matrix of each kind, on the device 'meta'."""
     from peft import get_peft_model
     from torch import nn
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as Linear
 
     method, smallest = PEFT(**json.loads(canonical)), min(m.smaller for m in matrices)
     if method.config == "LoraConfig" and not 1 <= (method.rank or 0) <= smallest:
@@ -197,8 +202,11 @@ def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
     model, config = nn.Module(), method.made([f"m{k}" for k in range(len(matrices))])
     if method.rewrites:
         config.init_lora_weights = False  # nothing to decompose
-    for k, m in enumerate(matrices):
-        model.add_module(f"m{k}", nn.Linear(m.d_in, m.d_out, bias=False, device="meta"))
+    for layer in "ab":  # two layers, to see whether they share tensors
+        model.add_module(layer, nn.Module())
+        for k, m in enumerate(matrices):
+            linear = Linear(m.d_in, m.d_out, bias=False, device="meta")
+            model.get_submodule(layer).add_module(f"m{k}", linear)
     try:
         with _quiet():
             warnings.filterwarnings("error", "Invalid")  # a size that PEFT would replace
@@ -207,11 +215,11 @@ def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
         sides = ", ".join(f"{m.d_in}x{m.d_out}" for m in matrices)
         what = f"method={method.name} method.rank={method.rank} on matrices {sides}"
         raise SpecError(f"{what}: PEFT refuses it: {error} Choose another rank.") from None
-    found = [0] * len(matrices)
-    for name, p in attached.named_parameters():
-        if p.requires_grad:
-            found[int(name.removeprefix(PREFIX).split(".")[0][1:])] += p.numel()
-    return tuple(found)
+    trained = {n: p.numel() for n, p in attached.named_parameters() if p.requires_grad}
+    of = [sum(s for n, s in trained.items() if f".a.m{k}." in n) for k in range(len(matrices))]
+    if 2 * sum(of) != sum(trained.values()):
+        raise SpecError(f"method.config={method.config}: its matrices share trained tensors.")
+    return tuple(of)
 
 
 # ---------------------------------------------------------------- the adapter of a run

@@ -322,10 +322,13 @@ def test_plans_use_one_process_and_count_a_second_copy_of_the_base():
 REFUSED = {
     "no class": (["method=peft"], r"set method\.config .*tested: LoraConfig.*method=dora"),
     "unknown class": (["method=peft", "method.config=LohaConfig"], "no class .* LoHaConfig"),
-    "prompts": (["method=peft", "method.config=PrefixTuningConfig"], "adapts no matrices.*LoraC"),
+    "prompts": (
+        ["method=peft", "method.config=PrefixTuningConfig"],
+        "does not adapt matrices.*LoraC",
+    ),
     "own loop": (
         ["method=peft", "method.config=AdaLoraConfig"],
-        "needs a training loop.*LoraConfig",
+        "does not adapt matrices.*LoraConfig",
     ),
     "unknown field": (["method=dora", "+method.fields.use_doar=true"], "Did you mean 'use_dora'"),
     "size as field": (["method=dora", "+method.fields.r=8"], r"Set method\.rank"),
@@ -338,6 +341,7 @@ REFUSED = {
     "rank 0": (["method=vera", "method.rank=0"], r"rank=0: expected .* at least 1"),
     "refused by PEFT": (["method=oft", "method.fields={r: 4}"], "PEFT refuses its fields"),
     "size that PEFT replaces": (["method=oft", "method.rank=7"], "Invalid `oft_block_size`"),
+    "shared": (["method=peft", "method.config=UniLoraConfig"], "share trained tensors"),
     "experts": (["method=dora", "model=tiny64-experts"], "experts need method=lora"),
 }
 
