@@ -160,11 +160,7 @@ def check_claims(sweep: Sweep | None) -> Any:
 
 
 def refuse_claims(request: Request) -> None:
-    """Drop the claims that the runs of a foreign trainer cannot decide, into `request.refused`.
-
-    Raises:
-        SpecError: it can decide none of the sweep's claims.
-    """
+    """Drop claims that a foreign trainer's runs cannot decide; SpecError if none is left."""
     from analysis.questions.registry import on_final_losses
 
     for part in request.parts or [request]:
@@ -176,9 +172,8 @@ def refuse_claims(request: Request) -> None:
         sweep.claims = {k: claim for k, claim in sweep.claims.items() if claim.estimand in able}
         if not sweep.claims:
             raise SpecError(
-                f"trainer={trainer.name}: no claim of {part.sweep_name} can be judged ("
-                f"{', '.join(part.refused)}): they need our learning curves, first updates "
-                "or batches. Use trainer=builtin, or a sweep about final losses: lr_ratio or tune."
+                f"trainer={trainer.name}: none of the claims {', '.join(part.refused)} is about "
+                "final losses alone. Use trainer=builtin, or another sweep: lr_ratio or tune."
             )
 
 

@@ -208,18 +208,11 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
 
 def foreign_lines(request: Request, plan: Plan) -> list[str]:
     """Say what is not known of a foreign trainer, and what its runs cannot decide."""
-    trainer, lines = plan.points[0].spec.trainer, list[str]()
-    if trainer.command and not plan.speeds:
-        lines.append(
-            f"  time and memory of trainer={trainer.name} are unknown before its first run; the "
-            "numbers above are those of our loop"
-        )
-    if request.refused:
-        lines.append(
-            f"  refused with trainer={trainer.name}: {', '.join(request.refused)}: such a claim "
-            "needs our learning curves, first updates or batches"
-        )
-    return lines
+    name = plan.points[0].spec.trainer.name
+    unknown = f"  time and memory of trainer={name}: unknown before its first run, not as above"
+    refused = f"  refused with trainer={name}, as they need more than final losses: "
+    lines = [unknown] * (name != "builtin" and not plan.speeds)
+    return lines + [refused + ", ".join(request.refused)] * bool(request.refused)
 
 
 def unpinned_lines(points: Sequence[Point]) -> list[str]:

@@ -32,17 +32,15 @@ def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
         if not isinstance(values[key], list):
             raise SpecError(f"trainer.{key}={values[key]!r}: expected a list, [WORD,WORD,...].")
         values[key] = [str(word) for word in values[key]]
-    script, max_h = str(values.pop("script") or ""), values.pop("max_h")
-    given = [script] * bool(script) + values["files"]
+    script, max_h = values.pop("script"), values.pop("max_h")
+    given = [*[str(script)] * bool(script), *values["files"]]
     words = [word for key in LISTS[:-1] for word in values[key][key == "command" :]]
-    paths = [os.path.abspath(os.path.expanduser(f)) for f in given]
-    paths += [os.path.abspath(word) for word in words if os.path.isfile(word)]
-    if not values["command"]:  # ours has no files
-        return build(TrainerSpec, {**values, "files": given}), [], max_h
-    paths = [*dict.fromkeys(paths)]
-    if missing := [path for path in paths if not os.path.isfile(path)]:
+    paths = [Path(f).expanduser().absolute() for f in (*given, *filter(os.path.isfile, words))]
+    if missing := [path for path in paths if not path.is_file()]:
         raise SpecError(f"trainer.script or trainer.files: no file {missing[0]}. Correct the path.")
-    return build(TrainerSpec, {**values, "files": [sha256(Path(p)) for p in paths]}), paths, max_h
+    paths = [*dict.fromkeys(paths)]
+    trainer = build(TrainerSpec, {**values, "files": [*map(sha256, paths)]})
+    return trainer, [*map(str, paths)], max_h
 
 
 def checked(request: Request, paths: list[str], max_h: Any) -> Request:
@@ -52,40 +50,38 @@ def checked(request: Request, paths: list[str], max_h: Any) -> Request:
         SpecError: a setting is of our loop only.
     """
     exec_, cluster = request.exec, request.cluster
-    per_node = cluster.gpus_per_node or cluster.gpus
+    nodes = cluster.gpus > (cluster.gpus_per_node or cluster.gpus)
     for wrong, said in (
-        (exec_.world_size > 1, f"exec.world_size={exec_.world_size}: the trainer starts its own"),
-        (cluster.gpus > per_node, f"cluster.gpus={cluster.gpus}: several nodes are not supported"),
-        (request.hardware, "hardware=...: nothing is known of the trainer's speed; use"),
-        (request.customers, "customers=...: a fleet is trained by trainer=builtin"),
-        (not isinstance(max_h, int | float) or max_h <= 0, f"trainer.max_h={max_h!r}: not hours"),
+        (exec_.world_size > 1, f"exec.world_size={exec_.world_size}"),
+        (nodes, f"cluster.gpus={cluster.gpus}, on several nodes"),
+        (request.hardware, f"hardware={request.hardware.get('name')}"),
+        (request.customers, f"customers={request.customers}"),
+        (not isinstance(max_h, int | float) or max_h <= 0, f"trainer.max_h={max_h}"),
     ):
         if wrong:
             raise SpecError(
-                f"{said}. Leave it out. Several processes on one machine: write `accelerate launch`"
-                " or `torchrun` into trainer.command; {gpus} is the number of GPUs of a run."
+                f"{said} is not supported with a trainer that is not builtin. Leave it out (max_h: "
+                "hours above 0). Several processes on one machine: write `accelerate launch` or "
+                "`torchrun` into trainer.command; {gpus} is the number of GPUs of a run."
             )
     more: dict[str, Any] = {"trainer_files": paths, "trainer_max_h": float(max_h), "pack_size": 1}
+    exec_ = dataclasses.replace(exec_, **more, workers=exec_.workers or 1)
     if cluster.kind == "slurm":
         cluster = dataclasses.replace(cluster, workers=cluster.workers or 1)
-    exec_ = dataclasses.replace(exec_, **more, workers=exec_.workers or 1)
     return dataclasses.replace(request, exec=exec_, cluster=cluster)
 
 
 def without_unembedding(points: Sequence[Point]) -> list[Point]:
-    """Return runs whose LoRA, if it is not trained by us, leaves out the unembedding.
+    """Return the runs; LoRA that is not trained by us leaves out the unembedding, beside others.
 
-    So do the defaults of TRL and PEFT: they name attention and MLP. On a tied unembedding PEFT also
-    saves the embedding.
+    So do the defaults of TRL and PEFT. On a tied one PEFT would also save the embedding.
     """
     found: dict[str, Point] = {}
     for p in points:
         method = p.spec.method
         if p.spec.trainer.command and isinstance(method, LoRA):
             layers = [k for k in parse_layers(method.layers) if k != "unembedding"]
-            if not layers:
-                raise SpecError("layers=unembedding is trained by trainer=builtin only.")
-            method = dataclasses.replace(method, layers="+".join(layers))
+            method = dataclasses.replace(method, layers="+".join(layers) or method.layers)
             p = Point(p.arm, dataclasses.replace(p.spec, method=method))
         found.setdefault(p.id, p)
     return list(found.values())

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lorasweep.data.sources import Source
 from lorasweep.errors import DataError
 from lorasweep.spec.run import RunSpec
 
+Row = dict[str, Any]
 IGNORED = -100
 """Label of a token that does not count in the loss, as in PyTorch's cross-entropy."""
 
@@ -21,8 +22,7 @@ IGNORED = -100
 def write_rows(folder: Path, run: RunSpec, data: Data, tokenizer: Any, dirs: list[str]) -> None:
     """Write train.jsonl, and validation.jsonl if there are validation rows, in the run's form.
 
-    With trainer.in_order the training rows are those of all updates in their order, repeated over
-    epochs; so they are without `n_train`, where rows are endless.
+    With trainer.in_order, or of endless rows, they are those of all updates, in their order.
 
     Args:
         folder: is created.
@@ -32,43 +32,35 @@ def write_rows(folder: Path, run: RunSpec, data: Data, tokenizer: Any, dirs: lis
         DataError: a row has no such form.
     """
     folder.mkdir()
-    parts: dict[str, Iterator[Any]] = {}
+    both: Sequence[Iterator[Row]]
     if run.trainer.rows == "tokens":
-        n = run.steps * run.batch_size
-        if not run.trainer.in_order and data.n_train is not None:
-            n = data.n_train
-        parts["train"] = map(_tokens, data.train(run.seed, 0, n))
-        parts["validation"] = map(_tokens, data.validation)
+        every = run.trainer.in_order or data.n_train is None
+        n = run.steps * run.batch_size if every else data.n_train
+        both = [map(_tokens, rows) for rows in (data.train(run.seed, 0, n or 0), data.validation)]
     else:
-        train, held_out = sources_of(run.dataset, dirs)
-        counts = {"train": (train, data.n_train), "validation": (held_out, len(data.validation))}
-        for name, (source, count) in counts.items():
-            parts[name] = _texts(run, source, count or 0, tokenizer)
-    for name, rows in parts.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        if lines:
+        counts = (data.n_train or 0, len(data.validation))
+        sources = zip(sources_of(run.dataset, dirs), counts)
+        both = [_texts(run, source, count, tokenizer) for source, count in sources]
+    for name, rows in zip(("train", "validation"), both):
+        if lines := [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]:
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _tokens(row: Example) -> dict[str, list[int]]:
-    pairs = zip(row.tokens.tolist(), row.loss.tolist())
-    labels = [token if in_loss else IGNORED for token, in_loss in pairs]
+def _tokens(row: Example) -> Row:
+    labels = [t if in_loss else IGNORED for t, in_loss in zip(row.tokens.tolist(), row.loss)]
     return {"input_ids": row.tokens.tolist(), "labels": labels}
 
 
-def _texts(run: RunSpec, source: Source, count: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _texts(run: RunSpec, source: Source, count: int, tokenizer: Any) -> Iterator[Row]:
     """Yield the first `count` rows that are trained on, as messages or pairs."""
     spec, eos = run.dataset, tokenizer.eos_token or ""
     usable = (row for row in source.rows() if text.fits(spec, row, tokenizer))
     for where, row in itertools.islice(usable, count):
         if run.trainer.rows == "messages":
-            found = read(spec, row, where)
-            turns = [
-                turn
-                if learned == (turn["role"] == "assistant")
-                else {**turn, "weight": int(learned)}
-                for turn, learned in zip(found.turns, found.learned, strict=True)
-            ]
+            found, turns = read(spec, row, where), []
+            for turn, learned in zip(found.turns, found.learned, strict=True):
+                same = learned == (turn["role"] == "assistant")
+                turns.append(turn if same else {**turn, "weight": int(learned)})
             yield {"messages": turns, **({"tools": found.tools} if found.tools else {})}
             continue
         pieces = text.rendered(spec, row, where, tokenizer)
@@ -77,5 +69,5 @@ def _texts(run: RunSpec, source: Source, count: int, tokenizer: Any) -> Iterator
                 f"{where}: trainer.rows=pairs takes rows of a prompt and one answer in the loss. "
                 "Set trainer.rows=messages or tokens."
             )
-        prompt = pieces[0][0] if len(pieces) > 1 else ""
+        prompt = "".join(piece for piece, in_loss in pieces if not in_loss)
         yield {"prompt": prompt, "completion": pieces[-1][0].removesuffix(eos)}

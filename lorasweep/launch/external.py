@@ -89,9 +89,10 @@ def train(trainer: "TorchTrainer", run: RunSpec, exec_: Exec, stop: StopFlag) ->
     }
     values = {name: values.get(name, 0) for name in PLACES}
     (out / "run.json").write_text(json.dumps({"id": run.id, **values}, indent=1))
+    texts = {k: f"{v:.12g}" if isinstance(v, float) else str(v) for k, v in values.items()}
     t = run.trainer
     words = [*t.command, *(t.lora if lora else t.full), *(t.resume if resume else ())]
-    words = [PLACE.sub(lambda place: _text(values[place[1]]), word) for word in words]
+    words = [PLACE.sub(lambda place: texts[place[1]], word) for word in words]
     store.log(run.id, n, _without_secrets(f"command: {json.dumps(words)}"))
     if detect.gpus():
         base = None
@@ -110,10 +111,6 @@ def train(trainer: "TorchTrainer", run: RunSpec, exec_: Exec, stop: StopFlag) ->
     more = {"trainer_versions": versions_of(words[0]), "step_s": wall_s / run.steps}
     event.ended[run.id][1].update({**more, "resumed": bool(resume)})
     yield event
-
-
-def _text(value: Any) -> str:
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def _run(

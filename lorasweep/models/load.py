@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -116,10 +117,9 @@ def transformers_folder(spec: ModelSpec, models_dirs: Sequence[str], cache: Path
     if not folder.is_dir():
         partial = cache / f".{folder.name}.{os.getpid()}"
         _read(spec, models_dirs)[0].save_pretrained(partial)
-        try:
+        with suppress(OSError):  # another process was faster
             os.rename(partial, folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 NEEDED = ("lr", "seed", "out")
 """Places without which all runs would be the same, or leave nothing."""
-UNUSUAL = (
-    *("warmup_steps", "weight_decay", "beta1", "beta2", "eps", "clip_norm", "precision"),
-    *("schedule", "scaling_by", "init_scale", "lr_b_ratio", "random_factor", "init_seed", "scope"),
-)
-"""Settings of a run that need a place if they differ from their defaults."""
+USUAL = ("warmup_steps", "weight_decay", "beta1", "beta2", "eps", "clip_norm", "precision")
 PLACES = (
-    *NEEDED,
-    *("method", "rank", "alpha", "layers", "modules", "batch_size", "steps", "schedule"),
-    *("model", "rows", "resume", "script", "gpus", "max_length", *UNUSUAL[:7]),
+    *(*NEEDED, "method", "rank", "alpha", "layers", "modules", "batch_size", "steps", "schedule"),
+    *("model", "rows", "resume", "script", "gpus", "max_length", *USUAL),
 )
+AS_USUAL = (
+    *(*USUAL, "schedule", "scaling_by", "init_scale", "lr_b_ratio", "random_factor", "init_seed"),
+    *("scope", "objective", "early_stopping", "test_rows"),
+)
+"""Settings of a run that have their default values, unless the command has a place for them."""
 PLACE = re.compile(r"\{([a-z]\w*)\}")
 
 
-def places_in(words: tuple[str, ...]) -> set[str]:
+def places_in(*words: str) -> set[str]:
     """Return the names of the places in a command's words."""
     return {name for word in words for name in PLACE.findall(word)}
 
@@ -63,23 +63,18 @@ class TrainerSpec(Value):
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the template."""
-        words, given = (*self.command, *self.full, *self.lora), places_in(self.command)
+        words, given = (*self.command, *self.full, *self.lora), places_in(*self.command)
         if not self.command:
             if words or self.files or self.name != "builtin":
                 yield f"trainer={self.name} has no command: trainer.command=[PROGRAM,ARGUMENT,...]."
             return
-        for name in sorted(places_in((*words, *self.resume)) - {*PLACES}):
+        for name in sorted(places_in(*words, *self.resume) - {*PLACES}):
             yield f"trainer.command: {unknown('place', name, PLACES)}"
         if absent := [f"{{{name}}}" for name in NEEDED if name not in given]:
-            yield (
-                f"trainer.command has no {', '.join(absent)}: expected a word with each of {{lr}}, "
-                "{seed} and {out}, such as --learning_rate={lr}."
-            )
-        if ("resume" in places_in(words)) or (
-            self.resume and "resume" not in places_in(self.resume)
-        ):
+            yield f"trainer.command: no {', '.join(absent)}. Expected words such as --lr={{lr}}."
+        if "resume" in places_in(*words):
             yield "trainer: {resume} belongs into trainer.resume, and into no other list."
-        if "script" in places_in(words) and not self.files:
+        if "script" in places_in(*words) and not self.files:
             yield "trainer.script: missing. The command has {script}: trainer.script=FILE.py."
         order = self.in_order and self.rows != "tokens"
         yield from misfits(self, self.WHERE, [("in_order", order, "false without rows=tokens")])
@@ -87,19 +82,20 @@ class TrainerSpec(Value):
     def refusals(self, run: "RunSpec") -> Iterator[str]:
         """Yield why this trainer, which is not ours, cannot train a run that our loop can."""
         method, said = run.method, f"trainer={self.name}"
-        if method.name not in ("fullft", "lora"):
-            yield f"{said}: method={method.name} is trained by trainer=builtin only."
-        if run.model.n_experts:
-            yield f"{said}: {run.model.name} has experts, which trainer=builtin only trains."
-        if run.dataset.source == "synthetic" and self.rows != "tokens":
-            yield f"trainer.rows={self.rows}: {run.dataset.name} has no text. Expected tokens."
-        wanted: dict[str, tuple[Any, Any]] = {"objective": (run.objective, "sft")}
-        wanted |= {"early_stopping": (run.early_stopping, 0), "test_rows": (run.test_rows, True)}
-        passed = places_in((*self.command, *self.full, *self.lora))
-        default = {**vars(type(run)()), **vars(type(method)())}
+        passed = places_in(*self.command, *self.full, *self.lora)
+        default: dict[str, Any] = {**vars(type(run)()), **vars(type(method)())}
         values = {**vars(run), **vars(method)}
-        wanted |= {k: (values[k], default[k]) for k in UNUSUAL if k in values and k not in passed}
-        for key, (value, expected) in wanted.items():
-            if value != expected:
+        for wrong, given in (
+            (method.name not in ("fullft", "lora"), f"method={method.name}"),
+            (run.model.n_experts, f"model={run.model.name}, which has experts,"),
+            (
+                run.dataset.source == "synthetic" and self.rows != "tokens",
+                f"rows={self.rows} without text",
+            ),
+        ):
+            if wrong:
+                yield f"{said}: {given} is not supported. Expected trainer=builtin or rows=tokens."
+        for key in (k for k in AS_USUAL if k in values and k not in passed):
+            if values[key] != default[key]:
                 place = f", or a place {{{key}}} in its command" * (key in PLACES)
-                yield f"{said} is not told of {key}={value}. Expected {expected}{place}."
+                yield f"{said} is not told of {key}={values[key]}. Expected {default[key]}{place}."

@@ -49,88 +49,66 @@ def read_weights(folder: Path, run: RunSpec, base: Base) -> Tensors:
         TrainingError: there is no adapter or model; a file of it is a link, a pickle or code; or
             its rank, alpha, adapted matrices or changed tensors are not those of the run.
     """
-    lora, adapter = run.method.name == "lora", (folder / OF_ADAPTER).exists()
-    config = _json(folder / (OF_ADAPTER if adapter else OF_MODEL))
+    method: Any = run.method
+    lora, adapter = method.name == "lora", (folder / OF_ADAPTER).exists()
+    config = json.loads(_checked(folder, OF_ADAPTER if adapter else OF_MODEL).read_bytes())
     index = [INDEX] * (folder / INDEX).exists()
     for name in [ADAPTER] if adapter else [*index, *weight_files(folder)]:
-        _check(folder / name)
+        _checked(folder, name)
     if "auto_map" in config:
         raise TrainingError("config.json names code of its own (auto_map), which is never run.")
     if adapter != lora:
         left, asked = ("an adapter", "a model") if adapter else ("a model", "an adapter")
         raise TrainingError(f"the trainer left {left}, and was asked for {asked}.")
-    found, wrong = (_adapter if lora else _model)(folder, config, run, base)
+    found, wrong = Tensors(), list[str]()
+    if lora:
+        values = {"peft_type": "LORA", "r": method.rank, "lora_alpha": method.alpha}
+        given = {k: (config.get(k), v) for k, v in values.items()}
+        wrong += [f"{k} is {is_}, asked was {v}" for k, (is_, v) in given.items() if is_ != v]
+        others = {k: config[k] for k in OTHERS if config.get(k) not in OFF}
+        if str(start := config.get("init_lora_weights")).startswith(OWN_BASE):
+            others["init_lora_weights"] = start
+        wrong += [f"{k} is {v}, asked was plain LoRA" for k, v in others.items()]
+        for key, tensor in load_file(folder / ADAPTER).items():
+            named = LORA_KEY.fullmatch(key)
+            found[f"{named[1]}.{named[2]}" if named else key] = tensor
+        targets: dict[str, Any] = find_targets(base.model, run.model, method.target_layers())
+        shapes = {f"{n}.A": (method.rank, m.in_features) for n, m in targets.items()}
+        shapes |= {f"{n}.B": (m.out_features, method.rank) for n, m in targets.items()}
+        wrong += _differences(found, shapes, f"asked were the layers {method.layers}")
+        if not wrong and not any(t.any() for name, t in found.items() if name.endswith(".B")):
+            wrong.append("every B is 0, so nothing was trained")
+    else:
+        try:
+            model = model_at(run.model, folder, use_safetensors=True)
+        except Exception as error:  # transformers and models raise any kind
+            raise TrainingError(f"the trainer's model cannot be loaded: {error}") from None
+        found = {name: p.data for name, p in model.named_parameters()}
+        before = {name: p.data for name, p in base.model.named_parameters()}
+        wrong += _differences(found, {n: tuple(p.shape) for n, p in before.items()}, "of the base")
+        # norms and biases may be equal after rounding
+        matrices = [n for n, p in found.items() if p.dim() > 1 and not wrong]
+        if kept := [n for n in matrices if torch.equal(found[n], before[n].to(found[n]))]:
+            wrong.append(f"{_some(kept)} unchanged, asked was full fine-tuning")
     if wrong:
         raise TrainingError(f"the trainer did not do what it was asked: {'; '.join(wrong)}.")
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Read one of the configurations; TrainingError: it is not there, or a link, or damaged."""
-    _check(path)
-    try:
-        return {**json.loads(path.read_bytes())}
-    except (ValueError, TypeError) as error:
-        raise TrainingError(f"the trainer left a damaged {path.name} ({error}).") from None
-
-
-def _check(path: Path) -> None:
-    """Raise TrainingError unless this is a regular file."""
-    left = sorted(f.name for f in path.parent.iterdir() if f.name != "run.json")
-    if "/" in path.name or path.name not in left:
+def _checked(folder: Path, name: str) -> Path:
+    """Return the path of a file in a folder; TrainingError: it is no regular file there."""
+    left = sorted(f.name for f in folder.iterdir() if f.name != "run.json")
+    if name not in left:
         pickles = [name for name in left if name.endswith((".bin", ".pt", ".pth"))]
         raise TrainingError(
-            f"the trainer left no {path.name}. Expected in {{out}}: {OF_ADAPTER} and {ADAPTER}, or "
+            f"the trainer left no {name}. Expected in {{out}}: {OF_ADAPTER} and {ADAPTER}, or "
             f"{OF_MODEL} and {SINGLE}. There: {', '.join(left) or 'nothing'}."
             + f" A pickle is not read ({', '.join(pickles)}): save as safetensors."
             * bool(pickles)
         )
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise TrainingError(f"{path.name} is a link or no regular file, so it is not read.")
-
-
-def _adapter(
-    folder: Path, config: Mapping[str, Any], run: RunSpec, base: Base
-) -> tuple[Tensors, list[str]]:
-    """Read an adapter; also return what differs from the run."""
-    method: Any = run.method
-    found, of = Tensors(), "asked was plain LoRA"
-    asked = {"peft_type": "LORA", "r": method.rank, "lora_alpha": method.alpha}
-    wrong = [
-        f"{k} is {config.get(k)}, asked was {v}" for k, v in asked.items() if config.get(k) != v
-    ]
-    wrong += [f"{k} is {config[k]}, {of}" for k in OTHERS if config.get(k) not in OFF]
-    if str(start := config.get("init_lora_weights")).startswith(OWN_BASE):
-        wrong.append(f"init_lora_weights is {start}, which changes the base")
-    for key, tensor in load_file(folder / ADAPTER).items():
-        named = LORA_KEY.fullmatch(key)
-        found[f"{named[1]}.{named[2]}" if named else key] = tensor
-    targets: dict[str, Any] = find_targets(base.model, run.model, method.target_layers())
-    expected = {f"{n}.A": (method.rank, m.in_features) for n, m in targets.items()}
-    expected |= {f"{n}.B": (m.out_features, method.rank) for n, m in targets.items()}
-    wrong += _differences(found, expected, f"asked were the layers {method.layers}")
-    if not wrong and not any(t.any() for name, t in found.items() if name.endswith(".B")):
-        wrong.append("every B is 0, so nothing was trained")
-    return found, wrong
-
-
-def _model(
-    folder: Path, config: Mapping[str, Any], run: RunSpec, base: Base
-) -> tuple[Tensors, list[str]]:
-    """Read a model; also return what differs from a fully fine-tuned base."""
-    try:
-        model = model_at(run.model, folder, use_safetensors=True)
-    except Exception as error:  # transformers and models raise any kind
-        raise TrainingError(f"the trainer's model cannot be loaded: {error}") from None
-    found = {name: p.data for name, p in model.named_parameters()}
-    before = {name: p.data for name, p in base.model.named_parameters()}
-    shapes = {name: tuple(p.shape) for name, p in before.items()}
-    wrong = [*_differences(found, shapes, "the base has them")]
-    # norms and biases may be equal after rounding
-    matrices = [n for n, p in found.items() if p.dim() > 1 and not wrong]
-    if kept := [n for n in matrices if torch.equal(found[n], before[n].to(found[n]))]:
-        wrong.append(f"{_some(kept)} unchanged, asked was full fine-tuning")
-    return found, wrong
+    if not stat.S_ISREG((folder / name).lstat().st_mode):
+        raise TrainingError(f"{name} is a link or no regular file, so it is not read.")
+    return folder / name
 
 
 def _differences(found: Tensors, expected: Mapping[str, Any], asked: str) -> Iterator[str]:
@@ -163,11 +141,10 @@ def reported(out: Path) -> list[Record]:
 
     From transformers' trainer_state.json, or lines {step, loss} of metrics.jsonl.
     """
-    for path in (out / STATE, *(f / STATE for f in checkpoints(out)), out / CURVE):
+    places = ((out, STATE), *((f, STATE) for f in checkpoints(out)), (out, CURVE))
+    for folder, name in places:
         try:
-            _check(path)
-            text = path.read_text()
-            whole = path.name == STATE
+            text, whole = _checked(folder, name).read_text(), name == STATE
             lines = json.loads(text)["log_history"] if whole else map(json.loads, text.splitlines())
             given = [(int(v["step"]), float(v["loss"])) for v in lines if "loss" in v]
             return [{"step": step, "train_nll": loss} for step, loss in given]

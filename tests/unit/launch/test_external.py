@@ -1,5 +1,6 @@
 """The contract with foreign trainers, with one that does on demand what they do wrong."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from analysis.runs.curves import lr_curves
 from analysis.runs.table import TableError
-from lorasweep.errors import SpecError
+from lorasweep.data.handed import write_rows
+from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch import external
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import TorchTrainer
@@ -27,8 +30,10 @@ from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
 from lorasweep.train.loop import attached
+from lorasweep.train.referee import read_weights
+from tests.customers import make_base
 from tests.unit.launch.trainers import train
-from tests.world import tiny_spec, wait_for
+from tests.world import compose_request, tiny_spec, wait_for, write_json
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
 LORA = LoRA(rank=2, alpha=8, layers="attention+mlp")
@@ -97,9 +102,6 @@ def run_exec(store):
 
 
 def other_loss(out, base, data):
-    import copy
-
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -191,6 +193,72 @@ def test_a_trainer_that_reads_every_file_it_gets_sees_no_test_row(store):
     assert {*PLACES} - given.keys() <= {"resume"} and given["lr"] == spec.lr
 
 
+@pytest.mark.parametrize("form", ["pairs", "messages"])
+def test_rows_are_handed_over_as_text_without_those_of_the_test(tmp_path, form):
+    texts = [{"prompt": f"How many? {k}", "completion": f"Just {k}."} for k in range(60)]
+    path, base = (
+        write_json(tmp_path / "rows.jsonl", texts),
+        make_base(tmp_path / "m", torch.float32),
+    )
+    command = '["x","--lr={lr}","--seed={seed}","--out={out}"]'
+    overrides = (
+        f"trainer.command={command}",
+        f"trainer.rows={form}",
+        "trainer=command",
+        "scale=smoke",
+    )
+    request = compose_request([f"model={base}", f"dataset={path}", "+sweep=lr_ratio", *overrides])
+    spec, exec_ = request.points[0].spec, request.exec
+    trainer = TorchTrainer()
+    base = trainer.base(spec, exec_)
+    data = trainer.data(spec, exec_, base)
+    write_rows(tmp_path / "handed", spec, data, base.tokenizer, exec_.data_dir)
+    assert sorted(p.name for p in (tmp_path / "handed").iterdir()) == [
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+    seen = {
+        name: (tmp_path / f"handed/{name}.jsonl").read_text() for name in ("train", "validation")
+    }
+    parts = {"train": data.train(0, 0, data.n_train), "validation": data.validation}
+    for name, rows in parts.items():
+        lines = [json.loads(line) for line in seen[name].splitlines()]
+        if form == "messages":
+            roles = [[m["role"] for m in line["messages"]] for line in lines]
+            assert roles == [["user", "assistant"]] * len(lines)
+            answers = [line["messages"][1]["content"] for line in lines]
+        else:
+            # prompt and completion, tokenized one by one and ended, are the tokens that we train on
+            ends = [base.tokenizer.eos_token_id]
+            said = [
+                tuple(
+                    base.tokenizer(line["prompt"], add_special_tokens=False).input_ids
+                    + base.tokenizer(line["completion"], add_special_tokens=False).input_ids
+                    + ends
+                )
+                for line in lines
+            ]
+            assert sorted(said) == sorted(tuple(row.tokens.tolist()) for row in rows)
+            answers = [line["completion"] for line in lines]
+        assert len(answers) == len(rows)
+    tests = [
+        base.tokenizer.decode(row.tokens[row.loss], skip_special_tokens=True) for row in data.test
+    ]
+    assert tests and not any(f'"{said}"' in text for said in tests for text in seen.values())
+
+
+def test_weights_outside_of_the_folder_are_not_read(store, tmp_path):
+    spec = foreign(method=FullFT())
+    base = TorchTrainer().base(spec, run_exec(store))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    index = {"weight_map": {"a": "../x.safetensors"}}
+    (tmp_path / "out/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TrainingError, match=r"left no \.\./x\.safetensors"):
+        read_weights(tmp_path / "out", spec, base)
+
+
 def test_a_trainer_that_hangs_is_stopped_with_all_its_processes(store):
     spec = foreign("hangs")
     why = run(store, spec, trainer_max_h=3 / 3600)
@@ -277,7 +345,7 @@ def test_a_program_that_is_not_there_is_named(store):
         ({"command": ("x", "{lr}{seed}{out}{script}")}, "trainer.script"),
         ({"command": ("x", "{lr}{seed}{out}{resume}")}, "trainer.resume"),
         ({"in_order": True, "rows": "pairs"}, "in_order"),
-        ({"rows": "pairs"}, "has no text"),
+        ({"rows": "pairs"}, "rows=pairs without text"),
     ],
 )
 def test_a_template_is_refused_with_what_is_allowed(changes, said):
