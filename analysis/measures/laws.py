@@ -56,8 +56,7 @@ def ratio(
 ) -> Any:
     """Return R by a law of NAMES, at full fine-tuning's best learning rates [any shape].
 
-    `b_ratio`: B's learning rate over A's (LoRA+). Then R counts B's rate, and z has A's; only LAW
-    knows it.
+    `b_ratio`: B's rate over A's, which LAW knows (LoRA+). R then counts B's rate, and z has A's.
     """
     if law in POWERS:
         return math.exp(float(np.dot(POWERS[law], [1, *np.log([hidden, alpha, steps])])))

@@ -4,16 +4,17 @@ A cell is one data set and one rank, with full fine-tuning, LoRA and its variant
 by seed, in percent of full fine-tuning's gain, and averaged over the cells: seeds are the units.
 Two methods are reversed if they are decided one way with tuned learning rates and the other way at
 a learning rate that all methods share. Both intervals exclude 0 at the level REVERSED, which keeps
-the chance of any false reversal below 5% (docs/log/2026-12-01.md).
+the chance of any false reversal, over both planned looks, below 5% (docs/log/2026-12-01.md).
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode, at_level
@@ -24,6 +25,7 @@ from analysis.measures.regret import gain_from, starts_of
 from analysis.optimum.fit import Optimum
 from analysis.questions import base, quadrature
 from analysis.runs.curves import in_words, runs_of
+from analysis.runs.table import TableError
 
 METHODS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA", "plus": "LoRA+"}
 PAIRS = [(b, a) for a, b in itertools.combinations(METHODS, 2)]
@@ -31,7 +33,7 @@ SHARES = {0.25: "a quarter of LoRA's best LR", 1.0: "LoRA's best LR"}
 """The shared learning rates, over LoRA's best one."""
 CELLS = 4
 """Data sets times ranks over which the claims are made."""
-REVERSED = 0.985
+REVERSED = 0.99
 """Level of the intervals of a reversal: six pairs of methods may be decided by chance."""
 TIE = 1.0
 """Methods whose tuned difference is at most this, in percent of the gain, have no order."""
@@ -58,81 +60,61 @@ class Cell:
     """How much full fine-tuning lowers the loss, in nats."""
 
     @functools.cached_property
-    def shared(self) -> dict[float, tuple[float, dict[str, AtBest[float]]]]:
-        """Share of SHARES -> the tried LR nearest to it, and the losses of all methods there.
+    def tried(self) -> dict[float, pd.DataFrame]:
+        """ln(lr) -> losses by seed and method, where all methods share MIN_SEEDS seeds or more.
 
-        Every method has MIN_SEEDS seeds there. A diverged run has the loss before training. A share
-        without such an LR within NEAR is left out.
+        A diverged run has the loss before training.
         """
-        tried: dict[float, dict[str, dict[int, float]]] = {}
+        of = {}
         for name, o in self.arms.items():
             c = o.curve
-            for x, y, seed, ok in zip(c.x, c.y, c.seed, c.usable):
-                kept = float(y if ok or y < c.nll_start else c.nll_start)
-                tried.setdefault(round(float(x), 6), {}).setdefault(name, {})[int(seed)] = kept
-        known = {
-            x: {name: AtBest(v) for name, v in of.items()}
-            for x, of in tried.items()
-            if len(of) == len(self.arms)
-            and len(set.intersection(*(set(v) for v in of.values()))) >= MIN_SEEDS
-        }
-        found = {}
-        for share in SHARES:
-            wanted = math.log(share * (self.arms["lora"].best_lr.value or math.nan))
-            near = [x for x in known if abs(x - wanted) <= at_best.NEAR]
-            if near:
-                x = min(near, key=lambda x: abs(x - wanted))
-                found[share] = (math.exp(x), known[x])
-        return found
+            kept = np.where(c.usable | (c.y < c.nll_start), c.y, c.nll_start)
+            of[name] = pd.Series(kept, [c.x.round(6), c.seed])
+        by_lr = pd.DataFrame(of).dropna().groupby(level=0)
+        return {float(x): v.droplevel(0) for x, v in by_lr if len(v) >= MIN_SEEDS}
+
+    def shared(self, share: float) -> float:
+        """Return ln of the tried LR nearest to `share` x LoRA's best, within NEAR; else NaN."""
+        wanted = math.log(share * (self.arms["lora"].best_lr.value or math.nan))
+        x = min(self.tried, key=lambda x: abs(x - wanted), default=math.nan)
+        return x if abs(x - wanted) <= at_best.NEAR else math.nan
 
     def difference(self, a: str, b: str, share: float = 0.0) -> AtBest[float]:
         """Return a's loss minus b's by seed, in % of the gain: tuned, or at a shared LR."""
-        if share and share not in self.shared:
-            return AtBest({})
-        losses = self.shared[share][1] if share else self.losses
-        nats, gain = losses[a].minus(losses[b]), AtBest(self.gain.best) if share else self.gain
+        nats, gain = self.losses[a].minus(self.losses[b]), self.gain
+        if share:
+            there = self.tried.get(self.shared(share), pd.DataFrame({a: [], b: []}))
+            nats, gain = AtBest((there[a] - there[b]).to_dict()), AtBest(gain.best)
         return nats.paired(gain, lambda lost, gain: 100 * lost / gain)
 
 
+def sign(e: Estimate) -> int:
+    """Return 1 or -1 if the interval excludes 0, else 0."""
+    return int((e.low or 0) > 0) - int((e.high or 0) < 0)
+
+
 class Order(NamedTuple):
-    """The differences of two methods, in percent of the gain: tuned, and at each shared rate."""
+    """The differences of two methods with intervals of level REVERSED: tuned, and at shared LRs."""
 
     tuned: Estimate
     shared: list[Estimate]
 
     @property
-    def is_reversed(self) -> bool:
-        """Whether a shared learning rate decides the other way than tuned ones."""
-        return any(sign(e) * sign(self.tuned) < 0 for e in self.shared)
-
-    @property
-    def may_be(self) -> bool:
-        """Whether a reversal is not decided, but possible: no tie, and not in one order."""
-        t = at_level(self.tuned, REVERSED)
+    def said(self) -> str:
+        """`reversed`; `not reversed`, if they tie when tuned or have one order; else `open`."""
+        t, each = self.tuned, [sign(e) * sign(self.tuned) for e in self.shared]
         tie = t.has_interval() and max(map(abs, t.interval)) <= TIE
-        same = all(sign(e) * sign(t) > 0 for e in self.shared)
-        return not (self.is_reversed or tie or same)
+        return "reversed" if -1 in each else "not reversed" if tie or min(each) > 0 else "open"
 
 
-def sign(e: Estimate) -> int:
-    """Return 1 or -1 if the interval of level REVERSED excludes 0, else 0."""
-    e = at_level(e, REVERSED)
-    return int(e.interval[0] > 0) - int(e.interval[1] < 0) if e.has_interval() else 0
-
-
-Differences = Mapping[tuple[str, str], AtBest[float]]
-"""a's loss minus b's, by (a, b)."""
-
-
-def orders(tuned: Differences, shared: Sequence[Differences]) -> dict[tuple[str, str], Order]:
-    """Return the order of each pair of methods; the variance over seeds is pooled over pairs."""
-
-    def over_pairs(of: Differences) -> dict[tuple[str, str], Estimate]:
-        pooled = at_best.pooled_over(of.values())
-        return {pair: at_best.over_seeds(v, pooled) for pair, v in of.items()}
-
-    first, *rest = map(over_pairs, (tuned, *shared))
-    return {pair: Order(e, [of[pair] for of in rest]) for pair, e in first.items()}
+def orders(*of: Mapping[tuple[str, str], AtBest[float]]) -> dict[tuple[str, str], Order]:
+    """Return the orders from the differences by pair, tuned and at each shared LR."""
+    each = []
+    for by_pair in of:
+        pooled = at_best.pooled_over(by_pair.values())  # over the pairs
+        found = {p: at_best.over_seeds(v, pooled) for p, v in by_pair.items()}
+        each.append({p: at_level(e, REVERSED) for p, e in found.items()})
+    return {p: Order(e, [shared[p] for shared in each[1:]]) for p, e in each[0].items()}
 
 
 @dataclass(frozen=True)
@@ -148,57 +130,54 @@ class Variants(base.Condition):
 
     def over_cells(self, a: str, b: str, share: float = 0.0) -> AtBest[float]:
         """Return the mean of `Cell.difference` over the cells, by seed."""
-        total = (c.difference(a, b, share) for c in self.cells)
-        return functools.reduce(lambda x, y: x.paired(y, lambda u, v: u + v), total).map(
-            lambda v: v / len(self.cells)
-        )
+        each = (c.difference(a, b, share) for c in self.cells)
+        total = functools.reduce(lambda x, y: x.paired(y, lambda u, v: u + v), each)
+        return total.map(lambda v: v / len(self.cells))
 
     @functools.cached_property
     def orders(self) -> dict[tuple[str, str], Order]:
         """The order of each pair of methods."""
-        each = [{p: self.over_cells(*p, share) for p in PAIRS} for share in (0.0, *SHARES)]
-        return orders(each[0], each[1:])
+        return orders(*({p: self.over_cells(*p, s) for p in PAIRS} for s in (0.0, *SHARES)))
 
     def reversals(self) -> Estimate:
         """Count the reversed pairs; the interval ends with those whose reversal is possible."""
-        n, more = (
-            sum(getattr(o, k) for o in self.orders.values()) for k in ("is_reversed", "may_be")
-        )
-        return Estimate(float(n), float(n), float(n + more), self.seeds)
+        said = [o.said for o in self.orders.values()]
+        n = float(said.count("reversed"))
+        return Estimate(n, n, n + said.count("open"), self.seeds)
 
     def gates(self, *methods: str) -> list[Gate]:
         """List the gates on the curves of these methods and of full fine-tuning."""
-        few = [Gate(GateCode.FEW_CONDITIONS, f"{len(self.cells)} of {CELLS}")]
-        found = few if len(self.cells) < CELLS else []
+        n = len(self.cells)
+        found = [Gate(GateCode.FEW_CONDITIONS, f"{n} of {CELLS}")] if n < CELLS else []
         for c in self.cells:
-            mine = {"full fine-tuning": c.full, **{METHODS[m]: c.arms[m] for m in methods}}
+            mine = {"full fine-tuning": c.full} | {METHODS[m]: c.arms[m] for m in methods}
             for name, o in mine.items():
-                place = f"{name}, {c.name}: "
-                found += [replace(g, place=place) for g in base.gates_on([o])]
+                found += [replace(g, place=f"{name}, {c.name}: ") for g in base.gates_on([o])]
         return found or base.gates_on_pairs(self.over_cells(methods[-1], methods[0]))
 
     def gates_on_reversals(self) -> list[Gate]:
         """List the gates on all curves, cells without shared rates, and pairs not decided."""
         found, (low, high) = self.gates(*METHODS), self.reversals().interval
-        lost = [c.name for c in self.cells if len(c.shared) < len(SHARES)]
+        lost = (c.name for c in self.cells if any(math.isnan(c.shared(s)) for s in SHARES))
         found += [Gate(GateCode.NOT_SHARED, name) for name in lost]
         return found or [Gate(GateCode.OPEN_ORDERS, int(high))] * (low == 0 < high)
 
 
 def conditions(table: pd.DataFrame) -> list[Variants]:
-    """Fit all curves, and sort them into cells."""
-    optima, cells = base.fit(table), []
+    """Fit all curves, and sort them into cells; TableError: a cell has two curves of one method."""
+    optima, cells = base.fit(table), dict[str, Cell]()
     losses = dict(zip(map(id, optima), at_best.losses_at_best(optima)))
-    for mine in base.by_group(optima).values():
-        named = [(m, o) for o in mine if (m := method_of(o.curve.key))]
-        for rank in dict.fromkeys(int(o.curve.key["rank"]) for _, o in named):
-            arms = {m: o for m, o in named if o.curve.key["rank"] == rank}
-            if (full := base.full_of(mine)) and "lora" in arms:
-                gain = gain_from(starts_of(runs_of(table, full.curve)), losses[id(full)])
-                own = {m: losses[id(o)] for m, o in arms.items()}
-                name = f"{in_words(full.curve.key['dataset'])}, rank {rank}"
-                cells.append(Cell(name, full, arms, own, gain))
-    return [Variants("all data sets and ranks", table, optima, cells)]
+    for o in optima:
+        full, method = base.full_of(base.by_group(optima)[o.curve.group]), method_of(o.curve.key)
+        if not (full and method):
+            continue
+        name = f"{in_words(o.curve.key['dataset'])}, rank {o.curve.key['rank']:g}"
+        gain = gain_from(starts_of(runs_of(table, full.curve)), losses[id(full)])
+        cell = cells.setdefault(f"{o.curve.group}, {name}", Cell(name, full, {}, {}, gain))
+        if method in cell.arms:
+            raise TableError(f"{name}: two curves of {METHODS[method]}. Analyse one at a time.")
+        cell.arms[method], cell.losses[method] = o, losses[id(o)]
+    return [Variants("all data sets and ranks", table, optima, list(cells.values()))]
 
 
 def report(asked: base.Asked, c: Variants) -> tuple[dict[str, Any], list[base.Section]]:
@@ -206,52 +185,29 @@ def report(asked: base.Asked, c: Variants) -> tuple[dict[str, Any], list[base.Se
     by_law = {id(x.lora): x for x in quadrature.cells_of(c.runs, c.optima)}
     rows: list[list[Any]] = []
     for cell in c.cells:
-        rows.append([cell.name, "full fine-tuning", base.best_lr(cell.full), *[None] * 6])
         for m, o in cell.arms.items():
             x = by_law.get(id(o))
             law = x and float(laws.ratio(*x.at, x.full_lr, b_ratio=x.b_ratio))
             lost = [at_best.over_seeds(cell.difference(m, "lora", s)) for s in (0.0, *SHARES)]
-            ours = [None] * 3 if m == "lora" else lost
-            shared = ", ".join(rate(lr) for lr, _ in cell.shared.values())
-            rows.append(
-                [cell.name, METHODS[m], base.best_lr(o), x and x.measured, law, *ours, shared]
-            )
+            lrs = ", ".join(rate(math.exp(cell.shared(s))) for s in SHARES)
+            ours = [base.best_lr(o), x and x.measured, law, *(lost if m != "lora" else [None] * 3)]
+            rows.append([cell.name, METHODS[m], *ours, lrs])
     at = " | ".join(f"at {s}" for s in SHARES.values())
-    head = (
-        "data and rank | method | best LR [95%] | best LR (of B) over FullFT's [95%] | the law | "
-        f"loss minus LoRA's, tuned, % of the gain [95%] | {at} | shared LRs"
-    )
-    sections = [base.Section.of("Each method", head, rows)]
-    pairs: list[dict[str, Any]] = []
-    for (a, b), order in c.orders.items():
-        said = "reversed" if order.is_reversed else "open" if order.may_be else "not reversed"
-        e = [at_level(e, REVERSED) for e in (order.tuned, *order.shared)]
-        pairs.append({"pair": [a, b], "order": said, "tuned": e[0], "shared": e[1:]})
-    level = f"[{100 * REVERSED:g}%]"
-    head = f"loss of the first minus the second, % of the gain {level} | tuned | {at} | order"
-    rows = [
-        [f"{METHODS[a]} - {METHODS[b]}", p["tuned"], *p["shared"], p["order"]]
-        for (a, b), p in zip(c.orders, pairs)
-    ]
-    text = f"Means over {len(c.cells)} cells, paired by seed."
-    sections.append(base.Section.of("Orders of methods", head, rows, [text]))
-    return {"pairs": pairs}, sections
+    head = "data and rank | method | best LR [95%] | best LR (of B) over FullFT's [95%] | the law"
+    head += f" | loss minus LoRA's, tuned, % of the gain [95%] | {at} | shared LRs"
+    each = base.Section.of("Each method", head, rows)
+    named = {f"{METHODS[a]} - {METHODS[b]}": o for (a, b), o in c.orders.items()}
+    rows = [[name, o.tuned, *o.shared, o.said] for name, o in named.items()]
+    head = f"mean difference, % of the gain [{100 * REVERSED:g}%] | tuned | {at} | order"
+    of_pairs = base.Section.of("Orders of methods, over all data and ranks", head, rows)
+    pairs = [{"pair": list(p), "order": o.said, **o._asdict()} for p, o in c.orders.items()]
+    return {"pairs": pairs}, [each, of_pairs]
 
 
-def _behind(name: str) -> base.Estimand:
-    """Declare how far a variant is behind LoRA, each at its best learning rate."""
-    return base.Estimand(
-        f"{name}_behind",
-        lambda c: c.orders[name, "lora"].tuned,
-        lambda c: c.gates("lora", name),
-    )
+def _behind(m: str) -> base.Estimand:
+    of_lora = (lambda c: c.orders[m, "lora"].tuned, lambda c: c.gates("lora", m))
+    return base.Estimand(f"{m}_behind", *of_lora)
 
 
-QUESTION = base.Question(
-    [
-        *(_behind(m) for m in METHODS if m != "lora"),
-        base.Estimand("reversals", Variants.reversals, Variants.gates_on_reversals),
-    ],
-    conditions,
-    report,
-)
+REVERSALS = base.Estimand("reversals", Variants.reversals, Variants.gates_on_reversals)
+QUESTION = base.Question([*map(_behind, [*METHODS][1:]), REVERSALS], conditions, report)
