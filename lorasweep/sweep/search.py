@@ -52,7 +52,7 @@ def search(
     anchor = next((p for p in starts if p.spec.method.name == "lora"), starts[0])
     points: list[Point] = []
     for p in starts:
-        if how.prefix > 1 and how.short_steps(p.spec.steps) >= p.spec.steps:
+        if not p.spec.trainer.command and how.short_steps(p.spec.steps) >= p.spec.steps:
             raise SpecError(
                 f"steps={p.spec.steps}, sweep.search.prefix={how.prefix}: a search begins with "
                 f"shorter runs. Set steps={MIN_SHORT + 1} or more, and a prefix of 2 or more."
