@@ -175,14 +175,8 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
                 x=np.log(lr),
                 y=np.where(done, y, np.nan),
                 seed=part["seed"].astype(int).to_numpy(),
-                block=np.where(
-                    part["unpaired"].eq(True) if "unpaired" in part else False,
-                    0,  # such seeds share no batches, so no shift is removed
-                    part["block" if "block" in part else "seed"].astype(int),
-                ),
-                mixed=part["trainer_versions"].nunique() > 1
-                if "trainer_versions" in part
-                else False,
+                block=part.get("block", part["seed"]).fillna(part["seed"]).astype(int).to_numpy(),
+                mixed=part.get("trainer_versions", part["seed"] * 0).nunique() > 1,
                 usable=usable,
                 nll_start=nll_start,
                 floor=lowest,

@@ -117,8 +117,7 @@ def check(table: pd.DataFrame) -> None:
             if len(lrs := sorted(part["lr"].unique())) > 1:
                 raise TableError(
                     f"trainer {trainer} left equal weights at the learning rates {lrs[0]:g} and "
-                    f"{lrs[1]:g}: it ignores the learning rate. See that it uses {{lr}}, and train "
-                    "the runs again in a fresh run folder (exec.runs_dir=FOLDER)."
+                    f"{lrs[1]:g}: it ignores the learning rate. Correct its use of {{lr}}."
                 )
     if len(twice := table[table.duplicated(keys, keep=False)]):
         raise TableError(

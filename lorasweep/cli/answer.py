@@ -165,15 +165,15 @@ def refuse_claims(request: Request) -> None:
 
     for part in request.parts or [request]:
         sweep, trainer = part.sweep, part.points[0].spec.trainer
-        if sweep is None or not trainer.command:
+        if not trainer.command:
             continue
         able = on_final_losses(sweep.analysis, sweep.estimands)
         part.refused = [k for k, claim in sweep.claims.items() if claim.estimand not in able]
         sweep.claims = {k: claim for k, claim in sweep.claims.items() if claim.estimand in able}
         if not sweep.claims:
             raise SpecError(
-                f"trainer={trainer.name}: none of the claims {', '.join(part.refused)} is about "
-                "final losses alone. Use trainer=builtin, or another sweep: lr_ratio or tune."
+                f"trainer={trainer.name}: no claim is about final losses ({', '.join(part.refused)}"
+                "). Use trainer=builtin, or another sweep, such as lr_ratio or tune."
             )
 
 

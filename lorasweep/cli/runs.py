@@ -391,9 +391,7 @@ def train_again(
         TrainingError: the data or the base have changed.
     """
     if spec.trainer.command:
-        raise SpecError(
-            f"run {spec.id} was trained by {spec.trainer.name}: its result is in its out."
-        )
+        raise SpecError(f"run {spec.id} was trained by {spec.trainer.name}: see its folder out.")
     before, env = store.result(spec.id) or {}, store.env(spec.id)  # no env: imported
     layout: dict[str, Any] = {k: env[k] for k in ("threads", "micro_batch_size") if env}
     # the folders of the command, then those of the run

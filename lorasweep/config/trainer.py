@@ -19,13 +19,9 @@ LISTS = ("command", "full", "lora", "resume", "files")
 
 
 def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
-    """Return the trainer, the paths of its files, and max_h, in hours.
+    """Return the trainer, the paths of its files, and max_h; SpecError: wrong, or a missing file.
 
-    The files are `script`, `files`, and the arguments that name a file. The identity of a run has
-    their contents, not their paths.
-
-    Raises:
-        SpecError: a list is no list, or a file is missing.
+    The files are `script`, `files`, and the arguments that name a file. Ids have their contents.
     """
     values = dict(values)
     for key in LISTS:
@@ -44,11 +40,7 @@ def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
 
 
 def checked(request: Request, paths: list[str], max_h: Any) -> Request:
-    """Return the request for a trainer that is not ours: one run at a time with all GPUs.
-
-    Raises:
-        SpecError: a setting is of our loop only.
-    """
+    """Return the request for one run at a time with all GPUs; SpecError: a setting of our loop."""
     exec_, cluster = request.exec, request.cluster
     nodes = cluster.gpus > (cluster.gpus_per_node or cluster.gpus)
     for wrong, said in (

@@ -23,13 +23,7 @@ def write_rows(folder: Path, run: RunSpec, data: Data, tokenizer: Any, dirs: lis
     """Write train.jsonl, and validation.jsonl if there are validation rows, in the run's form.
 
     With trainer.in_order, or of endless rows, they are those of all updates, in their order.
-
-    Args:
-        folder: is created.
-        dirs: folders in which the rows of local files are found.
-
-    Raises:
-        DataError: a row has no such form.
+    `folder` is created; `dirs` have the rows of local files. DataError: a row has no such form.
     """
     folder.mkdir()
     both: Sequence[Iterator[Row]]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasweep.data.handed import write_rows
 from lorasweep.errors import SpecError, TrainingError
@@ -27,9 +27,6 @@ from lorasweep.spec.trainer import PLACE, PLACES
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.train.events import Event
-
-if TYPE_CHECKING:
-    from lorasweep.launch.trainer import TorchTrainer
 
 POLL_S, LOOK_S, GRACE_S = 0.1, 5.0, 20.0
 """Seconds between looks at the command; between checks that this process owns the run; between
@@ -49,10 +46,10 @@ for name in ("accelerate", "peft", "torch", "transformers", "trl"):
 """
 
 
-def train(trainer: "TorchTrainer", run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[Event]:
+def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[Event]:
     """Train a claimed run by its command, measure the result, and yield the event that ends it.
 
-    Yields nothing if another process has claimed the run meanwhile.
+    `trainer`: a TorchTrainer, for base and data. Yields nothing if another process owns the run.
 
     Raises:
         SpecError: a file of the trainer has changed.
@@ -133,17 +130,17 @@ def _run(
     # if this process dies, its end of the pipe closes
     kill = ["sh", "-c", 'read x; kill -9 "-$0"', str(process.pid)]
     watcher = subprocess.Popen(kill, stdin=subprocess.PIPE, start_new_session=True)
-    started = looked = time.monotonic()
+    started, looks, why = time.monotonic(), 1, ""
     try:
-        while process.poll() is None:
+        while process.poll() is None and not why:
             time.sleep(POLL_S)
-            now = time.monotonic()
+            past = time.monotonic() - started
             if stop.set:
                 raise Stopped
-            if now - started > 3600 * exec_.trainer_max_h:
-                raise TrainingError(f"the trainer did not end in trainer.max_h. {_tail(log)}")
-            if now - looked > LOOK_S:
-                looked = now
+            if past > 3600 * exec_.trainer_max_h:
+                why = "did not end within trainer.max_h"
+            elif past > looks * LOOK_S:
+                looks += 1
                 if not owns():
                     return False
     finally:
@@ -157,9 +154,10 @@ def _run(
         for ended in (process, watcher):
             ended.kill()
             ended.wait()
-    if code := process.returncode:
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        raise TrainingError(f"the trainer ended with {how}. {_tail(log)}")
+    if (code := process.returncode) or why:
+        why = why or f"ended with {f'signal {-code}' if code < 0 else f'exit status {code}'}"
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+        raise TrainingError(f"the trainer {why}. The end of {log}:\n{_without_secrets(last)}")
     return owns()
 
 
@@ -169,12 +167,6 @@ def _kill_marked(attempt: Path) -> None:
         with suppress(OSError):
             if f"{MARK}={attempt}".encode() in place.read_bytes().split(b"\0"):
                 os.kill(int(place.parent.name), signal.SIGKILL)
-
-
-def _tail(log: Path) -> str:
-    """Return the last lines of a command's output, without values of secrets."""
-    lines = log.read_text(errors="replace").splitlines()[-TAIL:]
-    return _without_secrets("\n".join([f"The last lines of {log}:", *lines]))
 
 
 def _without_secrets(text: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import DataError, ModelError
+from lorasweep.launch import external
 from lorasweep.launch.out_of_memory import is_out_of_memory
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.spec.dataset import DatasetSpec
@@ -66,9 +67,7 @@ class TorchTrainer:
     ) -> Events:
         """Train a pack on one base. Errors of data have an attribute: the `dataset` at fault."""
         if pack[0].trainer.command:
-            from lorasweep.launch.external import train  # which needs this module's class
-
-            yield from train(self, pack[0], exec_, self._stop)
+            yield from external.train(self, pack[0], exec_, self._stop)
             return
         base, data = self.base(pack[0], exec_), {}
         for spec in pack:

@@ -80,21 +80,16 @@ class TrainerSpec(Value):
         yield from misfits(self, self.WHERE, [("in_order", order, "false without rows=tokens")])
 
     def refusals(self, run: "RunSpec") -> Iterator[str]:
-        """Yield why this trainer, which is not ours, cannot train a run that our loop can."""
+        """Yield why this foreign trainer cannot train a run that our loop can."""
         method, said = run.method, f"trainer={self.name}"
         passed = places_in(*self.command, *self.full, *self.lora)
         default: dict[str, Any] = {**vars(type(run)()), **vars(type(method)())}
         values = {**vars(run), **vars(method)}
-        for wrong, given in (
-            (method.name not in ("fullft", "lora"), f"method={method.name}"),
-            (run.model.n_experts, f"model={run.model.name}, which has experts,"),
-            (
-                run.dataset.source == "synthetic" and self.rows != "tokens",
-                f"rows={self.rows} without text",
-            ),
-        ):
-            if wrong:
-                yield f"{said}: {given} is not supported. Expected trainer=builtin or rows=tokens."
+        wrong = [f"method={method.name}"] * (method.name not in ("fullft", "lora"))
+        wrong += [f"model={run.model.name}, with experts,"] * bool(run.model.n_experts)
+        no_text = run.dataset.source == "synthetic" and self.rows != "tokens"
+        for given in [*wrong, *[f"rows={self.rows} without text"] * no_text]:
+            yield f"{said}: {given} is not supported. Expected trainer=builtin or rows=tokens."
         for key in (k for k in AS_USUAL if k in values and k not in passed):
             if values[key] != default[key]:
                 place = f", or a place {{{key}}} in its command" * (key in PLACES)

@@ -62,7 +62,8 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method", "trainer")}
     if "trainer" in spec:
         trainer = build(TrainerSpec, spec["trainer"])
-        row |= {"trainer": trainer.label, "unpaired": not trainer.in_order}
+        # seeds of a trainer with an order of its own share no batches
+        row |= {"trainer": trainer.label, "block": row["seed"] * trainer.in_order}
         row |= {k: result.get(k) for k in ("weights_sha256", "trainer_versions")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in (*_RESULT_COLUMNS, *({"packages"} & result.keys()))}

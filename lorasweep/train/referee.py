@@ -158,11 +158,8 @@ def judge(
 ) -> Event:
     """Measure the base and the trained weights on our rows; return the event that ends the run.
 
-    Weights that are not finite, or a loss that is not, end it as diverged.
-
-    Args:
-        parts: Exec.forward_parts.
-        curve: what the trainer logged (`reported`); of it the result has the last loss.
+    If weights or loss are not finite, it ends as diverged. `parts`: Exec.forward_parts. `curve`:
+    what the trainer logged (`reported`), of which the result has the last loss.
     """
     objective, n = SupervisedFineTuning({run.id: data}, run.precision, None, parts), run.batch_size
     start: Record = {"step": 0, "examples": 0, "tokens": 0} | objective.start(base, [run])[0]
