@@ -28,10 +28,10 @@ if mode == "hangs":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.system(f"sleep 300 & echo $! > {out}/child")
     time.sleep(300)
-if mode == "once" and "resume" not in given:
+if mode == "waits" and "resume" not in given:
     (out / "checkpoint-3").mkdir()
     (out / "checkpoint-3/trainer_state.json").write_text('{"log_history": []}')
-    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(300)
 model = load_file(f"{given['model']}/model.safetensors")
 config = json.loads(Path(given["model"], "config.json").read_text())
 if mode == "reads":

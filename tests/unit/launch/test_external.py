@@ -316,7 +316,7 @@ def marked(store, spec):
 
 
 def test_what_an_earlier_attempt_left_running_is_killed_and_its_checkpoint_is_resumed(store):
-    spec = foreign("once")
+    spec = foreign("waits")
     n = store.claim(spec)
     (store.attempt(spec.id, n) / "out/checkpoint-3").mkdir(parents=True)
     (store.attempt(spec.id, n) / "out/checkpoint-3/trainer_state.json").write_text("{}")
