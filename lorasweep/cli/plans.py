@@ -248,10 +248,11 @@ def search_lines(request: Request) -> list[str]:
     n_law = sum(p != known and bool(rates.law(p.spec, known.spec, lr)) for p in request.points)
     wide = how.n_full + (how.n_short - how.n_lrs) / how.prefix  # n_lrs short runs go on
     first = n_law * how.n_lrs + (n - n_law) * wide
+    short = f"short runs of {how.short_steps(steps)} updates find the range, " * (how.prefix > 1)
     return [
-        f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
-        f"runs of {steps} updates judge: about {first:.0f} of full length, and {n * how.n_lrs} "
-        f"with each of up to {how.seeds} fresh seeds, of which an answer needs {MIN_SEEDS - 1}"
+        f"search of {n} arm(s): {short}runs of {steps} updates judge: about {first:.0f} of full "
+        f"length, and {n * how.n_lrs} with each of up to {how.seeds} fresh seeds, of which an "
+        f"answer needs {MIN_SEEDS - 1}"
     ]
 
 

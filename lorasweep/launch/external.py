@@ -37,7 +37,6 @@ SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 """Parts of the names of environment variables whose values are struck out of these lines."""
 MARK = "LORASWEEP_ATTEMPT"
 """Environment variable with the attempt's folder, by which its processes are found."""
-ROOT = str(Path(__file__).resolve().parents[2])
 ASK = """
 from importlib.metadata import version
 for name in ("accelerate", "peft", "torch", "transformers", "trl"):
@@ -91,13 +90,12 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     words = [*t.command, *(t.lora if lora else t.full), *(t.resume if resume else ())]
     words = [PLACE.sub(lambda place: texts[place[1]], word) for word in words]
     store.log(run.id, n, _without_secrets(f"command: {json.dumps(words)}"))
-    if detect.gpus():
-        base = None
-        trainer.release()  # the command needs the memory
+    if detect.gpus():  # whose memory the command needs
+        base = trainer.release()
         free_memory()
     started = time.monotonic()
     owned = _run(words, attempt, stop, exec_, lambda: store.last_attempt(run.id) == n)
-    wall_s = time.monotonic() - started
+    step_s = (time.monotonic() - started) / run.steps
     shutil.rmtree(rows, ignore_errors=True)  # ours; each run has as much as the data
     if not owned:
         return
@@ -105,8 +103,8 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     weights, data = referee.read_weights(out, run, base), trainer.data(run, exec_, base)
     event = referee.judge(run, base, data, weights, exec_.forward_parts, curve)
     store.record(run.id, *curve)
-    more = {"trainer_versions": versions_of(words[0]), "step_s": wall_s / run.steps}
-    event.ended[run.id][1].update({**more, "resumed": bool(resume)})
+    more = {"trainer_versions": versions_of(words[0]), "step_s": step_s, "resumed": bool(resume)}
+    event.ended[run.id][1].update(more)
     yield event
 
 
@@ -115,7 +113,8 @@ def _run(
 ) -> bool:
     """Run the command to its end; return whether this process still owns the run."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {MARK: str(attempt)}
-    if path := env.pop("PYTHONPATH", "").removeprefix(ROOT).lstrip(os.pathsep):
+    ours = str(Path(__file__).resolve().parents[2])
+    if path := env.pop("PYTHONPATH", "").removeprefix(ours).lstrip(os.pathsep):
         env["PYTHONPATH"] = path  # without our code
     log = attempt / "trainer.log"
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -123,10 +122,8 @@ def _run(
         try:
             process = subprocess.Popen(words, env=env, start_new_session=True, **pipes)
         except OSError as error:
-            raise TrainingError(
-                f"{words[0]!r} cannot be started ({error.strerror}). Correct trainer.command; its "
-                "first word is a program that is found from here."
-            ) from None
+            why = f"{words[0]!r} cannot be started ({error.strerror})"
+            raise TrainingError(f"{why}. Begin trainer.command with a program.") from None
     # if this process dies, its end of the pipe closes
     kill = ["sh", "-c", 'read x; kill -9 "-$0"', str(process.pid)]
     watcher = subprocess.Popen(kill, stdin=subprocess.PIPE, start_new_session=True)

@@ -109,17 +109,14 @@ def _place(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Path | str, dic
 
 def transformers_folder(spec: ModelSpec, models_dirs: Sequence[str], cache: Path) -> Path:
     """Return a folder of transformers with a base; a recipe is written below `cache`, once."""
-    if spec.source == "hub":
-        return find.fetch(spec)[0]
     if spec.source != "recipe":
-        return _folder(spec, models_dirs)
+        return find.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
     folder = cache / find.recipe_file_name(spec).removesuffix(".safetensors")
     if not folder.is_dir():
         partial = cache / f".{folder.name}.{os.getpid()}"
         _read(spec, models_dirs)[0].save_pretrained(partial)
         with suppress(OSError):  # another process was faster
             os.rename(partial, folder)
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -89,7 +89,7 @@ def read_weights(folder: Path, run: RunSpec, base: Base) -> Tensors:
         # norms and biases may be equal after rounding
         matrices = [n for n, p in found.items() if p.dim() > 1 and not wrong]
         if kept := [n for n in matrices if torch.equal(found[n], before[n].to(found[n]))]:
-            wrong.append(f"{_some(kept)} unchanged, asked was full fine-tuning")
+            wrong.append(f"{len(kept)} matrices unchanged, such as {kept[0]}")
     if wrong:
         raise TrainingError(f"the trainer did not do what it was asked: {'; '.join(wrong)}.")
     return found
@@ -99,12 +99,9 @@ def _checked(folder: Path, name: str) -> Path:
     """Return the path of a file in a folder; TrainingError: it is no regular file there."""
     left = sorted(f.name for f in folder.iterdir() if f.name != "run.json")
     if name not in left:
-        pickles = [name for name in left if name.endswith((".bin", ".pt", ".pth"))]
         raise TrainingError(
             f"the trainer left no {name}. Expected in {{out}}: {OF_ADAPTER} and {ADAPTER}, or "
-            f"{OF_MODEL} and {SINGLE}. There: {', '.join(left) or 'nothing'}."
-            + f" A pickle is not read ({', '.join(pickles)}): save as safetensors."
-            * bool(pickles)
+            f"{OF_MODEL} and {SINGLE}; no pickles. There: {', '.join(left) or 'nothing'}."
         )
     if not stat.S_ISREG((folder / name).lstat().st_mode):
         raise TrainingError(f"{name} is a link or no regular file, so it is not read.")
@@ -112,19 +109,15 @@ def _checked(folder: Path, name: str) -> Path:
 
 
 def _differences(found: Tensors, expected: Mapping[str, Any], asked: str) -> Iterator[str]:
-    """Yield which tensors are too many, missing or of another shape."""
-    if more := sorted(found.keys() - expected.keys()):
-        yield f"{_some(more)} too many ({asked})"
-    if less := sorted(expected.keys() - found.keys()):
-        yield f"{_some(less)} missing ({asked})"
+    """Yield which tensors are too many, missing or of another shape, the first of each kind."""
+    extra, absent = found.keys() - expected.keys(), expected.keys() - found.keys()
+    for names, what in ((sorted(extra), "too many"), (sorted(absent), "missing")):
+        if names:
+            yield f"{len(names)} tensors {what} ({asked}): {names[0]}"
     for name in sorted(found.keys() & expected.keys()):
         if tuple(found[name].shape) != expected[name]:
             yield f"{name} is {[*found[name].shape]}, asked was {[*expected[name]]}"
             return
-
-
-def _some(names: list[str]) -> str:
-    return f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}:"
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -168,9 +161,8 @@ def judge(
     last |= {"tokens": sum(len(e.tokens) for e in data.train(run.seed, 0, run.steps * n))}
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        digest.update(
-            name.encode() + tensor.to("cpu", torch.float32).contiguous().numpy().tobytes()
-        )
+        digest.update(name.encode())
+        digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
     result = {
         **objective.facts(run),
         **objective.metric.stored(),

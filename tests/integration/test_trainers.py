@@ -5,7 +5,6 @@ With our rows in our order, fp32 and our optimizer's settings, a run ends with o
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lorasweep.config.compose import shipped_model
 from lorasweep.models.load import transformers_folder
 from lorasweep.store.run_store import RunStore
 from tests.customers import make_base
-from tests.world import ROOT, cli, environment, start, wait_for
+from tests.world import ROOT, cli, start, wait_for
 
 pytestmark = pytest.mark.full
 
@@ -91,11 +90,8 @@ def test_a_killed_run_of_trl_resumes_from_its_checkpoint_and_nothing_runs_twice(
         'trainer.resume=["--resume_from_checkpoint={resume}"]',
     )
     process = start("-m", "lorasweep", *SMOKE, *more, cwd=place, env=WITH_PROGRAMS)
-    (saved,) = [
-        wait_for(
-            lambda: list((place / "runs").glob("*/attempts/1/out/checkpoint-*/trainer_state.json"))
-        )[:1]
-    ][0]
+    pattern = "*/attempts/1/out/checkpoint-*/trainer_state.json"
+    saved = wait_for(lambda: [*(place / "runs").glob(pattern)])[0]
     rid = saved.relative_to(place / "runs").parts[0]
     (worker,) = psutil.Process(process.pid).children()
     theirs = worker.children(recursive=True)
@@ -143,7 +139,7 @@ def test_one_command_searches_with_the_users_script_and_rows_and_keeps_the_best(
     lines = [f"How many? {k % 37}+{k},{k % 10}\n" for k in range(100)]
     (tmp_path / "rows.csv").write_text("prompt,completion\n" + "".join(lines))
     said = cli("tune", "./m", "rows.csv", "trainer=hf", f"trainer.script={ROOT}/examples/train.py", "steps=10",
-               "out=best", "budget=12runs", cwd=tmp_path, env=WITH_PROGRAMS, timeout=1200)  # fmt: skip
+               "out=best", "budget=8runs", cwd=tmp_path, env=WITH_PROGRAMS, timeout=1200)  # fmt: skip
     assert "written to best" in said.stdout
     assert (tmp_path / "best/lorasweep.json").exists() and list(
         (tmp_path / "best").glob("*.safetensors")
@@ -155,10 +151,15 @@ def test_one_command_searches_with_the_users_script_and_rows_and_keeps_the_best(
     assert steps == {10}  # full lengths only
 
 
-def test_environment_of_a_trainer_is_the_users(place):
-    """Our code is not on its path, though it is on the worker's."""
-    script = "import os, sys; print(os.environ.get('PYTHONPATH'), os.environ.get('PYTHONSAFEPATH')); sys.exit(3)"
+def test_the_environment_of_a_trainer_is_the_users(place):
+    """The worker finds our code first; the trainer does not, unless the user says so."""
+    script = "import os, sys; print(os.environ['PYTHONPATH'], os.environ.get('PYTHONSAFEPATH')); sys.exit(3)"
     command = json.dumps([sys.executable, "-c", script, "{lr}", "{seed}", "{out}"])
-    said = cli(*SMOKE, "lr=1e-3", "trainer=command", f"trainer.command={command}", cwd=place, check=False,
-               env={**WITH_PROGRAMS, "PYTHONPATH": f"{environment(place)['PYTHONPATH']}"})  # fmt: skip
-    assert "None None" in said.stdout + said.stderr and signal.SIGTERM
+    own = f"{ROOT}:/users/own"  # as the worker's is ours, and then this
+    said = cli(
+        *(*SMOKE, "lr=1e-3", "trainer=command", f"trainer.command={command}"),
+        cwd=place,
+        check=False,
+        env={**WITH_PROGRAMS, "PYTHONPATH": own},
+    )
+    assert f"\n{own} None" in said.stdout + said.stderr

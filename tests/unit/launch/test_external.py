@@ -130,10 +130,12 @@ WRONG = {
     "nothing": ["left no config.json", "There: nothing"],
     "rank": ["r is 3, asked was 2"],
     "alpha": ["lora_alpha is 16.0, asked was 8.0"],
-    "layers": ["q_proj.A and 7 more: missing (asked were the layers attention+mlp)"],
+    "layers": [
+        "8 tensors missing (asked were the layers attention+mlp): model.layers.0.self_attn.q_proj.A"
+    ],
     "zero": ["every B is 0"],
     "model": ["left a model, and was asked for an adapter"],
-    "pickle": ["A pickle is not read (adapter_model.bin)"],
+    "pickle": ["no pickles. There: adapter_config.json, adapter_model.bin"],
     "link": ["adapter_model.safetensors is a link"],
 }
 
@@ -400,3 +402,79 @@ def test_a_run_that_another_process_claimed_meanwhile_is_left_to_it(store, monke
     started = time.monotonic()
     train(store, [spec], TorchTrainer(), runs_dir=str(store.root))
     assert time.monotonic() - started < 100 and store.result(spec.id) is None
+
+
+# ---------------------------------------------------------------- from the command line
+
+GIVEN = ("scale=smoke", "trainer=hf")
+
+
+def test_ids_have_the_contents_of_a_trainers_files_and_not_their_paths(tmp_path):
+    paths = [tmp_path / name for name in ("a.py", "b.py", "c.py")]
+    for path, text in zip(paths, ("x", "x", "y")):
+        path.write_text(text)
+    ids = [compose_request([*GIVEN, f"trainer.script={path}"]).points[0].id for path in paths]
+    assert ids[0] == ids[1] != ids[2]
+    request = compose_request(
+        [*GIVEN, f"trainer.script={paths[0]}", f"trainer.resume=['{paths[2]}','{{resume}}']"]
+    )
+    assert request.exec.trainer_files == [str(paths[0]), str(paths[2])]  # of an argument, too
+    builtin = [
+        compose_request(["scale=smoke", *more]).points[0].id for more in ((), ("trainer=builtin",))
+    ]
+    assert builtin[0] == builtin[1] == tiny_spec().id
+
+
+def test_a_foreign_lora_leaves_out_the_unembedding_and_ours_does_not(tmp_path):
+    (tmp_path / "a.py").write_text("x")
+    theirs = compose_request([*GIVEN, f"trainer.script={tmp_path}/a.py", "+sweep=lr_ratio"])
+    layers = {p.spec.method.name: p.spec.method.layers for p in theirs.points}
+    assert layers == {"lora": "attention+mlp", "fullft": "attention+mlp+unembedding"}
+    assert theirs.exec.workers == theirs.exec.pack_size == 1
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("exec.world_size=2", "exec.world_size=2"),
+        ("cluster.gpus=8 cluster.gpus_per_node=4 cluster=slurm", "several nodes"),
+        ("hardware=h100", "hardware=h100"),
+        ("trainer.max_h=0", "trainer.max_h=0"),
+        ("trainer.command=python", "expected a list"),
+        ("trainer.files=[none.py]", "no file"),
+    ],
+)
+def test_settings_of_our_loop_are_refused_before_anything_starts(tmp_path, setting, said):
+    (tmp_path / "a.py").write_text("x")
+    with pytest.raises(SpecError) as refused:
+        compose_request([*GIVEN, f"trainer.script={tmp_path}/a.py", *setting.split()])
+    assert said in str(refused.value)
+
+
+def test_claims_that_need_more_than_final_losses_are_refused_in_the_plan_by_name(command, tmp_path):
+    (tmp_path / "a.py").write_text("x")
+    more = (*GIVEN, f"trainer.script={tmp_path}/a.py")
+    claim = "+sweep.claims.speed={estimand: rho_top_rank, expected: 1, margin: [0.5, 2]}"
+    said = command("plan", "lr_ratio", *more, claim).stdout
+    assert "refused with trainer=hf, as they need more than final losses: speed" in said
+    assert (
+        "claim no_regret" in said
+        and "claim speed" not in said
+        and "unknown before its first" in said
+    )
+    assert "claim speed" in command("plan", "lr_ratio", "scale=smoke", claim).stdout
+    refused = command("plan", "batch_size", *more)
+    assert refused.returncode == 2 and "any_rank" in refused.stderr and "builtin" in refused.stderr
+    fewer = command(
+        "plan", "tune", *more, "model=tiny64", "dataset=dialect_smoke", "steps=20"
+    ).stdout
+    assert "short runs of 20" not in fewer
+
+
+@pytest.mark.slow
+def test_one_command_trains_by_a_foreign_command_and_answers_and_repeated_trains_nothing(command):
+    words = [*foreign().trainer.command, "rank={rank}", "alpha={alpha}", "layers={layers}"]
+    given = ("lr_ratio", "scale=smoke", "trainer=command", f"trainer.command={json.dumps(words)}")
+    first, again = command(*given), command(*given)
+    assert first.returncode == 0 and "[  6/6]" in first.stderr + first.stdout
+    assert "UNDECIDED" in again.stdout and "[  1/" not in again.stderr + again.stdout
