@@ -34,8 +34,7 @@ OLDER_NAMES = {"rl_bits": "rl_unembedding"}
 
 
 FINAL = ("best_lr", "lr_drift", "over_allowed", "cost_at", "lr_scale", "tune")
-"""Quantities and questions for which final losses are enough. Others need learning curves, runs cut
-to their first updates, or equal batches, which foreign trainers do not give."""
+"""Quantities and questions for which final losses are enough; foreign trainers give no more."""
 
 
 def on_final_losses(name: str, estimands: Mapping[str, Any]) -> set[str]:

@@ -165,11 +165,11 @@ def refuse_claims(request: Request) -> None:
 
     for part in request.parts or [request]:
         sweep, trainer = part.sweep, part.points[0].spec.trainer
-        if not trainer.command:
-            continue
-        able = on_final_losses(sweep.analysis, sweep.estimands)
-        part.refused = [k for k, claim in sweep.claims.items() if claim.estimand not in able]
-        sweep.claims = {k: claim for k, claim in sweep.claims.items() if claim.estimand in able}
+        able = on_final_losses(sweep.analysis, sweep.estimands) if trainer.command else ()
+        part.refused = [
+            k for k, c in sweep.claims.items() if trainer.command and c.estimand not in able
+        ]
+        sweep.claims = {k: c for k, c in sweep.claims.items() if k not in part.refused}
         if not sweep.claims:
             raise SpecError(
                 f"trainer={trainer.name}: no claim is about final losses ({', '.join(part.refused)}"

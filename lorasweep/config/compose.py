@@ -86,7 +86,6 @@ def defaults_of(cls: type) -> dict[str, Any]:
 SCHEMA = {
     **defaults_of(Settings),
     **defaults_of(RunSpec),
-    # for `script`, `files` (paths) and `max_h`, see config/trainer.py
     "trainer": {**defaults_of(TrainerSpec), "script": "", "max_h": Exec().trainer_max_h},
     "serve": {},  # a file in conf/serve; a request has its name
     "arms": "",  # names of the sweep's arms to train, one or a list; empty: all

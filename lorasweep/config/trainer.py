@@ -42,20 +42,18 @@ def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
 def checked(request: Request, paths: list[str], max_h: Any) -> Request:
     """Return the request for one run at a time with all GPUs; SpecError: a setting of our loop."""
     exec_, cluster = request.exec, request.cluster
+    wrong = [f"exec.world_size={exec_.world_size}"] * (exec_.world_size > 1)
     nodes = cluster.gpus > (cluster.gpus_per_node or cluster.gpus)
-    for wrong, said in (
-        (exec_.world_size > 1, f"exec.world_size={exec_.world_size}"),
-        (nodes, f"cluster.gpus={cluster.gpus}, on several nodes"),
-        (request.hardware, f"hardware={request.hardware.get('name')}"),
-        (request.customers, f"customers={request.customers}"),
-        (not isinstance(max_h, int | float) or max_h <= 0, f"trainer.max_h={max_h}"),
-    ):
-        if wrong:
-            raise SpecError(
-                f"{said} is not supported with a trainer that is not builtin. Leave it out (max_h: "
-                "hours above 0). Several processes on one machine: write `accelerate launch` or "
-                "`torchrun` into trainer.command; {gpus} is the number of GPUs of a run."
-            )
+    wrong += [f"cluster.gpus={cluster.gpus} on several nodes"] * nodes
+    wrong += [f"hardware={request.hardware.get('name')}"] * bool(request.hardware)
+    wrong += [f"customers={request.customers}"] * bool(request.customers)
+    wrong += [f"trainer.max_h={max_h}"] * (not isinstance(max_h, int | float) or max_h <= 0)
+    for given in wrong:
+        raise SpecError(
+            f"{given} is not supported with a trainer that is not builtin. Leave it out (max_h: "
+            "hours above 0). Several processes on one machine: write `accelerate launch` or "
+            "`torchrun` into trainer.command; {gpus} is the number of GPUs of a run."
+        )
     more: dict[str, Any] = {"trainer_files": paths, "trainer_max_h": float(max_h), "pack_size": 1}
     exec_ = dataclasses.replace(exec_, **more, workers=exec_.workers or 1)
     if cluster.kind == "slurm":

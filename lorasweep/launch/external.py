@@ -31,10 +31,9 @@ from lorasweep.train.events import Event
 POLL_S, LOOK_S, GRACE_S = 0.1, 5.0, 20.0
 """Seconds between looks at the command; between checks that this process owns the run; between
 SIGTERM and SIGKILL."""
-TAIL = 20
-"""Last lines of a failed command's output that are shown."""
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-"""Parts of the names of environment variables whose values are struck out of these lines."""
+TAIL, SECRET = 20, ("TOKEN", "KEY", "SECRET", "PASSWORD")
+"""Last lines of a failed command that are shown, and parts of the names of variables whose values
+are struck out of them."""
 MARK = "LORASWEEP_ATTEMPT"
 """Environment variable with the attempt's folder, by which its processes are found."""
 ASK = """
@@ -177,12 +176,10 @@ def _without_secrets(text: str) -> str:
 def versions_of(program: str) -> str:
     """Return the versions of the libraries of a program's Python; '' if it is no Python program."""
     path = shutil.which(program) or os.devnull
-    with open(path, "rb") as file:
-        first = file.readline(400).decode(errors="replace").strip()
+    first = Path(path).read_bytes()[:400].decode(errors="replace").split("\n")[0]
     python = first[2:].split() if first.startswith("#!") else [path]
     with suppress(OSError, subprocess.SubprocessError):
-        if "python" in " ".join(python):
-            asked = [*python, "-c", ASK]
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
-            return ", ".join(done.stdout.splitlines())
+        asked = [*python, "-c", ASK] if "python" in " ".join(python) else ["true"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+        return ", ".join(done.stdout.splitlines())
     return ""

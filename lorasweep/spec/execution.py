@@ -58,10 +58,9 @@ class Exec:
     """Try failed runs again."""
     max_attempts: Count = 5
     trainer_files: list[str] = field(default_factory=list)
-    """Paths of the files whose hashes are the spec's trainer.files; set from trainer.script and
-    trainer.files."""
+    """Paths of trainer.script and trainer.files, of which the spec has the hashes."""
     trainer_max_h: Amount = 24.0
-    """Hours after which a command that trains a run is stopped and failed; set by trainer.max_h."""
+    """Hours after which a foreign trainer is stopped; set by trainer.max_h."""
 
     def rows_of(self, batch_size: int) -> int:
         """Return the rows of a forward pass, per run of the pack and process."""

@@ -46,9 +46,8 @@ class TrainerSpec(Value):
     """The program and its arguments."""
     full: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
-    """More arguments for full fine-tuning, and for LoRA."""
     resume: tuple[str, ...] = ()
-    """More arguments if an attempt left a checkpoint, {resume}; empty: a run starts again."""
+    """More arguments for full fine-tuning, for LoRA, and if an attempt left a checkpoint."""
     files: tuple[str, ...] = ()
     """SHA-256 of the script and of the other files of the trainer; exec.trainer_files has paths."""
     rows: Literal["tokens", "pairs", "messages"] = "tokens"
@@ -76,8 +75,9 @@ class TrainerSpec(Value):
             yield "trainer: {resume} belongs into trainer.resume, and into no other list."
         if "script" in places_in(*words) and not self.files:
             yield "trainer.script: missing. The command has {script}: trainer.script=FILE.py."
-        order = self.in_order and self.rows != "tokens"
-        yield from misfits(self, self.WHERE, [("in_order", order, "false without rows=tokens")])
+        if self.in_order and self.rows != "tokens":
+            yield f"trainer.in_order=true: expected false with trainer.rows={self.rows}."
+        yield from misfits(self, self.WHERE)
 
     def refusals(self, run: "RunSpec") -> Iterator[str]:
         """Yield why this foreign trainer cannot train a run that our loop can."""
@@ -85,10 +85,10 @@ class TrainerSpec(Value):
         passed = places_in(*self.command, *self.full, *self.lora)
         default: dict[str, Any] = {**vars(type(run)()), **vars(type(method)())}
         values = {**vars(run), **vars(method)}
+        no_text = run.dataset.source == "synthetic" and self.rows != "tokens"
         wrong = [f"method={method.name}"] * (method.name not in ("fullft", "lora"))
         wrong += [f"model={run.model.name}, with experts,"] * bool(run.model.n_experts)
-        no_text = run.dataset.source == "synthetic" and self.rows != "tokens"
-        for given in [*wrong, *[f"rows={self.rows} without text"] * no_text]:
+        for given in wrong + [f"rows={self.rows} without text"] * no_text:
             yield f"{said}: {given} is not supported. Expected trainer=builtin or rows=tokens."
         for key in (k for k in AS_USUAL if k in values and k not in passed):
             if values[key] != default[key]:

@@ -121,19 +121,13 @@ def _differences(found: Tensors, expected: Mapping[str, Any], asked: str) -> Ite
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Return the checkpoints checkpoint-N in a folder, the last first.
-
-    Complete ones have trainer_state.json, which transformers writes after the other files.
-    """
+    """Return the folders checkpoint-N with a trainer_state.json, their last file, newest first."""
     found = {f: re.fullmatch(r"checkpoint-(\d+)", f.parent.name) for f in out.glob(f"*/{STATE}")}
     return sorted((f.parent for f, n in found.items() if n), key=lambda f: -int(f.name[11:]))
 
 
 def reported(out: Path) -> list[Record]:
-    """Return the losses that the trainer logged, {step, train_nll}; shown, and never judged.
-
-    From transformers' trainer_state.json, or lines {step, loss} of metrics.jsonl.
-    """
+    """Return the losses that the trainer logged, from trainer_state.json or metrics.jsonl."""
     places = ((out, STATE), *((f, STATE) for f in checkpoints(out)), (out, CURVE))
     for folder, name in places:
         try:
