@@ -12,7 +12,6 @@ from lorasweep.errors import SpecError
 from lorasweep.methods.trainables import Experts, Target, Trainables, whole
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
-from lorasweep.spec.values import misfits
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +32,7 @@ class FullFT(Method):
     TRAINS_BASE: ClassVar[bool] = True
 
     def check(self, model: ModelSpec) -> None:
-        for problem in misfits(self, self.WHERE):
-            raise SpecError(problem)
+        super().check(model)
         layers = parse_layers(self.layers)
         if self.scope == "all" and layers != LAYER_SETS:
             what = f"method.layers={self.layers!r} has no effect under method.scope=all"
@@ -58,7 +56,7 @@ class FullFT(Method):
         return 6.0 * n_tokens * model.n_active_params
 
     def target_layers(self) -> tuple[str, ...]:
-        return () if self.scope == "all" else parse_layers(self.layers)
+        return () if self.scope == "all" else super().target_layers()
 
     def attach(
         self,
@@ -67,8 +65,6 @@ class FullFT(Method):
         methods: Sequence[Method],
         seeds: Sequence[int],
     ) -> "_WholeModel":
-        if len(methods) != 1:
-            raise SpecError("fullft trains one run at a time. Set exec.pack_size=1.")
         chosen: list[torch.Tensor] = list(base.parameters()) if self.scope == "all" else []
         for target in targets.values():
             if isinstance(target, Experts):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from lorasweep.errors import RankTooLarge, SpecError
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import Matrix, ModelSpec
-from lorasweep.spec.values import ABOVE_0, Is, later, misfits
+from lorasweep.spec.values import ABOVE_0, Is, later
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,8 +98,7 @@ class LoRA(Method):
                 f"method.rank={self.rank}. Allowed {where}: from 1 to {smallest}, the smallest "
                 "side of an adapted matrix."
             )
-        for problem in misfits(self, self.WHERE):
-            raise SpecError(problem)
+        super().check(model)
         experts = [m for m in matrices if m.n_experts > 1]
         if not experts:
             for f in fields(self):
@@ -130,9 +129,6 @@ class LoRA(Method):
         matrices = model.matrices(parse_layers(self.layers))
         adapters = sum(self.n_trained(model, m, active=True) for m in matrices)
         return n_tokens * (4.0 * model.n_active_params + 6.0 * adapters)
-
-    def target_layers(self) -> tuple[str, ...]:
-        return parse_layers(self.layers)
 
     def attach(
         self,

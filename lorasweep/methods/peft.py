@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from lorasweep.errors import RankTooLarge, SpecError, TrainingError, check_installed, unknown
 from lorasweep.methods.trainables import Trainables
-from lorasweep.spec.method import Method, parse_layers
+from lorasweep.spec.method import Method
 from lorasweep.spec.model import Matrix, ModelSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
-from lorasweep.spec.values import ABOVE_0, FrozenDict, Is, encode, misfits
+from lorasweep.spec.values import ABOVE_0, FrozenDict, Is, encode
 
 if TYPE_CHECKING:
     import torch
 
-TESTED = ("LoraConfig", "VeraConfig", "OFTConfig", "LoHaConfig", "LoKrConfig", "HRAConfig")
-"""Classes that are tested here. Others are as good as PEFT makes them."""
 UNFIT = (
     *("AdaLoraConfig", "AdamssConfig", "ShadowConfig", "PolyConfig", "AdaptionPromptConfig"),
     *("PveraConfig", "TrainableTokensConfig"),
@@ -70,8 +68,7 @@ class PEFT(Method):
         if self.config:  # else the defaults, of which no run is made
             found = self._config
             rank, alpha, defaults = _fields(type(found))
-            kept = {k: v for k, v in vars(found).items() if k in defaults}
-            kept = {k: v for k, v in kept.items() if v or v != defaults[k]}
+            kept = {k: v for k, none in defaults.items() if (v := getattr(found, k)) or v != none}
             plain = json.dumps(kept | {"peft_type": found.peft_type.value}, default=sorted)
             vars(self)["fields"] = json.loads(plain, object_hook=_frozen)
             vars(self)["rank"] = getattr(found, rank, None)
@@ -89,43 +86,27 @@ class PEFT(Method):
     def rewrites(self) -> bool:
         return str(self.fields.get("init_lora_weights")).startswith(REWRITES)
 
-    def _trained(self, model: ModelSpec) -> list[tuple[Matrix, int]]:
-        """Return the kinds of matrices, with the trained parameters of one matrix."""
-        matrices = model.matrices(self.target_layers())
-        return [*zip(matrices, _trained(self.canonical, matrices))]
-
     def check(self, model: ModelSpec) -> None:
         if not self.config:
-            hint = (
-                f"(tested: {', '.join(TESTED)}), or choose method=dora, pissa, olora, vera or oft."
-            )
-            raise SpecError(f"method={self.name}: set method.config to a class of PEFT {hint}")
-        for problem in misfits(self, self.WHERE):
-            raise SpecError(problem)
+            hint = "such as LoHaConfig, or choose method=dora, pissa, olora, vera or oft."
+            raise SpecError(f"method={self.name}: set method.config to a class of PEFT, {hint}")
+        super().check(model)
         if model.n_experts and "mlp" in self.target_layers():
             raise SpecError(f"method={self.name}: experts need method=lora, or layers=attention.")
-        self._trained(model)
+        _trained(self, model)
 
     def n_trainable(self, model: ModelSpec) -> int:
-        return sum(n * m.count for m, n in self._trained(model))
+        return sum(n * m.count for m, n in _trained(self, model))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # As LoRA's, with 4 operations per weight of factors that are not trained, as VeRA's. Left
         # out is work that does not grow with the tokens, such as the norms of DoRA.
         rank, flops = self.rank or 0, 4.0 * model.n_active_params
-        for m, n in self._trained(model):
+        for m, n in _trained(self, model):
             flops += (6.0 * n + 4.0 * max(0, rank * (m.d_in + m.d_out) - n)) * m.count
         return n_tokens * flops
 
-    def rank_of(self, matrix: Matrix) -> int | None:
-        return self.rank
-
-    def target_layers(self) -> tuple[str, ...]:
-        return parse_layers(self.layers)
-
     def attach(self, base: Any, targets: Any, methods: Sequence[Any], seeds: Sequence[int]) -> Any:
-        if len(methods) != 1:
-            raise SpecError(f"method={self.name} trains one run at a time. Set exec.pack_size=1.")
         return PeftAdapter(base, targets, self, seeds[0])
 
 
@@ -140,11 +121,9 @@ def _fields(cls: Any) -> tuple[str, str, dict[str, Any]]:
     """Return the fields of rank and alpha ('': none), and the others that are set, by default."""
     from peft import PeftConfig
 
-    made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(cls)}
-    found = {f.name: f.default for f in dataclasses.fields(cls)}
-    found |= {k: make() for k, make in made.items() if make is not dataclasses.MISSING}
+    found = vars(cls())
     rank, alpha = (next((f for f in some if f in found), "") for some in (RANK, ALPHA))
-    ours = {f.name for f in dataclasses.fields(PeftConfig)} | {rank, alpha}
+    ours = {*vars(PeftConfig()), rank, alpha}
     return rank, alpha, {k: v for k, v in found.items() if k not in ours and not OURS.search(k)}
 
 
@@ -154,14 +133,12 @@ def _config(name: str, given: str, rank: int | None, alpha: float | None) -> Any
     check_installed("peft", "method=peft")
     import peft
 
-    cls: Any = getattr(peft, name, None)
-    fields, why = json.loads(given), ""
-    if not (isinstance(cls, type) and issubclass(cls, peft.PeftConfig)):
-        why = "is no class of PEFT's configs"
-    elif not hasattr(cls, "target_modules") or name in UNFIT:
-        why = "does not adapt matrices by the gradient of the loss alone"
-    if why:
-        raise SpecError(f"method.config={name} {why}. Tested: {', '.join(TESTED)}.")
+    every = {k: v for k, v in vars(peft).items() if k.endswith("Config")}
+    fit = {k: v for k, v in every.items() if hasattr(v, "target_modules") and k not in UNFIT}
+    if name not in fit:
+        why = "Other classes do not adapt matrices by the gradient of the loss alone."
+        raise SpecError(f"{unknown('method.config', name, fit)} {why}")
+    fields, cls = json.loads(given), fit[name]
     *sizes, allowed = _fields(cls)
     for key, value in fields.items():
         if key not in (*allowed, "peft_type"):
@@ -189,37 +166,33 @@ def _config(name: str, given: str, rank: int | None, alpha: float | None) -> Any
 
 
 @cache
-def _trained(canonical: str, matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
+def _trained(method: PEFT, model: ModelSpec) -> list[tuple[Matrix, int]]:
     """Let PEFT count the trained parameters of a matrix of each kind, on the device 'meta'."""
     from peft import get_peft_model
     from torch import nn
-    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as Linear
 
-    method, smallest = PEFT(**json.loads(canonical)), min(m.smaller for m in matrices)
+    matrices = model.matrices(method.target_layers())
+    smallest = min(m.smaller for m in matrices)
     if method.config == "LoraConfig" and not 1 <= (method.rank or 0) <= smallest:
         where = f"with layers {method.layers}: from 1 to {smallest}, the smallest side of a matrix"
         raise RankTooLarge(f"method.rank={method.rank}. Allowed {where}.")
-    model, config = nn.Module(), method.made([f"m{k}" for k in range(len(matrices))])
-    if method.rewrites:
-        config.init_lora_weights = False  # nothing to decompose
+    names, empty = [f"m{k}" for k in range(len(matrices))], nn.ModuleDict()
     for layer in "ab":  # two layers, to see whether they share tensors
-        model.add_module(layer, nn.Module())
-        for k, m in enumerate(matrices):
-            linear = Linear(m.d_in, m.d_out, bias=False, device="meta")
-            model.get_submodule(layer).add_module(f"m{k}", linear)
+        kinds = (nn.Linear(m.d_in, m.d_out, bias=False, device="meta") for m in matrices)
+        empty[layer] = nn.ModuleDict(dict(zip(names, kinds)))
     try:
         with _quiet():
             warnings.filterwarnings("error", "Invalid")  # a size that PEFT would replace
-            attached = get_peft_model(model, config, low_cpu_mem_usage=True)
+            attached = get_peft_model(empty, method.made(names), low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, UserWarning) as error:
         sides = ", ".join(f"{m.d_in}x{m.d_out}" for m in matrices)
         what = f"method={method.name} method.rank={method.rank} on matrices {sides}"
         raise SpecError(f"{what}: PEFT refuses it: {error} Choose another rank.") from None
     trained = {n: p.numel() for n, p in attached.named_parameters() if p.requires_grad}
-    of = [sum(s for n, s in trained.items() if f".a.m{k}." in n) for k in range(len(matrices))]
+    of = [sum(s for n, s in trained.items() if f".a.{name}." in n) for name in names]
     if 2 * sum(of) != sum(trained.values()):
         raise SpecError(f"method.config={method.config}: its matrices share trained tensors.")
-    return tuple(of)
+    return [*zip(matrices, of)]
 
 
 # ---------------------------------------------------------------- the adapter of a run
@@ -256,7 +229,6 @@ def _restored(base: Any, targets: Mapping[str, Any]) -> Iterator[None]:
         for name in vars(base).keys() - known:
             delattr(base, name)
         for name, p in base.named_parameters():
-            p.grad = None
             p.requires_grad_(flags[name])
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.model import LAYER_SETS, Matrix, ModelSpec
-from lorasweep.spec.values import Value
+from lorasweep.spec.values import Value, misfits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,8 @@ class Method(Value):
 
     def check(self, model: ModelSpec) -> None:
         """Raise SpecError if this method cannot be applied to `model`. Changes nothing."""
-        raise NotImplementedError
+        for problem in misfits(self, self.WHERE):
+            raise SpecError(problem)
 
     def n_trainable(self, model: ModelSpec) -> int:
         """Count the trained parameters of one run, from the model's shape alone."""
@@ -49,7 +50,7 @@ class Method(Value):
 
     def rank_of(self, matrix: Matrix) -> int | None:
         """Return the rank of the adapter on a kind of matrix; None without adapters."""
-        return None
+        return getattr(self, "rank", None)
 
     @property
     def rewrites(self) -> bool:
@@ -58,7 +59,7 @@ class Method(Value):
 
     def target_layers(self) -> tuple[str, ...]:
         """Return the layer sets of the matrices that `attach` needs."""
-        raise NotImplementedError
+        return parse_layers(vars(self)["layers"])
 
     def attach(
         self,

@@ -4,6 +4,7 @@ adapters on the untouched base; ids; what is refused."""
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -31,6 +32,7 @@ from lorasweep.store.checkpoint import weights_of
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
 from lorasweep.sweep.grid import run_names, trained_by_set
+from lorasweep.train.loop import attached
 from lorasweep.train.objectives.sft import SupervisedFineTuning
 from tests import training
 from tests.training import EPS, ROUNDING, Trained, apart, pack_of, state_of
@@ -316,6 +318,8 @@ def test_plans_use_one_process_and_count_a_second_copy_of_the_base():
     for method, processes in ((LoRA(rank=4), False), (dora.method, True)):
         kind = Planner(machine, Exec()).kind(dataclasses.replace(big, method=method))
         assert (kind.place.layout.gpus == 1) is processes and kind.pack_size == 1
+    with pytest.raises(SpecError, match=r"method=dora trains one run at a time"):
+        attached([dora, dora], SimpleNamespace(model=None)).__enter__()
     with pytest.raises(SpecError, match=r"exec\.world_size=2: method=dora trains in one process"):
         check_world_size([dora], Exec(world_size=2), Cluster(), Hardware("box"))
 
@@ -324,15 +328,15 @@ def test_plans_use_one_process_and_count_a_second_copy_of_the_base():
 
 
 REFUSED = {
-    "no class": (["method=peft"], r"set method\.config .*tested: LoraConfig.*method=dora"),
-    "unknown class": (["method=peft", "method.config=LohaConfig"], "no class .* LoHaConfig"),
+    "no class": (["method=peft"], r"set method\.config .*LoHaConfig.*method=dora"),
+    "unknown class": (["method=peft", "method.config=LohaConfig"], "not found.*LoHaConfig.*"),
     "prompts": (
         ["method=peft", "method.config=PrefixTuningConfig"],
-        "does not adapt matrices.*LoraC",
+        "not found.*HRAConfig.* do not adapt matrices",
     ),
     "own loop": (
         ["method=peft", "method.config=AdaLoraConfig"],
-        "does not adapt matrices.*LoraConfig",
+        "not found.*LoraConfig.* do not adapt matrices",
     ),
     "unknown field": (["method=dora", "+method.fields.use_doar=true"], "Did you mean 'use_dora'"),
     "size as field": (["method=dora", "+method.fields.r=8"], r"Set method\.rank"),
