@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, rate
-from analysis.measures import at_best, laws
+from analysis.measures import at_best
 from analysis.measures.at_best import AtBest
 from analysis.measures.regret import gain_from, starts_of
 from analysis.optimum.fit import Optimum
@@ -187,10 +187,10 @@ def report(asked: base.Asked, c: Variants) -> tuple[dict[str, Any], list[base.Se
     for cell in c.cells:
         for m, o in cell.arms.items():
             x = by_law.get(id(o))
-            law = x and float(laws.ratio(*x.at, x.full_lr, b_ratio=x.b_ratio))
             lost = [at_best.over_seeds(cell.difference(m, "lora", s)) for s in (0.0, *SHARES)]
             lrs = ", ".join(rate(math.exp(cell.shared(s))) for s in SHARES)
-            ours = [base.best_lr(o), x and x.measured, law, *(lost if m != "lora" else [None] * 3)]
+            law = (x.measured, x.predicted) if x else (None, None)
+            ours = [base.best_lr(o), *law, *(lost if m != "lora" else [None] * 3)]
             rows.append([cell.name, METHODS[m], *ours, lrs])
     at = " | ".join(f"at {s}" for s in SHARES.values())
     head = "data and rank | method | best LR [95%] | best LR (of B) over FullFT's [95%] | the law"

@@ -6,10 +6,10 @@ that differs from LoRA in the parametrisation only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.trainables import Experts, Target, Trainables, whole
+from lorasweep.methods.trainables import Experts, Trainables, whole
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
 
@@ -58,13 +58,7 @@ class FullFT(Method):
     def target_layers(self) -> tuple[str, ...]:
         return () if self.scope == "all" else super().target_layers()
 
-    def attach(
-        self,
-        base: "nn.Module",
-        targets: dict[str, Target],
-        methods: Sequence[Method],
-        seeds: Sequence[int],
-    ) -> "_WholeModel":
+    def attach(self, base: Any, targets: Any, methods: Sequence[Any], seeds: Sequence[int]) -> Any:
         chosen: list[torch.Tensor] = list(base.parameters()) if self.scope == "all" else []
         for target in targets.values():
             if isinstance(target, Experts):

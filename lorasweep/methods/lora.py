@@ -7,18 +7,12 @@ learning rate for A and B. Every expert of a layer has separate adapters for gat
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lorasweep.errors import RankTooLarge, SpecError
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import Matrix, ModelSpec
 from lorasweep.spec.values import ABOVE_0, Is, later
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorasweep.methods.stacked import StackedAdapters
-    from lorasweep.methods.trainables import Target
 
 
 @dataclass(frozen=True)
@@ -130,13 +124,7 @@ class LoRA(Method):
         adapters = sum(self.n_trained(model, m, active=True) for m in matrices)
         return n_tokens * (4.0 * model.n_active_params + 6.0 * adapters)
 
-    def attach(
-        self,
-        base: "nn.Module",
-        targets: "dict[str, Target]",
-        methods: "Sequence[LoRA]",
-        seeds: Sequence[int],
-    ) -> "StackedAdapters":
+    def attach(self, base: Any, targets: Any, methods: Sequence[Any], seeds: Sequence[int]) -> Any:
         from lorasweep.methods.stacked import StackedAdapters
 
         return StackedAdapters(base, targets, methods, seeds)

@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
@@ -240,29 +240,27 @@ class PeftAdapter(Trainables):
         import torch
         from peft import get_peft_model
 
-        self.method, self._restored = method, _restored(base, targets)
-        self._restored.__enter__()
-        try:
-            config = method.made([name.rpartition(".")[2] for name in targets])
-            with _quiet(int(stream("init", seed, "peft").integers(2**63))):
-                self.model = get_peft_model(base, config)
+        self.method, config = method, method.made([n.rpartition(".")[2] for n in targets])
+        with ExitStack() as attached:
+            attached.enter_context(_restored(base, targets))
+            try:
+                with _quiet(int(stream("init", seed, "peft").integers(2**63))):
+                    self.model = get_peft_model(base, config)
+            except (ValueError, TypeError) as error:
+                raise SpecError(f"method={method.name}: PEFT cannot attach it: {error}") from error
             named = self.model.named_parameters()
             self._trained = {n.removeprefix(PREFIX): p for n, p in named if p.requires_grad}
             for name, linear in targets.items():
                 inner = base.get_submodule(name).get_base_layer()
                 if torch.equal(inner.weight, linear.weight.to(inner.weight.dtype)):
                     inner.weight = linear.weight.requires_grad_(False)  # holds no second copy
-        except BaseException as error:
-            self.detach()
-            if isinstance(error, ValueError | TypeError):
-                raise SpecError(f"method={method.name}: PEFT cannot attach it: {error}") from error
-            raise
+            self._attached = attached.pop_all()
 
     def parameters(self) -> "dict[str, torch.Tensor]":
         return dict(self._trained)
 
     def detach(self) -> None:
-        self._restored.__exit__(None, None, None)
+        self._attached.close()
 
 
 def save(
