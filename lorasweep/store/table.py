@@ -62,8 +62,9 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method", "trainer")}
     if "trainer" in spec:
         trainer = build(TrainerSpec, spec["trainer"])
-        # seeds of a trainer with an order of its own share no batches
-        row |= {"trainer": trainer.label, "block": row["seed"] * trainer.in_order}
+        # seeds of a trainer with an order of its own share no batches, but data that are drawn
+        paired = trainer.in_order or spec["dataset"].get("draw_by_seed", False)
+        row |= {"trainer": trainer.label, "block": row["seed"] * paired}
         row |= {k: result.get(k) for k in ("weights_sha256", "trainer_versions")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in (*_RESULT_COLUMNS, *({"packages"} & result.keys()))}

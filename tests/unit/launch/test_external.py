@@ -28,7 +28,7 @@ from lorasweep.spec.run import validate
 from lorasweep.spec.trainer import PLACES, TrainerSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs
+from lorasweep.store.table import load_runs, table_row
 from lorasweep.train.loop import attached
 from lorasweep.train.referee import read_weights
 from tests.customers import make_base
@@ -174,6 +174,16 @@ def test_equal_weights_at_two_rates_are_refused_and_at_two_seeds_count_once(stor
     assert not any(curve.mixed for curve in curves)
     table.loc[table["seed"] == 1, "trainer_versions"] = "trl 0.1"
     assert [curve.mixed for curve in lr_curves(table) if len(curve.x) == 2] == [True]
+
+
+def test_seeds_are_paired_by_our_order_or_by_data_that_they_draw():
+    def block(spec):
+        return table_row(spec.plain(), {"run_id": spec.id, "state": "done"})["block"]
+
+    drawn = dataclasses.replace(tiny_spec().dataset, draw_by_seed=True)
+    assert block(foreign(seed=7)) == 0
+    assert block(foreign(seed=7, trainer={"in_order": True})) == 7
+    assert block(foreign(seed=7, dataset=drawn)) == 7
 
 
 def test_diverged_runs_with_equal_weights_are_not_compared(store):
