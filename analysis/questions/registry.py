@@ -18,7 +18,7 @@ from analysis.questions.estimands import problems, question_of
 from analysis.runs.table import TableError, as_losses
 
 NAMES = (
-    *("batch_size", "capacity", "invariance", "lr_scale", "quadrature"),
+    *("batch_size", "capacity", "growth", "invariance", "lr_scale", "quadrature"),
     *("rank", "recipes", "regime", "tune", "variants"),
 )
 QUESTIONS: dict[str, Question] = {

@@ -16,7 +16,10 @@ from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 
-MEASURED = {"hidden size": (64, 576), "updates": (12, 512), "alpha": (0.5, 2048), "batch": (4, 256)}
+MEASURED = {
+    **{"hidden size": (64, 576), "updates": (12, 512), "alpha": (0.5, 2048), "batch": (4, 256)},
+    **{"beta1": (0.9, 0.9), "beta2": (0.95, 0.95), "weight decay": (0.0, 0.0)},
+}
 """Least and most that were measured; 576 is SmolLM2-135M."""
 
 
@@ -90,7 +93,9 @@ def predict(
     if why or not isinstance(method, LoRA):
         raise SpecError(f"action=rate: {why}. Search it: lorasweep tune MODEL ROWS")
     alphas = (("alpha", value) for value in sorted({at, alpha}))
-    values = (("hidden size", width), ("updates", steps), *alphas, ("batch", spec.batch_size))
+    adam = (("beta1", spec.beta1), ("beta2", spec.beta2), ("weight decay", spec.weight_decay))
+    batch = ("batch", spec.batch_size)
+    values = (("hidden size", width), ("updates", steps), *alphas, batch, *adam)
     return {
         **{"full_lr": full, "lora_lr": lora, "alpha": method.alpha, "steps": steps, "z": z},
         "moving_alpha": laws.limit(width, alpha / method.alpha) * q / math.sqrt(2),

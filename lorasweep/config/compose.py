@@ -189,7 +189,8 @@ class Composer:
         """
         chosen, changes = list[str](), list[Override]()
         methods = {*self.options("method")} - SCHEMA.keys()  # of a package: any name
-        asked, replaced = _value_of("sweep", typed), dict[str, list[Any]]()
+        asked, action = (_value_of(k, typed) for k in ("sweep", "action"))
+        replaced = dict[str, list[Any]]()
         for text in typed:
             try:
                 override = OverridesParser.create().parse_override(text)
@@ -211,8 +212,8 @@ class Composer:
             if not is_one or (override.is_sweep_override() and group not in replaced):
                 axis = f"{group}=A,B" if group in replaced else f"'sweep.axes.{group}=[A,B]'"
                 raise SpecError(
-                    f"{text!r}: expected one value of {group}. Several, as an axis of a sweep: "
-                    f"{axis}."
+                    f"{text!r}: expected one value of {group}."
+                    + f" Several, as an axis of a sweep: {axis}." * (action != "rate")
                 )
             if is_group:
                 option = self._option(group, str(value), typed)

@@ -92,8 +92,9 @@ def test_the_command_predicts_either_method_in_text_and_json(capsys):
     assert laws.movement(576, full, 30) * limit / math.sqrt(2) == pytest.approx(1)
     out = said(capsys, "llama-3.1-8b", "full_lr=1e-5", "steps=2000")
     assert "never measured: hidden size 4096" in out and "never measured: updates 2000" in out
-    far = ("lora_lr=0.3", "at_alpha=0.01", "at_steps=30", "batch_size=512")
+    far = ("lora_lr=0.3", "at_alpha=0.01", "at_steps=30", "batch_size=512", "beta2=0.999")
     out = said(capsys, "smollm2-135m", *far)
+    assert "measured: beta2 0.999 (from 0.95 to 0.95)" in out
     assert "measured: batch 512 (from 4 to 256)" in out and "measured: alpha 0.01 (from 0.5" in out
     out = said(capsys, "tiny64", "full_lr=3e-4", "alpha=1024", "steps=256", "rank=8")
     assert "A hardly moves; it moves more up to alpha" in out
@@ -126,6 +127,10 @@ def test_the_command_predicts_either_method_in_text_and_json(capsys):
         (("smollm2-135m", "full_lr=1e-4", "steps=30", "method=fullft"), "which rank of LoRA"),
         (("tiny64", "full_lr=3e-4", "alpha=1024", "steps=256"), "only rank 8 was measured"),
         (("smollm2-135m", "full_lr=-1", "steps=30"), "full_lr"),
+        (
+            ("smollm2-135m", "full_lr=1e-4", "steps=30", "alpha=16,32"),
+            "one value of method.alpha.$",
+        ),
         (("smollm2-135m", "full_lr=1e300", "steps=30"), "full_lr"),
         (("smollm2-135m", "lora_lr=1e-3", "at_alpha=1e300", "steps=30"), "at_alpha"),
         (("full_lr=1e-3", "steps=256"), "needs model=MODEL"),
