@@ -28,10 +28,7 @@ from lorasweep.spec.values import ABOVE_0, FrozenDict, Is, encode
 if TYPE_CHECKING:
     import torch
 
-UNFIT = (
-    *("AdaLoraConfig", "AdamssConfig", "ShadowConfig", "PolyConfig", "AdaptionPromptConfig"),
-    *("PveraConfig", "TrainableTokensConfig"),
-)
+UNFIT = re.compile("AdaLora|Adamss|Shadow|Poly|AdaptionPrompt|Pvera|TrainableTokens")
 """Classes that train by more than the gradient of the loss, draw numbers, or adapt no matrices."""
 RANK = ("oft_block_size", "boft_block_size", "r")
 ALPHA = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha")
@@ -134,7 +131,7 @@ def _config(name: str, given: str, rank: int | None, alpha: float | None) -> Any
     import peft
 
     every = {k: v for k, v in vars(peft).items() if k.endswith("Config")}
-    fit = {k: v for k, v in every.items() if hasattr(v, "target_modules") and k not in UNFIT}
+    fit = {k: v for k, v in every.items() if hasattr(v, "target_modules") and not UNFIT.match(k)}
     if name not in fit:
         why = "Other classes do not adapt matrices by the gradient of the loss alone."
         raise SpecError(f"{unknown('method.config', name, fit)} {why}")

@@ -7,7 +7,7 @@ analysis, which `store.looks` records.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,18 +264,6 @@ def run_names(points: Sequence[Point]) -> dict[str, str]:
         seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
         names[p.id] = " ".join([p.arm, *shown, f"lr={p.spec.lr:g}", *seed])
     return names
-
-
-def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
-    """Return a line for each row; `numbers`: indices of columns that are aligned on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            c.rjust(w) if k in numbers else c.ljust(w)
-            for k, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def trained_by_set(method: Method, model: ModelSpec) -> list[dict[str, Any]]:
