@@ -501,15 +501,14 @@ def write_adapter(
     from lorasweep.models.load import find_targets, load, save_trained
 
     base = spec.model.location if spec.model.source == "hub" else spec.model.name
-    if isinstance(spec.method, peft.PEFT):
+    if isinstance(spec.method, LoRA):
+        save_peft(folder, weights, spec.method, base, commit, spec.model.n_experts)
+    elif isinstance(spec.method, peft.PEFT):
         model = load(spec.model, models_dir).model
         targets = find_targets(model, spec.model, spec.method.target_layers())
         peft.save(folder, model, targets, spec, weights, (base, commit))
-        return
-    if not isinstance(spec.method, LoRA):
+    else:
         save_trained(spec.model, models_dir, weights, folder)
-        return
-    save_peft(folder, weights, spec.method, base, commit, spec.model.n_experts)
 
 
 def verify(request: Request, store: RunStore) -> Answer:

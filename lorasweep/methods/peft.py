@@ -63,7 +63,7 @@ class PEFT(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.config:  # else the defaults, of which no run is made
-            found = self._config
+            found = self.made()
             rank, alpha, defaults = _fields(type(found))
             kept = {k: v for k, none in defaults.items() if (v := getattr(found, k)) or v != none}
             plain = json.dumps(kept | {"peft_type": found.peft_type.value}, default=sorted)
@@ -71,13 +71,10 @@ class PEFT(Method):
             vars(self)["rank"] = getattr(found, rank, None)
             vars(self)["alpha"] = (size := getattr(found, alpha, None)) and float(size)
 
-    @property
-    def _config(self) -> Any:
-        return _config(self.config, encode(dict(self.fields)), self.rank, self.alpha)
-
-    def made(self, modules: Sequence[str]) -> Any:
+    def made(self, modules: Sequence[str] = ()) -> Any:
         """Return PEFT's config for modules with these names (last part)."""
-        return dataclasses.replace(self._config, target_modules=sorted({*modules}))
+        found = _config(self.config, encode(dict(self.fields)), self.rank, self.alpha)
+        return dataclasses.replace(found, target_modules=sorted({*modules}))
 
     @property
     def rewrites(self) -> bool:
@@ -118,7 +115,8 @@ def _fields(cls: Any) -> tuple[str, str, dict[str, Any]]:
     """Return the fields of rank and alpha ('': none), and the others that are set, by default."""
     from peft import PeftConfig
 
-    found = vars(cls())
+    plain = cls()
+    found = {f.name: getattr(plain, f.name) for f in dataclasses.fields(cls)}
     rank, alpha = (next((f for f in some if f in found), "") for some in (RANK, ALPHA))
     ours = {*vars(PeftConfig()), rank, alpha}
     return rank, alpha, {k: v for k, v in found.items() if k not in ours and not OURS.search(k)}
@@ -134,7 +132,7 @@ def _config(name: str, given: str, rank: int | None, alpha: float | None) -> Any
     fit = {k: v for k, v in every.items() if hasattr(v, "target_modules") and not UNFIT.match(k)}
     if name not in fit:
         why = "Other classes do not adapt matrices by the gradient of the loss alone."
-        raise SpecError(f"{unknown('method.config', name, fit)} {why}")
+        raise SpecError(f"{unknown('method.config: usable class of PEFT', name, fit)} {why}")
     fields, cls = json.loads(given), fit[name]
     *sizes, allowed = _fields(cls)
     for key, value in fields.items():
@@ -167,6 +165,7 @@ def _trained(method: PEFT, model: ModelSpec) -> list[tuple[Matrix, int]]:
     """Let PEFT count the trained parameters of a matrix of each kind, on the device 'meta'."""
     from peft import get_peft_model
     from torch import nn
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as Linear  # as in runs
 
     matrices = model.matrices(method.target_layers())
     smallest = min(m.smaller for m in matrices)
@@ -175,7 +174,7 @@ def _trained(method: PEFT, model: ModelSpec) -> list[tuple[Matrix, int]]:
         raise RankTooLarge(f"method.rank={method.rank}. Allowed {where}.")
     names, empty = [f"m{k}" for k in range(len(matrices))], nn.ModuleDict()
     for layer in "ab":  # two layers, to see whether they share tensors
-        kinds = (nn.Linear(m.d_in, m.d_out, bias=False, device="meta") for m in matrices)
+        kinds = (Linear(m.d_in, m.d_out, bias=False, device="meta") for m in matrices)
         empty[layer] = nn.ModuleDict(dict(zip(names, kinds)))
     try:
         with _quiet():

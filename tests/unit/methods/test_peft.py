@@ -275,6 +275,8 @@ def test_ids_hold_and_come_from_resolved_fields(monkeypatch):
     assert dataclasses.replace(dora, method=other).id != dora.id
     off = ours.PEFT(config="LoraConfig", fields={"init_lora_weights": False})
     assert off.fields["init_lora_weights"] is False and off == ours.PEFT(**off.plain())
+    of_instances = ours.PEFT(config="ShiraConfig").fields  # which have more than fields
+    assert of_instances["mask_type"] == "random" and "mask_fn" not in of_instances
     smaller = dataclasses.replace(dora.method, rank=2)
     assert (smaller.rank, smaller.fields) == (2, dora.method.fields)
 
@@ -349,6 +351,7 @@ REFUSED = {
     "rank 0": (["method=vera", "method.rank=0"], r"rank=0: expected .* at least 1"),
     "refused by PEFT": (["method=oft", "method.fields={r: 4}"], "PEFT refuses its fields"),
     "size that PEFT replaces": (["method=oft", "method.rank=7"], "Invalid `oft_block_size`"),
+    "other matrices": (["method=peft", "method.config=GloraConfig"], "PEFT refuses it: Target mod"),
     "shared": (["method=peft", "method.config=UniLoraConfig"], "share trained tensors"),
     "experts": (["method=dora", "model=tiny64-experts"], "experts need method=lora"),
 }
