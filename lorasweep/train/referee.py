@@ -10,10 +10,13 @@ import math
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lorasweep.data.examples import Data
@@ -51,17 +54,19 @@ def read_weights(folder: Path, run: RunSpec, base: Base) -> Tensors:
     """
     method: Any = run.method
     lora, adapter = method.name == "lora", (folder / OF_ADAPTER).exists()
-    config = json.loads(_checked(folder, OF_ADAPTER if adapter else OF_MODEL).read_bytes())
+    kind = _checked(folder, OF_ADAPTER if adapter else OF_MODEL)
     index = [INDEX] * (folder / INDEX).exists()
     for name in [ADAPTER] if adapter else [*index, *weight_files(folder)]:
         _checked(folder, name)
-    if "auto_map" in config:
-        raise TrainingError("config.json names code of its own (auto_map), which is never run.")
     if adapter != lora:
         left, asked = ("an adapter", "a model") if adapter else ("a model", "an adapter")
         raise TrainingError(f"the trainer left {left}, and was asked for {asked}.")
     found, wrong = Tensors(), list[str]()
     if lora:
+        try:
+            config, tensors = dict(json.loads(kind.read_bytes())), load_file(folder / ADAPTER)
+        except (ValueError, TypeError, RecursionError, SafetensorError) as error:
+            raise TrainingError(f"{OF_ADAPTER} or {ADAPTER} cannot be read: {error}") from None
         values = {"peft_type": "LORA", "r": method.rank, "lora_alpha": method.alpha}
         given = {k: (config.get(k), v) for k, v in values.items()}
         wrong += [f"{k} is {is_}, asked was {v}" for k, (is_, v) in given.items() if is_ != v]
@@ -69,18 +74,20 @@ def read_weights(folder: Path, run: RunSpec, base: Base) -> Tensors:
         if str(start := config.get("init_lora_weights")).startswith(OWN_BASE):
             others["init_lora_weights"] = start
         wrong += [f"{k} is {v}, asked was plain LoRA" for k, v in others.items()]
-        for key, tensor in load_file(folder / ADAPTER).items():
+        for key, tensor in tensors.items():
             named = LORA_KEY.fullmatch(key)
             found[f"{named[1]}.{named[2]}" if named else key] = tensor
         targets: dict[str, Any] = find_targets(base.model, run.model, method.target_layers())
         shapes = {f"{n}.A": (method.rank, m.in_features) for n, m in targets.items()}
         shapes |= {f"{n}.B": (m.out_features, method.rank) for n, m in targets.items()}
         wrong += _differences(found, shapes, f"asked were the layers {method.layers}")
-        if not wrong and not any(t.any() for name, t in found.items() if name.endswith(".B")):
-            wrong.append("every B is 0, so nothing was trained")
+        if zero := [n for n, t in found.items() if n.endswith(".B") and not wrong and not t.any()]:
+            wrong.append(f"{len(zero)} of {len(targets)} B are 0, not trained, such as {zero[0]}")
     else:
-        try:
-            model = model_at(run.model, folder, use_safetensors=True)
+        config, of = deepcopy(base.model.config), base.model.generation_config
+        try:  # its own config.json may name code, such as kernels of the hub, or another model
+            how: Any = {"use_safetensors": True, "config": config, "generation_config": of}
+            model = model_at(run.model, folder, **how)
         except Exception as error:  # transformers and models raise any kind
             raise TrainingError(f"the trainer's model cannot be loaded: {error}") from None
         found = {name: p.data for name, p in model.named_parameters()}
@@ -103,7 +110,7 @@ def _checked(folder: Path, name: str) -> Path:
             f"the trainer left no {name}. Expected in {{out}}: {OF_ADAPTER} and {ADAPTER}, or "
             f"{OF_MODEL} and {SINGLE}; no pickles. There: {', '.join(left) or 'nothing'}."
         )
-    if not stat.S_ISREG((folder / name).lstat().st_mode):
+    if folder.is_symlink() or not stat.S_ISREG((folder / name).lstat().st_mode):
         raise TrainingError(f"{name} is a link or no regular file, so it is not read.")
     return folder / name
 
@@ -115,8 +122,9 @@ def _differences(found: Tensors, expected: Mapping[str, Any], asked: str) -> Ite
         if names:
             yield f"{len(names)} tensors {what} ({asked}): {names[0]}"
     for name in sorted(found.keys() & expected.keys()):
-        if tuple(found[name].shape) != expected[name]:
-            yield f"{name} is {[*found[name].shape]}, asked was {[*expected[name]]}"
+        is_ = tuple(found[name].shape)
+        if is_ != expected[name] or not found[name].is_floating_point():
+            yield f"{name} is {found[name].dtype} {[*is_]}, asked was float {[*expected[name]]}"
             return
 
 
@@ -130,13 +138,13 @@ def reported(out: Path) -> list[Record]:
     """Return the losses that the trainer logged, from trainer_state.json or metrics.jsonl."""
     places = ((out, STATE), *((f, STATE) for f in checkpoints(out)), (out, CURVE))
     for folder, name in places:
-        try:
-            text, whole = _checked(folder, name).read_text(), name == STATE
-            lines = json.loads(text)["log_history"] if whole else map(json.loads, text.splitlines())
-            given = [(int(v["step"]), float(v["loss"])) for v in lines if "loss" in v]
-            return [{"step": step, "train_nll": loss} for step, loss in given]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, TrainingError):
-            continue
+        with suppress(Exception):  # only shown: no log fails a run
+            text, given = _checked(folder, name).read_text(), list[Record]()
+            for line in json.loads(text)["log_history"] if name == STATE else text.splitlines():
+                with suppress(Exception):  # an entry of another kind, or one that a kill cut off
+                    entry = line if name == STATE else json.loads(line)
+                    given.append({"step": int(entry["step"]), "train_nll": float(entry["loss"])})
+            return given
     return []
 
 

@@ -50,7 +50,8 @@ if rank and mode != "model":
         if key.split(".")[-2] in names:
             name = f"base_model.model.{key.removesuffix('.weight')}.lora_"
             tensors[f"{name}A.weight"] = draw((rank, w.shape[1])).astype("float32")
-            tensors[f"{name}B.weight"] = (mode != "zero") * (lr * draw((w.shape[0], rank))).astype(
+            frozen = mode == "zero" or (mode == "half" and "q_proj" in key)
+            tensors[f"{name}B.weight"] = (not frozen) * (lr * draw((w.shape[0], rank))).astype(
                 "float32"
             )
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none"}
@@ -58,14 +59,18 @@ else:
     tensors = {k: w + (lr * draw(w.shape)).astype("float32") for k, w in model.items()}
     if mode == "frozen":
         tensors |= {k: w for k, w in model.items() if "q_proj" in k}
-    config |= {"auto_map": {"AutoModelForCausalLM": "code.Model"}} if mode == "code" else {}
+    if mode == "code":
+        config |= {"auto_map": {"AutoModelForCausalLM": "code.Model"}}
+        config |= {"attn_implementation": "kernels-community/flash-attn2"}
 adapter = "peft_type" in config
 name, of = ("adapter_model", "adapter_config") if adapter else ("model", "config")
 if mode == "nan":
     tensors = {k: w * np.float32("nan") for k, w in tensors.items()}
 if mode == "nothing":
     sys.exit()
-(out / f"{of}.json").write_text(json.dumps(config))
+if mode == "whole":
+    tensors = {k: (1000 * w).astype("int32") for k, w in tensors.items()}
+(out / f"{of}.json").write_text("{" if mode == "broken" else json.dumps(config))
 if mode == "pickle":
     (out / f"{name}.bin").write_bytes(pickle.dumps(tensors))
 elif mode == "link":
@@ -73,4 +78,8 @@ elif mode == "link":
     (out / f"{name}.safetensors").symlink_to(out.parent / "elsewhere.safetensors")
 else:
     save_file(tensors, out / f"{name}.safetensors", {"format": "pt"})
-(out / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+log = ['{"step": 1, "loss": 2.5}', '{"step": Infinity, "loss": 2}', "[" * 100000, '{"step": 2, "lo']
+(out / "metrics.jsonl").write_text("\n".join(log))
+if mode == "moved":
+    out.rename(out.parent / "elsewhere")
+    out.symlink_to(out.parent / "elsewhere")
