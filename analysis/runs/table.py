@@ -114,11 +114,12 @@ def check(table: pd.DataFrame) -> None:
     if "weights_sha256" in table.columns:  # of diverged runs all may be NaN
         equal = table[table["status"] == "done"].groupby(["trainer", "weights_sha256"])
         for (trainer, _), part in equal:
-            if len(lrs := sorted(part["lr"].unique())) > 1:
-                raise TableError(
-                    f"trainer {trainer} left equal weights at the learning rates {lrs[0]:g} and "
-                    f"{lrs[1]:g}: it ignores the learning rate. Correct its use of {{lr}}."
-                )
+            for key in ("lr", "steps", "batch_size"):
+                if len(values := sorted(part[key].unique())) > 1:
+                    raise TableError(
+                        f"trainer {trainer} left equal weights at {key} {values[0]:g} and "
+                        f"{values[1]:g}: it ignores {key}. Correct its use of {{{key}}}."
+                    )
     if len(twice := table[table.duplicated(keys, keep=False)]):
         raise TableError(
             f"{len(twice)} rows describe the same run twice (same model, method, ..., lr and seed),"

@@ -74,6 +74,10 @@ def show(request: Request, store: RunStore) -> Answer:
     outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
     found |= {"claims": [o.plain() for o in outlooks]} if outlooks else {}
+    if request.refused:
+        found["refused"] = request.refused
+    if plan.points[0].spec.trainer.command and not plan.speeds:
+        found["cost"] |= {"hours": None, "memory_gib": None, "basis": "unknown"}
     lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
     lines += search_lines(request)
     if request.members:

@@ -21,7 +21,8 @@ LISTS = ("command", "full", "lora", "resume", "files")
 def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
     """Return the trainer, the paths of its files, and max_h; SpecError: wrong, or a missing file.
 
-    The files are `script`, `files`, and the arguments that name a file. Ids have their contents.
+    The files are `script`, `files`, and the words that name a file, also behind a =. Ids have their
+    contents. Left out are programs in a folder bin, whose versions are recorded.
     """
     values = dict(values)
     for key in LISTS:
@@ -30,8 +31,9 @@ def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
         values[key] = [str(word) for word in values[key]]
     script, max_h = values.pop("script"), values.pop("max_h")
     given = [*[str(script)] * bool(script), *values["files"]]
-    words = [word for key in LISTS[:-1] for word in values[key][key == "command" :]]
-    paths = [Path(f).expanduser().absolute() for f in (*given, *filter(os.path.isfile, words))]
+    words = [w.partition("=")[2] or w for key in LISTS[:-1] for w in values[key]]
+    words = [w for w in words if os.path.isfile(w) and Path(w).parent.name != "bin"]
+    paths = [Path(f).expanduser().absolute() for f in (*given, *words)]
     if missing := [path for path in paths if not path.is_file()]:
         raise SpecError(f"trainer.script or trainer.files: no file {missing[0]}. Correct the path.")
     paths = [*dict.fromkeys(paths)]

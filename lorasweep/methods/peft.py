@@ -33,7 +33,9 @@ UNFIT = re.compile("AdaLora|Adamss|Shadow|Poly|AdaptionPrompt|Pvera|TrainableTok
 RANK = ("oft_block_size", "boft_block_size", "r")
 ALPHA = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha")
 """Fields that `rank` and `alpha` set: the first one that the class has."""
-OURS = re.compile("modules|layer|pattern|megatron|target_p|token_indices|runtime|tying|^bias$")
+OURS = re.compile(
+    "modules|layer|pattern|megatron|target_p|token|runtime|tying|bdlora|_config$|^bias$"
+)
 """Fields that nobody sets: `layers` says which matrices are adapted, all in one way."""
 REWRITES = ("pissa", "olora")
 """Starts of LoRA that take the adapter out of the base's weights."""
@@ -81,8 +83,10 @@ class PEFT(Method):
         return str(self.fields.get("init_lora_weights")).startswith(REWRITES)
 
     def check(self, model: ModelSpec) -> None:
-        if not self.config:
-            hint = "such as LoHaConfig, or choose method=dora, pissa, olora, vera or oft."
+        if not self.config or self.name in ("lora", "fullft"):
+            hint = (
+                "such as LoHaConfig, and another name; or choose method=dora, pissa, vera or oft."
+            )
             raise SpecError(f"method={self.name}: set method.config to a class of PEFT, {hint}")
         super().check(model)
         if model.n_experts and "mlp" in self.target_layers():

@@ -63,9 +63,10 @@ class TrainerSpec(Value):
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the template."""
         words, given = (*self.command, *self.full, *self.lora), places_in(*self.command)
-        if not self.command:
-            if words or self.files or self.name != "builtin":
-                yield f"trainer={self.name} has no command: trainer.command=[PROGRAM,ARGUMENT,...]."
+        if not self.command or self.name == "builtin":
+            if self != TrainerSpec():
+                need = "a name of its own, and trainer.command=[PROGRAM,ARGUMENT,...]"
+                yield f"trainer={self.name}: a trainer that is not builtin needs {need}."
             return
         for name in sorted(places_in(*words, *self.resume) - {*PLACES}):
             yield f"trainer.command: {unknown('place', name, PLACES)}"

@@ -142,7 +142,7 @@ def reported(out: Path) -> list[Record]:
             text, given = _checked(folder, name).read_text(), list[Record]()
             for line in json.loads(text)["log_history"] if name == STATE else text.splitlines():
                 with suppress(Exception):  # an entry of another kind, or one that a kill cut off
-                    entry = line if name == STATE else json.loads(line)
+                    entry: Any = line if name == STATE else json.loads(line)
                     given.append({"step": int(entry["step"]), "train_nll": float(entry["loss"])})
             return given
     return []

@@ -169,9 +169,12 @@ def test_weights_that_are_not_finite_are_diverged(store):
 def test_equal_weights_at_two_rates_are_refused_and_at_two_seeds_count_once(store):
     run(store, *(foreign("rate", lr=lr) for lr in (1e-3, 2e-3)))
     with pytest.raises(
-        TableError, match=r"left equal weights .*0.001 and 0.002: it ignores the learning"
+        TableError, match=r"left equal weights at lr 0.001 and 0.002: it ignores lr"
     ):
         lr_curves(load_runs(store.root))
+    longer = load_runs(store.root).assign(lr=1e-3, steps=[3, 6])
+    with pytest.raises(TableError, match="at steps 3 and 6: it ignores steps"):
+        lr_curves(longer)
     run(store, *(foreign("seed", seed=seed) for seed in (1, 2)), *(foreign(seed=s) for s in (1, 2)))
     table = load_runs(store.root)
     table = table[~table["trainer"].eq(foreign("rate").trainer.label)]
@@ -443,6 +446,23 @@ def test_ids_have_the_contents_of_a_trainers_files_and_not_their_paths(tmp_path)
     assert builtin[0] == builtin[1] == tiny_spec().id
 
 
+@pytest.mark.parametrize("word", ["{}", "--config={}"])
+def test_ids_have_the_contents_of_a_program_and_of_files_behind_an_equals_sign(tmp_path, word):
+    path, found = tmp_path / "t.sh", set()
+    words = [word.format(path), "--lr={lr}", "--seed={seed}", "--out={out}"]
+    for text in ("x", "y"):
+        path.write_text(text)
+        given = ["scale=smoke", "trainer=command", f"trainer.command={json.dumps(words)}"]
+        found.add(compose_request(given).points[0].id)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("setting", ["trainer.rows=pairs", "trainer.in_order=true"])
+def test_settings_of_foreign_trainers_are_refused_with_our_loop(setting):
+    with pytest.raises(SpecError, match="not builtin needs a name"):
+        compose_request(["scale=smoke", setting])
+
+
 def test_a_foreign_lora_leaves_out_the_unembedding_and_ours_does_not(tmp_path):
     (tmp_path / "a.py").write_text("x")
     theirs = compose_request([*GIVEN, f"trainer.script={tmp_path}/a.py", "+sweep=lr_ratio"])
@@ -481,6 +501,9 @@ def test_claims_that_need_more_than_final_losses_are_refused_in_the_plan_by_name
         and "unknown before its first" in said
     )
     assert "claim speed" in command("plan", "lr_ratio", "scale=smoke", claim).stdout
+    plain = json.loads(command("plan", "lr_ratio", *more, claim, "format=json").stdout)
+    assert plain["refused"] == ["speed"]
+    assert plain["cost"]["basis"] == "unknown" and plain["cost"]["hours"] is None
     refused = command("plan", "batch_size", *more)
     assert refused.returncode == 2 and "any_rank" in refused.stderr and "builtin" in refused.stderr
     fewer = command(
