@@ -74,8 +74,7 @@ def show(request: Request, store: RunStore) -> Answer:
     outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
     found |= {"claims": [o.plain() for o in outlooks]} if outlooks else {}
-    if request.refused:
-        found["refused"] = request.refused
+    found |= {"refused": request.refused} if request.refused else {}
     if plan.points[0].spec.trainer.command and not plan.speeds:
         found["cost"] |= {"hours": None, "memory_gib": None, "basis": "unknown"}
     lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
@@ -196,7 +195,11 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
     ]
     arms = table(values["arms"], "arm", "rank", "model", "runs", "n_trainable")
     lines += [f"  {line}" for line in arms]
-    lines += unpinned_lines(plan.points) + foreign_lines(request, plan)
+    lines += unpinned_lines(plan.points)
+    if not plan.speeds and (name := plan.points[0].spec.trainer.name) != "builtin":
+        lines.append(f"  time and memory of trainer={name}: unknown before its first run")
+    if refused := ", ".join(request.refused):
+        lines.append(f"  refused with this trainer, as they need more than final losses: {refused}")
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
     if slow_bf16 and any(p.spec.precision == "bf16" for p in plan.todo):
         lines.append(
@@ -208,15 +211,6 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
         best = f"at the {second.n_lrs} best learning rates of each curve"
         lines.append(f"  then a second stage: seeds {second.seeds} {best}")
     return lines
-
-
-def foreign_lines(request: Request, plan: Plan) -> list[str]:
-    """Say what is not known of a foreign trainer, and what its runs cannot decide."""
-    name = plan.points[0].spec.trainer.name
-    unknown = f"  time and memory of trainer={name}: unknown before its first run, not as above"
-    refused = f"  refused with trainer={name}, as they need more than final losses: "
-    lines = [unknown] * (name != "builtin" and not plan.speeds)
-    return lines + [refused + ", ".join(request.refused)] * bool(request.refused)
 
 
 def unpinned_lines(points: Sequence[Point]) -> list[str]:

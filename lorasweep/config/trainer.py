@@ -49,6 +49,7 @@ def checked(request: Request, paths: list[str], max_h: Any) -> Request:
     wrong += [f"cluster.gpus={cluster.gpus} on several nodes"] * nodes
     wrong += [f"hardware={request.hardware.get('name')}"] * bool(request.hardware)
     wrong += [f"customers={request.customers}"] * bool(request.customers)
+    wrong += [f"action={a}" for a in ("measure", "verify") if a == request.action]  # of our loop
     wrong += [f"trainer.max_h={max_h}"] * (not isinstance(max_h, int | float) or max_h <= 0)
     for given in wrong:
         raise SpecError(

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
-from lorasweep.spec.trainer import PLACE, PLACES
+from lorasweep.spec.trainer import PLACE, PLACES, places_in
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.train.events import Event
@@ -72,12 +72,14 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     out.mkdir()  # an error if it exists: it is never emptied
     base = trainer.base(run, exec_)
     write_rows(rows, run, trainer.data(run, exec_, base), base.tokenizer, exec_.data_dir)
-    lora, method = run.method.name == "lora", run.method
+    lora, method, t = run.method.name == "lora", run.method, run.trainer
+    gpus = detect.devices()  # of several, transformers' Trainer takes a batch each
+    gpus = gpus if "gpus" in places_in(*t.command, *t.full, *t.lora) else gpus[:1]
     modules = [m for s in method.target_layers() * lora for m in run.model.modules(s)[0]]
     values: dict[str, Any] = {
         **{**vars(run), **vars(method), "method": method.name, "clip_norm": run.clip_norm or 0},
         **{"layers": ",".join(modules), "modules": rf".*\b({'|'.join(modules)})"},
-        **{"max_length": run.dataset.max_length, "gpus": max(1, len(detect.devices()))},
+        **{"max_length": run.dataset.max_length, "gpus": max(1, len(gpus))},
         "model": str(transformers_folder(run.model, exec_.models_dir, store.root / ".bases")),
         "script": next(iter(exec_.trainer_files), ""),
         **{"rows": str(rows), "out": str(out), "resume": resume},
@@ -85,7 +87,6 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     values = {name: values.get(name, 0) for name in PLACES}
     (out / "run.json").write_text(json.dumps({"id": run.id, **values}, indent=1))
     texts = {k: f"{v:.12g}" if isinstance(v, float) else str(v) for k, v in values.items()}
-    t = run.trainer
     words = [*t.command, *(t.lora if lora else t.full), *(t.resume if resume else ())]
     words = [PLACE.sub(lambda place: texts[place[1]], word) for word in words]
     store.log(run.id, n, _without_secrets(f"command: {json.dumps(words)}"))
@@ -93,7 +94,7 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
         base = trainer.release()
         free_memory()
     started = time.monotonic()
-    owned = _run(words, attempt, stop, exec_, lambda: store.last_attempt(run.id) == n)
+    owned = _run(words, gpus, attempt, stop, exec_, lambda: store.last_attempt(run.id) == n)
     step_s = (time.monotonic() - started) / run.steps
     shutil.rmtree(rows, ignore_errors=True)  # ours; each run has as much as the data
     if not owned:
@@ -108,13 +109,14 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
 
 
 def _run(
-    words: list[str], attempt: Path, stop: StopFlag, exec_: Exec, owns: Callable[[], bool]
+    words: list[str], gpus: Sequence[str], attempt: Path, stop: StopFlag, exec_: Exec, owns: Any
 ) -> bool:
     """Run the command to its end; return whether this process still owns the run."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {MARK: str(attempt)}
     ours = str(Path(__file__).resolve().parents[2])
     if path := env.pop("PYTHONPATH", "").removeprefix(ours).lstrip(os.pathsep):
         env["PYTHONPATH"] = path  # without our code
+    env |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     log = attempt / "trainer.log"
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}

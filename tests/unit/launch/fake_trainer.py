@@ -21,6 +21,7 @@ lr, seed = (
     0 if mode == "seed" else int(given["seed"]),
 )
 draw = np.random.default_rng(seed).standard_normal
+print("GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"), "are seen")
 print("key", os.environ.get("FAKE_API_KEY"), "of", given, flush=True)
 if mode == "fails":
     sys.exit("a wrong argument")

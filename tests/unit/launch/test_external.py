@@ -411,6 +411,16 @@ def test_words_stay_words_and_a_file_of_the_trainer_that_changed_is_refused(stor
     assert oct((store.attempt(spec.id, 1) / "trainer.log").stat().st_mode)[-3:] == "600"
 
 
+@pytest.mark.parametrize("word, seen", [("n={gpus}", "0,1"), ("n=1", "0")])
+def test_a_command_that_is_not_told_of_several_gpus_sees_one(store, monkeypatch, word, seen):
+    monkeypatch.setattr(external.detect, "devices", lambda: ("0", "1"))
+    spec = foreign()
+    trainer = {"command": (*spec.trainer.command, word)}
+    run(store, spec := foreign(trainer=trainer))
+    said = (store.attempt(spec.id, 1) / "trainer.log").read_text()
+    assert f"GPUs {seen} " in said and f"'n': '{len(seen.split(','))}'" in said
+
+
 def test_a_run_that_another_process_claimed_meanwhile_is_left_to_it(store, monkeypatch):
     monkeypatch.setattr(external, "LOOK_S", 0.1)
     spec = foreign("hangs")
@@ -477,6 +487,8 @@ def test_a_foreign_lora_leaves_out_the_unembedding_and_ours_does_not(tmp_path):
         ("exec.world_size=2", "exec.world_size=2"),
         ("cluster.gpus=8 cluster.gpus_per_node=4 cluster=slurm", "several nodes"),
         ("hardware=h100", "hardware=h100"),
+        ("action=measure", "action=measure"),
+        ("action=verify", "action=verify"),
         ("trainer.max_h=0", "trainer.max_h=0"),
         ("trainer.command=python", "expected a list"),
         ("trainer.files=[none.py]", "no file"),
@@ -494,7 +506,7 @@ def test_claims_that_need_more_than_final_losses_are_refused_in_the_plan_by_name
     more = (*GIVEN, f"trainer.script={tmp_path}/a.py")
     claim = "+sweep.claims.speed={estimand: rho_top_rank, expected: 1, margin: [0.5, 2]}"
     said = command("plan", "lr_ratio", *more, claim).stdout
-    assert "refused with trainer=hf, as they need more than final losses: speed" in said
+    assert "refused with this trainer, as they need more than final losses: speed" in said
     assert (
         "claim no_regret" in said
         and "claim speed" not in said
