@@ -80,7 +80,7 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
         **{**vars(run), **vars(method), "method": method.name, "clip_norm": run.clip_norm or 0},
         **{"layers": ",".join(modules), "modules": rf".*\b({'|'.join(modules)})"},
         **{"max_length": run.dataset.max_length, "gpus": max(1, len(gpus))},
-        "model": str(transformers_folder(run.model, exec_.models_dir, store.root / ".bases")),
+        "model": str(transformers_folder(run.model, exec_.models_dir, attempt / "base")),
         "script": next(iter(exec_.trainer_files), ""),
         **{"rows": str(rows), "out": str(out), "resume": resume},
     }
@@ -96,7 +96,8 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     started = time.monotonic()
     owned = _run(words, gpus, attempt, stop, exec_, lambda: store.last_attempt(run.id) == n)
     step_s = (time.monotonic() - started) / run.steps
-    shutil.rmtree(rows, ignore_errors=True)  # ours; each run has as much as the data
+    for ours in (rows, attempt / "base"):  # as large as the data, and as a shipped base
+        shutil.rmtree(ours, ignore_errors=True)
     if not owned:
         return
     curve, base = referee.reported(out), base or trainer.base(run, exec_)

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -107,17 +106,12 @@ def _place(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Path | str, dic
     return _folder(spec, models_dirs), {}
 
 
-def transformers_folder(spec: ModelSpec, models_dirs: Sequence[str], cache: Path) -> Path:
-    """Return a folder of transformers with a base; a recipe is written below `cache`, once."""
+def transformers_folder(spec: ModelSpec, models_dirs: Sequence[str], new: Path) -> Path:
+    """Return a folder of transformers with a base; a recipe is written to `new`."""
     if spec.source != "recipe":
         return find.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
-    folder = cache / find.recipe_file_name(spec).removesuffix(".safetensors")
-    if not folder.is_dir():
-        partial = cache / f".{folder.name}.{os.getpid()}"
-        _read(spec, models_dirs)[0].save_pretrained(partial)
-        with suppress(OSError):  # another process was faster
-            os.rename(partial, folder)
-    return folder
+    _read(spec, models_dirs)[0].save_pretrained(new)
+    return new
 
 
 def save_trained(

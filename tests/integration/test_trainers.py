@@ -33,7 +33,7 @@ def place(tmp_path_factory):
     """A folder with a shipped base in the form of transformers, and a tokenizer of its symbols."""
     here = tmp_path_factory.mktemp("trainers")
     model = shipped_model("tiny64")
-    transformers_folder(model, [], here).rename(here / "m")
+    transformers_folder(model, [], here / "m")
     symbols = [chr(0x4E00 + k) for k in range(model.vocab_size)]
     symbol_tokenizer(
         symbols, symbols[0], eos_token=symbols[1], pad_token=symbols[2]

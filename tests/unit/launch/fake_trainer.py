@@ -33,6 +33,9 @@ if mode == "waits" and "resume" not in given:
     (out / "checkpoint-3").mkdir()
     (out / "checkpoint-3/trainer_state.json").write_text('{"log_history": []}')
     time.sleep(300)
+if mode == "spoils":
+    Path(given["model"], "model.safetensors").write_bytes(b"")
+    sys.exit(3)
 model = load_file(f"{given['model']}/model.safetensors")
 config = json.loads(Path(given["model"], "config.json").read_text())
 if mode == "reads":

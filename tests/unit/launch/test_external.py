@@ -411,6 +411,12 @@ def test_words_stay_words_and_a_file_of_the_trainer_that_changed_is_refused(stor
     assert oct((store.attempt(spec.id, 1) / "trainer.log").stat().st_mode)[-3:] == "600"
 
 
+def test_a_trainer_that_writes_into_the_base_spoils_that_of_no_other_run(store):
+    fails = run(store, foreign("spoils", lr=1e-3))
+    assert "exit status 3" in fails
+    assert run(store, foreign(lr=2e-3))["state"] == "done"
+
+
 @pytest.mark.parametrize("word, seen", [("n={gpus}", "0,1"), ("n=1", "0")])
 def test_a_command_that_is_not_told_of_several_gpus_sees_one(store, monkeypatch, word, seen):
     monkeypatch.setattr(external.detect, "devices", lambda: ("0", "1"))
