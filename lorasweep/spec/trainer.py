@@ -65,8 +65,7 @@ class TrainerSpec(Value):
         words, given = (*self.command, *self.full, *self.lora), places_in(*self.command)
         if not self.command or self.name == "builtin":
             if self != TrainerSpec():
-                need = "a name of its own, and trainer.command=[PROGRAM,ARGUMENT,...]"
-                yield f"trainer={self.name}: a trainer that is not builtin needs {need}."
+                yield f"trainer={self.name}: set another trainer, or trainer.command=[PROGRAM,...]."
             return
         for name in sorted(places_in(*words, *self.resume) - {*PLACES}):
             yield f"trainer.command: {unknown('place', name, PLACES)}"

@@ -84,10 +84,10 @@ def read_weights(folder: Path, run: RunSpec, base: Base) -> Tensors:
         if zero := [n for n, t in found.items() if n.endswith(".B") and not wrong and not t.any()]:
             wrong.append(f"{len(zero)} of {len(targets)} B are 0, not trained, such as {zero[0]}")
     else:
-        config, of = deepcopy(base.model.config), base.model.generation_config
+        how = {"config": deepcopy(base.model.config), "use_safetensors": True}
         try:  # its own config.json may name code, such as kernels of the hub, or another model
-            how: Any = {"use_safetensors": True, "config": config, "generation_config": of}
-            model = model_at(run.model, folder, **how)
+            of = base.model.generation_config
+            model = model_at(run.model, folder, generation_config=of, **how)
         except Exception as error:  # transformers and models raise any kind
             raise TrainingError(f"the trainer's model cannot be loaded: {error}") from None
         found = {name: p.data for name, p in model.named_parameters()}
@@ -104,7 +104,7 @@ def read_weights(folder: Path, run: RunSpec, base: Base) -> Tensors:
 
 def _checked(folder: Path, name: str) -> Path:
     """Return the path of a file in a folder; TrainingError: it is no regular file there."""
-    left = sorted(f.name for f in folder.iterdir() if f.name != "run.json")
+    left = sorted(f.name for f in folder.glob("*") if f.name != "run.json")
     if name not in left:
         raise TrainingError(
             f"the trainer left no {name}. Expected in {{out}}: {OF_ADAPTER} and {ADAPTER}, or "
@@ -136,8 +136,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 def reported(out: Path) -> list[Record]:
     """Return the losses that the trainer logged, from trainer_state.json or metrics.jsonl."""
-    places = ((out, STATE), *((f, STATE) for f in checkpoints(out)), (out, CURVE))
-    for folder, name in places:
+    for folder, name in ((out, STATE), *((f, STATE) for f in checkpoints(out)), (out, CURVE)):
         with suppress(Exception):  # only shown: no log fails a run
             text, given = _checked(folder, name).read_text(), list[Record]()
             for line in json.loads(text)["log_history"] if name == STATE else text.splitlines():
