@@ -84,9 +84,7 @@ class PEFT(Method):
 
     def check(self, model: ModelSpec) -> None:
         if not self.config or self.name in ("lora", "fullft"):
-            hint = (
-                "such as LoHaConfig, and another name; or choose dora, pissa, olora, vera or oft."
-            )
+            hint = "such as LoHaConfig, and another name; or choose method=dora, pissa or oft."
             raise SpecError(f"method={self.name}: set method.config to a class of PEFT, {hint}")
         super().check(model)
         if model.n_experts and "mlp" in self.target_layers():

@@ -475,7 +475,7 @@ def test_ids_have_the_contents_of_a_program_and_of_files_behind_an_equals_sign(t
 
 @pytest.mark.parametrize("setting", ["trainer.rows=pairs", "trainer.in_order=true"])
 def test_settings_of_foreign_trainers_are_refused_with_our_loop(setting):
-    with pytest.raises(SpecError, match="set another trainer"):
+    with pytest.raises(SpecError, match="expected another, and trainer.command"):
         compose_request(["scale=smoke", setting])
 
 
