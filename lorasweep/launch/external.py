@@ -170,7 +170,8 @@ def _kill_marked(attempt: Path) -> None:
 
 def _without_secrets(text: str) -> str:
     named = {v for k, v in os.environ.items() if any(part in k.upper() for part in SECRET)}
-    for value in sorted(named, key=len, reverse=True):
+    parts = {part for v in named for part in (v, json.dumps(v)[1:-1], *v.splitlines())}
+    for value in sorted(parts, key=len, reverse=True):
         text = text.replace(value, "***") if len(value) > 3 else text
     return text
 

@@ -65,7 +65,7 @@ class TrainerSpec(Value):
         words, given = (*self.command, *self.full, *self.lora), places_in(*self.command)
         if not self.command or self.name == "builtin":
             if self != TrainerSpec():
-                yield f"trainer.name={self.name}: expected another, and trainer.command=[PROGRAM,...]."
+                yield f"trainer.name={self.name}: expected another, and trainer.command=[...]."
             return
         for name in sorted(places_in(*words, *self.resume) - {*PLACES}):
             yield f"trainer.command: {unknown('place', name, PLACES)}"

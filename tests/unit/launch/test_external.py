@@ -353,6 +353,13 @@ def test_what_an_earlier_attempt_left_running_is_killed_and_its_checkpoint_is_re
     assert "1/out/checkpoint-3" in log
 
 
+def test_secrets_are_struck_out_as_json_and_line_by_line(monkeypatch):
+    monkeypatch.setenv("MY_SECRET", 'pa"ss\\word')
+    monkeypatch.setenv("MY_KEY", "-----BEGIN\nabcdef\nEND")
+    said = external._without_secrets(json.dumps(['pa"ss\\word']) + "\nabcdef\n")
+    assert said == '["***"]\n***\n'
+
+
 def test_a_program_that_is_not_there_is_named(store):
     command = ("no-such-program", "{lr}", "{seed}", "{out}")
     assert "'no-such-program' cannot be started" in run(
@@ -475,7 +482,7 @@ def test_ids_have_the_contents_of_a_program_and_of_files_behind_an_equals_sign(t
 
 @pytest.mark.parametrize("setting", ["trainer.rows=pairs", "trainer.in_order=true"])
 def test_settings_of_foreign_trainers_are_refused_with_our_loop(setting):
-    with pytest.raises(SpecError, match="expected another, and trainer.command"):
+    with pytest.raises(SpecError, match="expected another, and trainer"):
         compose_request(["scale=smoke", setting])
 
 
