@@ -58,6 +58,8 @@ class GateCode(StrEnum):
     ELSEWHERE = "judged in another scale's answer, together with these runs"
     FEW_CONDITIONS = "only {0} conditions were measured"
     NO_LAW = "too few conditions whose needed rank lies inside the ranks tried"
+    NOT_SHARED = "{0}: no learning rate near those wanted was tried with all methods"
+    OPEN_ORDERS = "no pair of methods is reversed, but up to {0} may be"
     NO_ADVANTAGE = "LoRA is not better here, so there is no advantage to explain"
     WITHDRAWN = "withdrawn: {0}"
     NO_ORDER = "rank(s) {0} fall behind by the first evaluation: their order is not resolved"
@@ -108,6 +110,8 @@ REMEDIES: dict[str, str] = {
     GateCode.ELSEWHERE: "nothing",
     GateCode.FEW_CONDITIONS: "the missing conditions",
     GateCode.NO_LAW: "more conditions, or ranks on both sides of the needed rank",
+    GateCode.NOT_SHARED: "learning rates that all methods share",
+    GateCode.OPEN_ORDERS: "more seeds at the best learning rates and the shared ones",
     GateCode.NO_ADVANTAGE: "a condition in which LoRA is better",
     GateCode.NOISY: "more seeds, or more held-out rows",
     GateCode.ONE_RANK: "another rank",

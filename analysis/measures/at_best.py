@@ -13,13 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
-from analysis.inference.estimate import (
-    AT_LEAST,
-    Estimate,
-    Part,
-    from_sample,
-    pooled_variance,
-)
+from analysis.inference.estimate import AT_LEAST, Estimate, Part, from_sample, pooled_variance
 from analysis.optimum.fit import Optimum
 from analysis.runs.curves import runs_of
 

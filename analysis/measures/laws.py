@@ -51,8 +51,13 @@ def movement(hidden: float, lora_lr: Any, steps: float) -> Any:
     return K * hidden * lora_lr * math.sqrt(steps / REFERENCE_STEPS)
 
 
-def ratio(hidden: float, alpha: float, steps: float, full_lr: Any, law: str = LAW) -> Any:
-    """Return R by a law of NAMES, at full fine-tuning's best learning rates [any shape]."""
+def ratio(
+    hidden: float, alpha: float, steps: float, full_lr: Any, law: str = LAW, b_ratio: float = 1
+) -> Any:
+    """Return R by a law of NAMES, at full fine-tuning's best learning rates [any shape].
+
+    `b_ratio`: B's rate over A's, which LAW knows (LoRA+). R then counts B's rate, and z has A's.
+    """
     if law in POWERS:
         return math.exp(float(np.dot(POWERS[law], [1, *np.log([hidden, alpha, steps])])))
     if law == LINEAR_LAW:
@@ -60,7 +65,7 @@ def ratio(hidden: float, alpha: float, steps: float, full_lr: Any, law: str = LA
         start = g * math.sqrt(3) * hidden / alpha
         moved = k * hidden * full_lr * (steps / REFERENCE_STEPS) ** beta
         return 2 * start / (1 + np.sqrt(1 + 4 * moved * start))
-    start, moved = limit(hidden, alpha), movement(hidden, full_lr, steps)
+    start, moved = limit(hidden, alpha), movement(hidden, full_lr / b_ratio, steps)
     # The root of the formula above, without its difference of nearly equal numbers.
     return start * np.sqrt(2 / (1 + np.sqrt(1 + (2 * moved * start) ** 2)))
 

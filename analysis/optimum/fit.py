@@ -642,6 +642,7 @@ def _optimum(
     few: tuple[str, ...] = () if len(rates) >= enough else ("few_points",)
 
     def found(e: Estimate, flags: tuple[str, ...], side: int = 0, fit: bool = True) -> Optimum:
+        flags += ("mixed_versions",) * curve.mixed
         model = (posterior, likelihood) if fit else ()
         return Optimum(
             curve, replace(e, n=len(x), flags=flags), lowest, flags, pooled, side, *model

@@ -367,6 +367,15 @@ class Condition:
         return max(self.by_rank, default=0)
 
 
+def whole(cls: type[Condition]) -> Callable[[pd.DataFrame], list[Condition]]:
+    """Return what makes the one condition of a model and data set, with all of its curves."""
+
+    def conditions(runs: pd.DataFrame) -> list[Condition]:
+        return [cls(f"{runs['model'].iloc[0]} on {runs['dataset'].iloc[0]}", runs, fit(runs))]
+
+    return conditions
+
+
 @dataclass(frozen=True)
 class TwoArms(Condition):
     """Full fine-tuning and LoRA at several ranks, both required, before the task is solved."""

@@ -10,8 +10,6 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
-import pandas as pd
-
 from analysis.inference.decide import Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, with_interval
 from analysis.measures import speed
@@ -163,13 +161,6 @@ class Batches(base.Condition):
         return "; ".join([f"rank {self.top}, {place}", *effects]) if self.ranks else ""
 
 
-def conditions(table: pd.DataFrame) -> list[Batches]:
-    """Return the one condition of a model and data set."""
-    optima = base.fit(table)
-    key = optima[0].curve.key
-    return [Batches(f"{key['model']} on {key['dataset']}", table, optima)]
-
-
 def _over_allowed(batch: int) -> base.Estimand:
     return base.over_allowed(
         f"over_allowed_at_{batch}",
@@ -274,4 +265,4 @@ def report(asked: base.Asked, c: Batches) -> tuple[dict[str, Any], list[base.Sec
     return measures, [equal_updates, equal_examples, figure]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=base.TASK)
+QUESTION = base.Question(ESTIMANDS, base.whole(Batches), report, split_by=base.TASK)

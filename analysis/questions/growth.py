@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from analysis.inference.decide import Gate
 from analysis.inference.estimate import Estimate, from_draws
@@ -81,12 +80,6 @@ def _minus(a: Estimate, b: Estimate) -> Estimate:
     return from_draws(draws, min(a.n, b.n), spread=spread)
 
 
-def conditions(table: pd.DataFrame) -> list[Schedules]:
-    """Return the one condition of a model and data set."""
-    name = f"{table['model'].iloc[0]} on {table['dataset'].iloc[0]}"
-    return [Schedules(name, table, base.fit(table))]
-
-
 def _estimand(name: str, measure: Any) -> base.Estimand:
     return base.Estimand(
         name,
@@ -124,4 +117,4 @@ def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.S
     return {"percent": percent}, [section]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=base.TASK)
+QUESTION = base.Question(ESTIMANDS, base.whole(Schedules), report, split_by=base.TASK)

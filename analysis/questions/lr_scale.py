@@ -103,11 +103,8 @@ def scale_conditions(table: pd.DataFrame) -> list[Bases]:
         row = models.loc[o.curve.key["model"]]
         recipe = json.loads(row["spec"])["model"].get("recipe")
         at = (o.curve.key["model"], int(row["hidden_size"]), float(o.curve.key["alpha"]))
-        tokens = (
-            float(math.prod(recipe[k] for k in ("steps", "batch_size", "length")))
-            if recipe
-            else None
-        )
+        factors = [recipe[k] for k in ("steps", "batch_size", "length")] if recipe else []
+        tokens = float(math.prod(factors)) if recipe else None
         nll = float(row.get("retain_start") or math.nan)
         found.append(Base(*at, tokens, nll, o, full, ratio_of([o], full)))
     return [Bases(str(table["dataset"].iloc[0]), table, optima, found)]

@@ -96,8 +96,8 @@ class Cell(NamedTuple):
 
     @property
     def predicted(self) -> float:
-        """The ratio that the law predicts; L, if A is frozen."""
-        return laws.limit(*self.at[:2]) if self.b_ratio > 1 else float(self.by(laws.LAW))
+        """The ratio that the law predicts."""
+        return float(laws.ratio(*self.at, self.full_lr, b_ratio=self.b_ratio))
 
     def error(self, law: str) -> float:
         """Return ln(measured / predicted)."""
@@ -223,11 +223,6 @@ def still(cells: Cells) -> float:
     return mean(found)
 
 
-def off_limit(cells: Cells) -> float:
-    """Return the mean ln(ratio with A frozen / L)."""
-    return mean([math.log(c.lora_lr / c.full_lr / c.predicted) for c in cells])
-
-
 @dataclass(frozen=True)
 class AllCells(base.Condition):
     """All new conditions, of this table and of the other scale's kept answer."""
@@ -261,6 +256,10 @@ class AllCells(base.Condition):
     def worst_frozen(self) -> Estimate:
         """Combine: both means are within NEAR of 0. Each quantile is the largest of all sides."""
         free = {(c.unit, c.alpha): c for c in self.cells}
+
+        def off_limit(cells: Cells) -> float:
+            """Return the mean ln(ratio with A frozen / the law's)."""
+            return mean([math.log(c.lora_lr / c.full_lr / c.predicted) for c in cells])
 
         def off_factor(cells: Cells) -> float:
             """Return the mean ln(ratio with A frozen / ratio without), minus the law's."""

@@ -19,7 +19,7 @@ from analysis.runs.table import TableError, as_losses
 
 NAMES = (
     *("batch_size", "capacity", "growth", "invariance", "lr_scale", "quadrature"),
-    *("rank", "recipes", "regime", "tune"),
+    *("rank", "recipes", "regime", "tune", "variants"),
 )
 QUESTIONS: dict[str, Question] = {
     **{n: importlib.import_module(f"analysis.questions.{n}").QUESTION for n in NAMES},
@@ -31,6 +31,18 @@ SWEEPS = next((p for p in (ROOT / "sweeps", ROOT / "lorasweep/conf/sweep") if p.
 """The shipped sweeps: of the repository, or of an installed package."""
 OLDER_NAMES = {"rl_bits": "rl_unembedding"}
 """Analysis of reports from before version 0.3 -> its name today."""
+
+
+FINAL = ("best_lr", "lr_drift", "over_allowed", "cost_at", "lr_scale", "tune")
+"""Quantities and questions for which final losses are enough; foreign trainers give no more."""
+
+
+def on_final_losses(name: str, estimands: Mapping[str, Any]) -> set[str]:
+    """Return the estimands of a question that losses at the end of runs determine."""
+    if not estimands and name in QUESTIONS:
+        return {*QUESTIONS[name].names} if name in FINAL else set()
+    declared = estimands or shipped(OLDER_NAMES.get(name, name))["estimands"]
+    return {key for key, said in declared.items() if said.get("measure") in FINAL}
 
 
 def question_named(

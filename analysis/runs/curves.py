@@ -57,6 +57,8 @@ class LrCurve:
     cut_from: int | None = None
     """Number of updates of the full runs, if the curve uses only their first updates."""
     shown: Shown = NLL
+    mixed: bool = False
+    """Whether a foreign trainer's runs were trained with several versions of its libraries."""
 
     @property
     def name(self) -> str:
@@ -104,6 +106,7 @@ class LrCurve:
         words = [f"{self.key['model']} on {dataset}"]
         words += [str(objective).replace("_", " ")] if _known(objective) else []
         words += [f"batch {int(batch or 0)}"] if _known(batch) else []
+        words += [f"by {trainer}"] if _known(trainer := self.key.get("trainer")) else []
         return ", ".join([*words, *filter(None, [length])])
 
 
@@ -145,6 +148,9 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
     found = []
     for key, part in table.groupby(keys, dropna=False):
         part = part.sort_values(["lr", "seed"])
+        if "weights_sha256" in part:  # a trainer that ignores its seed: no second observation
+            given = part["weights_sha256"].notna() & (part["status"] == "done")
+            part = part[~(given & part.duplicated(["lr", "weights_sha256"]))]
         y, lr = part["test_nll"].astype(float).to_numpy(), part["lr"].astype(float).to_numpy()
         start, floor, cut_from = (
             part[c].astype(float).to_numpy() if c in part else np.full(len(part), np.nan)
@@ -169,7 +175,8 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
                 x=np.log(lr),
                 y=np.where(done, y, np.nan),
                 seed=part["seed"].astype(int).to_numpy(),
-                block=part["block" if "block" in part else "seed"].astype(int).to_numpy(),
+                block=part.get("block", part["seed"]).fillna(part["seed"]).astype(int).to_numpy(),
+                mixed=part.get("trainer_versions", part["seed"] * 0).nunique() > 1,
                 usable=usable,
                 nll_start=nll_start,
                 floor=lowest,

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 REQUIRED = ("status", "model", "dataset", "method", "rank", "lr", "seed", "test_nll")
-GROUP_KEYS = ("model", "dataset", "objective", "batch_size", "steps")
+GROUP_KEYS = ("model", "dataset", "objective", "batch_size", "steps", "trainer")
 """Arms are compared only between runs that agree in these columns."""
 CURVE_KEYS = (
     *GROUP_KEYS,
@@ -111,6 +111,15 @@ def check(table: pd.DataFrame) -> None:
     if unranked:
         raise TableError(f"{unranked} lora run(s) have no rank. Fill it in, or drop the runs.")
     keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
+    if "weights_sha256" in table.columns:  # of diverged runs all may be NaN
+        equal = table[table["status"] == "done"].groupby(["trainer", "weights_sha256"])
+        for (trainer, _), part in equal:
+            for key in ("lr", "steps", "batch_size"):
+                if len(values := sorted(part[key].unique())) > 1:
+                    raise TableError(
+                        f"trainer {trainer} left equal weights at {key} {values[0]:g} and "
+                        f"{values[1]:g}: it ignores {key}. Correct its use of {{{key}}}."
+                    )
     if len(twice := table[table.duplicated(keys, keep=False)]):
         raise TableError(
             f"{len(twice)} rows describe the same run twice (same model, method, ..., lr and seed),"

@@ -15,12 +15,7 @@ from typing import Any
 
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.measures.at_best import is_finite, losses_at_best, mean_of
-from analysis.measures.ratio import (
-    MIN_RANK,
-    lr_drift,
-    pool_ratios,
-    ratio_of,
-)
+from analysis.measures.ratio import MIN_RANK, lr_drift, pool_ratios, ratio_of
 from analysis.optimum.fit import WITHIN, Optimum, fit_all, lowest_loss, rate_means
 from analysis.questions.base import by_group, by_variant, lora_of
 from analysis.questions.registry import read_question

@@ -32,37 +32,23 @@ def outside(model: ModelSpec, method: Method, **more: str | int) -> str:
     return laws.outside({**method.plain(), "method": method.name, **experts, **more})
 
 
-def _covers(model: ModelSpec, method: LoRA, steps: int, lora_lr: float) -> bool:
-    """Return whether the law covers an arm: its scope, and its rank where A hardly moves."""
-    moves = laws.movement(model.hidden_size, lora_lr, steps) >= AT_REST
-    return not outside(model, method) and (moves or method.rank == REST_RANK)
-
-
-def lora_lr(model: ModelSpec, method: LoRA, steps: int, full_lr: float) -> float | None:
-    """Return LoRA's best learning rate, from full fine-tuning's; None outside the law's scope."""
-    alpha = laws.alpha_of(method.plain())
-    lr = full_lr * float(laws.ratio(model.hidden_size, alpha, steps, full_lr))
-    return lr if _covers(model, method, steps, lr) else None
-
-
-def full_lr(model: ModelSpec, method: LoRA, steps: int, lora_lr: float) -> float | None:
-    """Return full fine-tuning's best learning rate, from LoRA's; None outside the law's scope."""
-    alpha = laws.alpha_of(method.plain())
-    lr = float(laws.full_lr(model.hidden_size, alpha, steps, lora_lr))
-    return lr if _covers(model, method, steps, lora_lr) else None
-
-
 def law(of: RunSpec, known: RunSpec, lr: float) -> float | None:
     """Return the best learning rate of a run's arm, from LoRA's best `lr` in another arm.
 
     None outside the law's scope. Both runs have one model, data set, batch and number of updates.
     """
-    if any(outside(s.model, s.method, objective=s.objective) for s in (of, known)):
+    scopes = (outside(s.model, s.method, objective=s.objective) for s in (of, known))
+    if not isinstance(known.method, LoRA) or any(scopes):
         return None
-    full = isinstance(known.method, LoRA) and full_lr(of.model, known.method, of.steps, lr)
-    if full and isinstance(of.method, LoRA):
-        return lora_lr(of.model, of.method, of.steps, full)
-    return full or None
+    width, steps = of.model.hidden_size, of.steps
+    found = full = float(laws.full_lr(width, laws.alpha_of(known.method.plain()), steps, lr))
+    if isinstance(of.method, LoRA):
+        found *= float(laws.ratio(width, laws.alpha_of(of.method.plain()), steps, full))
+    for method, at in ((known.method, lr), (of.method, found)):
+        still = laws.movement(width, at, steps) < AT_REST
+        if isinstance(method, LoRA) and still and method.rank != REST_RANK:
+            return None
+    return found
 
 
 def predict(

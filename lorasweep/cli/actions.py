@@ -15,6 +15,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
 
+from lorasweep.cli.answer import refuse_claims
 from lorasweep.cli.printed import Answer
 from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.compose import GROUPS, Composer, literal, quoted
@@ -33,8 +34,6 @@ OF_FLEET = ("plan", "status", "cancel", "fetch")
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions that are called once for a sweep of sweeps; all others are called once per part."""
 SEARCHED = ("out", "budget", "score")
-OLD = {"layers": "matrices"}
-"""Former names of actions -> the present ones."""
 OURS, STUDY, MANY, HERE = BLOCKS = (
     "My model and my rows",
     "A question of the study",
@@ -260,13 +259,12 @@ def check(request: Request) -> None:
     """Raise SpecError if the action does not exist, or does not take a setting that was given."""
     name, sweep, fleet = request.action, request.sweep_name, bool(request.customers)
     if name not in ACTIONS:
-        renamed = f" It is now action={OLD[name]}." if name in OLD else ""
-        raise SpecError(unknown("action", name, ACTIONS) + renamed)
+        raise SpecError(unknown("action", name, ACTIONS))
+    if request.sweep is not None:
+        refuse_claims(request)
     action, hardware = ACTIONS[name], hardware_of(request) if request.hardware else None
     if sweep and (about := "customers" if fleet else action.about):
         raise SpecError(f"action={name} is about {about}. Leave +sweep={sweep} out.")
-    if name == "export" and request.table:
-        raise SpecError(f"table={request.table} is for input: action=export writes out=FILE.")
     if name in ("fleet", "verify_served") and not fleet:
         raise SpecError(
             f"action={name} is about the rows of a table. Add customers=FILE (CSV or YAML, with "

@@ -159,6 +159,24 @@ def check_claims(sweep: Sweep | None) -> Any:
     return asked
 
 
+def refuse_claims(request: Request) -> None:
+    """Drop claims that a foreign trainer's runs cannot decide; SpecError if none is left."""
+    from analysis.questions.registry import on_final_losses
+
+    for part in request.parts or [request]:
+        sweep, trainer = part.sweep, part.points[0].spec.trainer
+        able = on_final_losses(sweep.analysis, sweep.estimands) if trainer.command else ()
+        part.refused = [
+            k for k, c in sweep.claims.items() if trainer.command and c.estimand not in able
+        ]
+        sweep.claims = {k: c for k, c in sweep.claims.items() if k not in part.refused}
+        if not sweep.claims:
+            raise SpecError(
+                f"trainer={trainer.name}: no claim is about final losses ({', '.join(part.refused)}"
+                "). Use trainer=builtin, or another sweep, such as lr_ratio or tune."
+            )
+
+
 def outlooks(
     points: Sequence[Point], sweep: Sweep | None, *scales: str
 ) -> "list[tuple[str, Outlook]]":

@@ -74,6 +74,9 @@ def show(request: Request, store: RunStore) -> Answer:
     outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
     found |= {"claims": [o.plain() for o in outlooks]} if outlooks else {}
+    found |= {"refused": request.refused} if request.refused else {}
+    if plan.points[0].spec.trainer.command and not plan.speeds:
+        found["cost"] |= {"hours": None, "memory_gib": None, "basis": "unknown"}
     lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
     lines += search_lines(request)
     if request.members:
@@ -193,6 +196,10 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
     arms = table(values["arms"], "arm", "rank", "model", "runs", "n_trainable")
     lines += [f"  {line}" for line in arms]
     lines += unpinned_lines(plan.points)
+    if not plan.speeds and (name := plan.points[0].spec.trainer.name) != "builtin":
+        lines.append(f"  time and memory of trainer={name}: unknown before its first run")
+    if refused := ", ".join(request.refused):
+        lines.append(f"  refused with this trainer, as they need more than final losses: {refused}")
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
     if slow_bf16 and any(p.spec.precision == "bf16" for p in plan.todo):
         lines.append(
@@ -239,10 +246,11 @@ def search_lines(request: Request) -> list[str]:
     n_law = sum(p != known and bool(rates.law(p.spec, known.spec, lr)) for p in request.points)
     wide = how.n_full + (how.n_short - how.n_lrs) / how.prefix  # n_lrs short runs go on
     first = n_law * how.n_lrs + (n - n_law) * wide
+    short = f"short runs of {how.short_steps(steps)} updates find the range, " * (how.prefix > 1)
     return [
-        f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
-        f"runs of {steps} updates judge: about {first:.0f} of full length, and {n * how.n_lrs} "
-        f"with each of up to {how.seeds} fresh seeds, of which an answer needs {MIN_SEEDS - 1}"
+        f"search of {n} arm(s): {short}runs of {steps} updates judge: about {first:.0f} of full "
+        f"length, and {n * how.n_lrs} with each of up to {how.seeds} fresh seeds, of which an "
+        f"answer needs {MIN_SEEDS - 1}"
     ]
 
 

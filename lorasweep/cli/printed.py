@@ -11,7 +11,7 @@ from typing import Any
 from lorasweep.advise.pages import printable
 from lorasweep.plan.load import run_flops
 from lorasweep.store.files import Notify
-from lorasweep.sweep.grid import Point, aligned, run_names
+from lorasweep.sweep.grid import Point, run_names
 from lorasweep.sweep.request import Request
 
 HEADERS = {
@@ -91,15 +91,12 @@ def table(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[str]:
 
     `keys`: the columns. A missing value is "-", and a list of two ends "1 to 16".
     """
-    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
-    numbers = [
-        k for k, key in enumerate(keys) if not any(isinstance(r.get(key), str) for r in rows)
-    ]
-    return (
-        aligned([[HEADERS.get(k, k.replace("_", " ")) for k in keys], *cells], numbers)
-        if cells
-        else []
-    )
+    columns = []
+    for key in keys if rows else ():
+        cells = [HEADERS.get(key, key.replace("_", " ")), *(_cell(row.get(key)) for row in rows)]
+        pad = str.ljust if any(isinstance(row.get(key), str) for row in rows) else str.rjust
+        columns.append([pad(cell, max(map(len, cells))) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*columns)]
 
 
 def notifier(request: Request, always: bool = False) -> Notify:

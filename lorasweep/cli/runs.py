@@ -44,6 +44,7 @@ from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm.submit import Work, cancel, hardware_of, submit, updates_of
 from lorasweep.launch.trainer import TorchTrainer, Trainer, trainer_named
 from lorasweep.launch.worker import check_world_size
+from lorasweep.methods import peft
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.plan import detect
@@ -78,6 +79,7 @@ FLAGS = {
     "at_edge": "the last one that was tried",
     "few_points": "few were tried",
     "no_variance": "too few seeds",
+    "mixed_versions": "of several versions of the trainer",
     "flat": "several are equally good",
     "fullft": "full fine-tuning",
     r"lora r(\d+)": r"LoRA rank \1",
@@ -388,6 +390,8 @@ def train_again(
     Raises:
         TrainingError: the data or the base have changed.
     """
+    if spec.trainer.command:
+        raise SpecError(f"run {spec.id} was trained by {spec.trainer.name}: see its folder out.")
     before, env = store.result(spec.id) or {}, store.env(spec.id)  # no env: imported
     layout: dict[str, Any] = {k: env[k] for k in ("threads", "micro_batch_size") if env}
     # the folders of the command, then those of the run
@@ -472,7 +476,7 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
         commit = final.get("base_commit")
         write_adapter(partial, spec, weights_of(state), commit, final["models_dir"])
     lines = [f"trained again: {why}", f"weights of run {request.run} saved to {request.out}"]
-    if isinstance(spec.method, LoRA):
+    if isinstance(spec.method, LoRA | peft.PEFT):
         lines[1] = f"adapter of run {request.run} saved to {request.out}: load it with "
         lines[1] += "peft.PeftModel.from_pretrained"
         if spec.model.tied and "unembedding" in spec.method.target_layers():
@@ -491,16 +495,20 @@ def write_adapter(
 
     Args:
         commit: the base's commit on the hub.
-        models_dir: where the base lies; needed for full fine-tuning only.
+        models_dir: where the base lies; needed except for LoRA.
     """
     from lorasweep.methods.stacked import save_peft
-    from lorasweep.models.load import save_trained
+    from lorasweep.models.load import find_targets, load, save_trained
 
-    if not isinstance(spec.method, LoRA):
-        save_trained(spec.model, models_dir, weights, folder)
-        return
     base = spec.model.location if spec.model.source == "hub" else spec.model.name
-    save_peft(folder, weights, spec.method, base, commit, spec.model.n_experts)
+    if isinstance(spec.method, LoRA):
+        save_peft(folder, weights, spec.method, base, commit, spec.model.n_experts)
+    elif isinstance(spec.method, peft.PEFT):
+        model = load(spec.model, models_dir).model
+        targets = find_targets(model, spec.model, spec.method.target_layers())
+        peft.save(folder, model, targets, spec, weights, (base, commit))
+    else:
+        save_trained(spec.model, models_dir, weights, folder)
 
 
 def verify(request: Request, store: RunStore) -> Answer:

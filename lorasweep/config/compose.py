@@ -38,6 +38,7 @@ from yaml import YAMLError
 from lorasweep import plugins
 from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.folders import exec_of
+from lorasweep.config.trainer import checked, trainer_of, without_unembedding
 from lorasweep.data.column_names import as_served
 from lorasweep.errors import ClusterError, DataError, ModelError, NotAtScale, SpecError, unknown
 from lorasweep.methods.registry import METHODS, method_class, spec_from
@@ -48,8 +49,9 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.model import ModelSpec, Recipe
 from lorasweep.spec.run import RunSpec, validate
-from lorasweep.spec.values import UNSET, build, fields, misfits, problems_of
-from lorasweep.sweep.grid import GENERATOR_PARAMS, Point, around, expand, fields_of, geom
+from lorasweep.spec.trainer import TrainerSpec
+from lorasweep.spec.values import UNSET, fields, misfits, problems_of
+from lorasweep.sweep.grid import GENERATOR_PARAMS, WHOLE, Point, around, expand, fields_of, geom
 from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, made
 from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 from lorasweep.sweep.search import check_search
@@ -58,7 +60,7 @@ GROUPS = ("model", "dataset")
 FORM = ("format", "prompt_field", "completion_field", "mask", "render")
 """Fields of a data set that say how a row is read."""
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
-FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes"}
+FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes", "fields"}
 """Mappings that take new keys, with a + before them."""
 PARTS = ("method", "exec", "dataset", "cluster")
 """Groups in which a setting without its group is looked for."""
@@ -84,6 +86,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 SCHEMA = {
     **defaults_of(Settings),
     **defaults_of(RunSpec),
+    "trainer": {**defaults_of(TrainerSpec), "script": "", "max_h": Exec().trainer_max_h},
     "serve": {},  # a file in conf/serve; a request has its name
     "arms": "",  # names of the sweep's arms to train, one or a list; empty: all
     # `extends`: another scale, whose block of a sweep is merged before the block of this one
@@ -376,12 +379,14 @@ class Composer:
         for problem in request.cluster.problems():
             raise ClusterError(problem)
         base = _run_spec(config)
+        if base.trainer.command:
+            request = checked(request, *trainer_of(config["trainer"])[1:])
         if not sweep_name:
             for problem in misfits(base):
                 raise SpecError(problem)
             if not request.customers:  # a fleet uses this run as a template
                 validate(base)
-            request.points = [Point(base.method.name, base)]
+            request.points = without_unembedding([Point(base.method.name, base)])
             return request
         request.sweep = sweep = _sweep(sweep_name, config, self.options("model"))
         if sweep.parts:
@@ -424,7 +429,8 @@ class Composer:
         shipped = {f"+sweep={path.stem}" for path in (conf_dir() / "sweep").glob("*.yaml")}
 
         def look_up(group: str, name: str) -> Any:
-            concerned = ("sweep=", "scale=", f"{group}.", "exec.models_dir=")
+            own = (f"{group}.",) * (group in GROUPS)  # an arm's method has its defaults
+            concerned = ("sweep=", "scale=", "exec.models_dir=", *own)
             of_group = [
                 o for o in typed if o.lstrip("+~").startswith(concerned) and o not in shipped
             ]
@@ -433,15 +439,17 @@ class Composer:
             key = (group, name, *of_group)
             if key not in self._looked_up:
                 values = _plain(self.composed([*of_group, f"{group}={quoted(name)}"])[group])
-                cls = ModelSpec if group == "model" else DatasetSpec
-                self._looked_up[key] = build(cls, values)
+                run = spec_from({"method": {"name": "lora"}, group: values})
+                self._looked_up[key] = getattr(run, group)
             return self._looked_up[key]
 
-        return expand(base, sweep, look_up)
+        return without_unembedding(expand(base, sweep, look_up))
 
     def _begin_search(self, request: Request, how: Search) -> None:
         """Set the form of the user's own rows and the updates that the command line leaves open."""
         check_search(request.points)
+        if request.points[0].spec.trainer.command:
+            how.prefix = 1  # the first updates of a run of another trainer are not ours to measure
         if how.seeds > (most := request.sweep.rounds + 1):  # a look after each from the second on
             raise SpecError(f"sweep.search.seeds={how.seeds}: sweep.rounds allows up to {most}.")
         sweep, own = request.sweep, self._own_of(request.points)
@@ -470,9 +478,8 @@ class Composer:
         ]
         steps = request.points[0].spec.steps
         keep = request.exec.world_size == 1  # else every process holds a part of the weights
-        request.exec = dataclasses.replace(
-            request.exec, short_steps=how.short_steps(steps), keep_weights=keep
-        )
+        short = how.short_steps(steps) if how.prefix > 1 else None
+        request.exec = dataclasses.replace(request.exec, short_steps=short, keep_weights=keep)
         parse_budget(request.budget, steps)
 
 
@@ -568,7 +575,7 @@ def _replace_axis(
                 for name in gone & part.keys():
                     del part[name]
                 for name, inner in part.items():
-                    if name != GENERATOR_PARAMS:
+                    if name not in WHOLE:
                         strip(inner)
 
     for axes in arms if method else [sweep["axes"], *arms]:
@@ -648,7 +655,8 @@ def _plain(cfg: DictConfig) -> Any:
 
 
 def _run_spec(config: dict[str, Any]) -> RunSpec:
-    return spec_from({f.key: config[f.key] for f in fields(RunSpec)})
+    trainer = trainer_of(config["trainer"])[0]
+    return spec_from({**{f.key: config[f.key] for f in fields(RunSpec)}, "trainer": trainer})
 
 
 def _refuse_overwritten(typed: Sequence[str], name: str, sweep: Sweep) -> None:

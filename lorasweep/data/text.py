@@ -266,6 +266,11 @@ def _tokenized(
             yield Example(tokens=tokens, loss=mask, n_bytes=n_bytes)
 
 
+def fits(spec: DatasetSpec, row: Row, tokenizer: Any) -> bool:
+    """Return whether a row is used: it is not left out because it is too long."""
+    return any(True for _ in _tokenized(spec, iter([row]), tokenizer, []))
+
+
 def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Part]:
     """Render a row as text in the form `spec.render`.
 

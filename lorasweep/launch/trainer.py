@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import DataError, ModelError
+from lorasweep.launch import external
 from lorasweep.launch.out_of_memory import is_out_of_memory
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.spec.dataset import DatasetSpec
@@ -65,6 +66,9 @@ class TorchTrainer:
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Events:
         """Train a pack on one base. Errors of data have an attribute: the `dataset` at fault."""
+        if pack[0].trainer.command:
+            yield from external.train(self, pack[0], exec_, self._stop)
+            return
         base, data = self.base(pack[0], exec_), {}
         for spec in pack:
             try:
@@ -76,6 +80,10 @@ class TorchTrainer:
             self._base = None  # a sharded model cannot be used again
         rows = exec_.micro_batch_size
         yield from finetune(pack, base, data, rows, resume, exec_.forward_parts)
+
+    def release(self) -> None:
+        """Forget the base and the data."""
+        self._base, self._base_key, self._data = None, None, {}
 
     def data(self, spec: RunSpec, exec_: Exec, base: "Base | None" = None) -> "Data":
         """Load the rows of a run; `base` has the tokenizer (None: the run's base is loaded).

@@ -149,6 +149,8 @@ def check_world_size(
     for uneven in (spec.batch_size for spec in specs if spec.batch_size % size):
         raise SpecError(f"exec.world_size={size} does not divide batch_size={uneven}.")
     for model, method in {(spec.model, spec.method) for spec in specs}:
+        if method.LIBRARY and size > 1:
+            raise SpecError(f"exec.world_size={size}: method={method.name} trains in one process.")
         rank = getattr(method, "rank", 0)  # each factor of an adapter is split along a side
         for m in load_of(model, method).adapted:
             if any(all(n % size for n in (side, rank, m.n_experts)) for side in (m.d_in, m.d_out)):

@@ -6,13 +6,12 @@ that differs from LoRA in the parametrisation only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.trainables import Experts, Target, Trainables, whole
+from lorasweep.methods.trainables import Experts, Trainables, whole
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
-from lorasweep.spec.values import misfits
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +29,10 @@ class FullFT(Method):
     """Layer sets trained under scope=matrices. Must stay 'all' under scope=all."""
     MAX_PACK: ClassVar[int | None] = 1
     """Runs that train all weights cannot share a base."""
+    TRAINS_BASE: ClassVar[bool] = True
 
     def check(self, model: ModelSpec) -> None:
-        for problem in misfits(self, self.WHERE):
-            raise SpecError(problem)
+        super().check(model)
         layers = parse_layers(self.layers)
         if self.scope == "all" and layers != LAYER_SETS:
             what = f"method.layers={self.layers!r} has no effect under method.scope=all"
@@ -57,17 +56,9 @@ class FullFT(Method):
         return 6.0 * n_tokens * model.n_active_params
 
     def target_layers(self) -> tuple[str, ...]:
-        return () if self.scope == "all" else parse_layers(self.layers)
+        return () if self.scope == "all" else super().target_layers()
 
-    def attach(
-        self,
-        base: "nn.Module",
-        targets: dict[str, Target],
-        methods: Sequence[Method],
-        seeds: Sequence[int],
-    ) -> "_WholeModel":
-        if len(methods) != 1:
-            raise SpecError("fullft trains one run at a time. Set exec.pack_size=1.")
+    def attach(self, base: Any, targets: Any, methods: Sequence[Any], seeds: Sequence[int]) -> Any:
         chosen: list[torch.Tensor] = list(base.parameters()) if self.scope == "all" else []
         for target in targets.values():
             if isinstance(target, Experts):

@@ -7,18 +7,12 @@ learning rate for A and B. Every expert of a layer has separate adapters for gat
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lorasweep.errors import RankTooLarge, SpecError
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import Matrix, ModelSpec
-from lorasweep.spec.values import ABOVE_0, Is, later, misfits
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorasweep.methods.stacked import StackedAdapters
-    from lorasweep.methods.trainables import Target
+from lorasweep.spec.values import ABOVE_0, Is, later
 
 
 @dataclass(frozen=True)
@@ -98,8 +92,7 @@ class LoRA(Method):
                 f"method.rank={self.rank}. Allowed {where}: from 1 to {smallest}, the smallest "
                 "side of an adapted matrix."
             )
-        for problem in misfits(self, self.WHERE):
-            raise SpecError(problem)
+        super().check(model)
         experts = [m for m in matrices if m.n_experts > 1]
         if not experts:
             for f in fields(self):
@@ -131,16 +124,7 @@ class LoRA(Method):
         adapters = sum(self.n_trained(model, m, active=True) for m in matrices)
         return n_tokens * (4.0 * model.n_active_params + 6.0 * adapters)
 
-    def target_layers(self) -> tuple[str, ...]:
-        return parse_layers(self.layers)
-
-    def attach(
-        self,
-        base: "nn.Module",
-        targets: "dict[str, Target]",
-        methods: "Sequence[LoRA]",
-        seeds: Sequence[int],
-    ) -> "StackedAdapters":
+    def attach(self, base: Any, targets: Any, methods: Sequence[Any], seeds: Sequence[int]) -> Any:
         from lorasweep.methods.stacked import StackedAdapters
 
         return StackedAdapters(base, targets, methods, seeds)

@@ -5,11 +5,12 @@ from typing import Any
 from lorasweep import plugins
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from lorasweep.methods.peft import PEFT
 from lorasweep.spec.method import Method
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.values import build
 
-METHODS: dict[str, type[Method]] = {"fullft": FullFT, "lora": LoRA}
+METHODS: dict[str, type[Method]] = {"fullft": FullFT, "lora": LoRA, "peft": PEFT}
 
 
 def method_class(name: str) -> type[Method]:
@@ -23,5 +24,7 @@ def method_class(name: str) -> type[Method]:
 
 def spec_from(plain: dict[str, Any]) -> RunSpec:
     """Rebuild a RunSpec from its canonical dict; SpecError: a key, type or method is wrong."""
-    method = method_class(plain.get("method", {}).get("name", "???"))
+    fields = plain.get("method", {})
+    of_peft = "config" in fields and not plugins.offers("method").get(fields.get("name", ""))
+    method = PEFT if of_peft else method_class(fields.get("name", "???"))
     return build(RunSpec, {**plain, "method": build(method, plain["method"])})

@@ -67,9 +67,11 @@ class Trainables:
 
     def norms(self) -> list[dict[str, float]]:
         """Return the norms to record, one dict per run."""
+        return [{}]
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         """Return the final spectral norms by matrix: {name: {delta, ...}}, one dict per run."""
+        return [{}]
 
     def detach(self) -> None:
         """Restore the base model."""

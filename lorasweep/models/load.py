@@ -106,6 +106,14 @@ def _place(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Path | str, dic
     return _folder(spec, models_dirs), {}
 
 
+def transformers_folder(spec: ModelSpec, models_dirs: Sequence[str], new: Path) -> Path:
+    """Return a folder of transformers with a base; a recipe is written to `new`."""
+    if spec.source != "recipe":
+        return find.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
+    _read(spec, models_dirs)[0].save_pretrained(new)
+    return new
+
+
 def save_trained(
     spec: ModelSpec, models_dirs: Sequence[str], weights: "dict[str, torch.Tensor]", folder: Path
 ) -> None:

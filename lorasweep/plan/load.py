@@ -194,7 +194,7 @@ class Load:
 
 def load_of(model: ModelSpec, method: Method) -> Load:
     """Return the Load of training `method` on `model`."""
-    whole, trained = method.MAX_PACK == 1, method.n_trainable(model)
+    whole, trained = method.TRAINS_BASE, method.n_trainable(model)
     layers = method.target_layers() or LAYER_SETS
     inputs = frozenset(name for layer_set in layers for name in getattr(model, layer_set))
     adapted = () if whole else model.matrices(layers)
@@ -290,6 +290,8 @@ def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) 
         peak = 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
     how: dict[str, Any] = {"frozen_bytes": held, "start_bytes": held, "peak": peak, "host": process}
     parts = memory_parts(load, layout, length, n_runs, states=states, word=word, **how)
+    copied = sum(m.size for m in load.adapted) * spec.method.rewrites
+    parts["frozen weights"] += STATE_BYTES[states][0] * copied
     if spec.early_stopping:
         parts["best weights"] = parts["trained weights"]
     if not spec.max_new_tokens:

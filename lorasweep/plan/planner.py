@@ -245,7 +245,7 @@ class Planner:
         if like is not None:
             # a pack that recomputes activations would be slower than its runs one by one
             gpus, ways = like.layout.gpus, (like.layout.checkpointing,)
-        rows = e.micro_batch_size
+        rows, gpus = e.micro_batch_size, 1 if spec.method.LIBRARY else gpus
         return place(spec, self.hardware, n_runs, rows, gpus=gpus, checkpointing=ways)
 
     def kind(self, spec: RunSpec) -> Kind:
@@ -267,7 +267,8 @@ class Planner:
                     f"matmul_flops_s.{spec.precision} to its file in conf/hardware."
                 )
             where, e = self.place(spec), self.exec
-            if spec.method.MAX_PACK is not None or where.layout.gpus > 1:
+            alone = spec.trainer.command or where.layout.gpus > 1
+            if spec.method.MAX_PACK is not None or alone:
                 size = spec.method.MAX_PACK or 1  # several processes train one run at a time
             elif e.pack_size is not None and not hardware.has_speeds:
                 size = e.pack_size

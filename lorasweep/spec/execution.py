@@ -57,6 +57,10 @@ class Exec:
     retry: bool = False
     """Try failed runs again."""
     max_attempts: Count = 5
+    trainer_files: list[str] = field(default_factory=list)
+    """Paths of trainer.script and trainer.files, of which the spec has the hashes."""
+    trainer_max_h: Amount = 24.0
+    """Hours after which a foreign trainer is stopped; set by trainer.max_h."""
 
     def rows_of(self, batch_size: int) -> int:
         """Return the rows of a forward pass, per run of the pack and process."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.model import LAYER_SETS, Matrix, ModelSpec
-from lorasweep.spec.values import Value
+from lorasweep.spec.values import Value, misfits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +23,10 @@ class Method(Value):
     name: str = "???"
     MAX_PACK: ClassVar[int | None] = None
     """How many runs may share a pack; None: no limit."""
+    TRAINS_BASE: ClassVar[bool] = False
+    """Whether the trained tensors are weights of the base."""
+    LIBRARY: ClassVar[str] = ""
+    """Package that makes the adapter, in one process; results have its version."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = ()
     """Fields that may differ inside a pack."""
 
@@ -33,7 +37,8 @@ class Method(Value):
 
     def check(self, model: ModelSpec) -> None:
         """Raise SpecError if this method cannot be applied to `model`. Changes nothing."""
-        raise NotImplementedError
+        for problem in misfits(self, self.WHERE):
+            raise SpecError(problem)
 
     def n_trainable(self, model: ModelSpec) -> int:
         """Count the trained parameters of one run, from the model's shape alone."""
@@ -45,11 +50,16 @@ class Method(Value):
 
     def rank_of(self, matrix: Matrix) -> int | None:
         """Return the rank of the adapter on a kind of matrix; None without adapters."""
-        return None
+        return getattr(self, "rank", None)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the run holds changed copies of its matrices, in fp32."""
+        return False
 
     def target_layers(self) -> tuple[str, ...]:
         """Return the layer sets of the matrices that `attach` needs."""
-        raise NotImplementedError
+        return parse_layers(vars(self)["layers"])
 
     def attach(
         self,

@@ -13,6 +13,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
 from lorasweep.spec.metric import why_not_early
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.trainer import TrainerSpec
 from lorasweep.spec.values import ABOVE_0, BELOW_1, Is, Value, encode, fields, later, misfits
 
 TRAIN_VERSION = 1
@@ -63,6 +64,8 @@ class RunSpec(Value):
     test_rows: bool = later(True)
     """False: a trial, which is measured on validation rows only. A run that differs in nothing else
     takes the weights of its trial, if they are kept, and only measures the test rows."""
+    trainer: TrainerSpec = later(TrainerSpec())
+    """What trains the run. Another trainer's run is measured by us, at the end only."""
     train_version: int = TRAIN_VERSION
 
     def __post_init__(self) -> None:
@@ -119,7 +122,9 @@ class RunSpec(Value):
         yield from misfits(self, "", together)
         if rows and not supervised:
             yield f"dataset.n_validation={rows}: expected 0 without objective=sft."
-        yield from filter(None, (self.model.problem, self.dataset.problem))
+        yield from filter(None, (self.model.problem, self.dataset.problem, self.trainer.problem))
+        if self.trainer.command:
+            yield from self.trainer.refusals(self)
 
 
 def snap_lr(lr: float) -> float:
@@ -159,5 +164,5 @@ def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
 @cache
 def _axes(cls: type) -> dict[str, str]:
     """Map each key that may be an axis to its field."""
-    no_axes = ("name", "method", "train_version")
+    no_axes = ("name", "method", "trainer", "train_version")
     return {f.key: f.name for f in fields(cls) if f.name not in no_axes}

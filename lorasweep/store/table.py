@@ -10,6 +10,8 @@ from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec, validate
+from lorasweep.spec.trainer import TrainerSpec
+from lorasweep.spec.values import build
 from lorasweep.store.run_store import FINAL, RunStore
 
 if TYPE_CHECKING:
@@ -57,10 +59,16 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     row |= {k: method.get(k, past) if adapted else None for k, past in _OF_EXPERTS.items()}
     if adapted and row["expert_alpha"] is None:
         row["expert_alpha"] = method["alpha"]
-    row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
+    row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method", "trainer")}
+    if "trainer" in spec:
+        trainer = build(TrainerSpec, spec["trainer"])
+        # seeds of a trainer with an order of its own share no batches, but data that are drawn
+        paired = trainer.in_order or spec["dataset"].get("draw_by_seed", False)
+        row |= {"trainer": trainer.label, "block": row["seed"] * paired}
+        row |= {k: result.get(k) for k in ("weights_sha256", "trainer_versions")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in (*_RESULT_COLUMNS, *({"packages"} & result.keys()))}
-    if method["name"] not in METHODS:  # of a package, with fields that have no columns
+    if "config" in method or method["name"] not in METHODS:  # with fields that have no columns
         own = (f"{k}={v}" for k, v in sorted(method.items()) if k not in row and k != "name")
         row |= {"method_fields": ", ".join(own)}
     metric = metric_of(result)

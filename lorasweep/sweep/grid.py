@@ -7,12 +7,11 @@ analysis, which `store.looks` records.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.errors import RankTooLarge, SpecError
-from lorasweep.methods.registry import method_class
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
@@ -25,6 +24,8 @@ MAX_PROBLEMS = 5
 """Problems of runs that one message lists."""
 GENERATOR_PARAMS = "generator_params"
 """The axis whose values are mappings, each with parameters of a synthetic data set."""
+WHOLE = (GENERATOR_PARAMS, "fields")
+"""Axes whose values are mappings as a whole."""
 FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")
 """Fields that come first in a name, in this order."""
 REST = "embedding, norms"
@@ -62,7 +63,7 @@ def around(centre: float, n: int, factor: float) -> list[float]:
 def expand(base: RunSpec, sweep: Sweep, look_up: Callable[[str, str], Any]) -> list[Point]:
     """Return the distinct runs of a sweep over `base`, in the order of arms and axes.
 
-    `look_up(group, name)` returns the spec of a name on the axes model and dataset.
+    `look_up(group, name)` returns the spec of a name on the axes model and dataset, or a method.
 
     Raises:
         SpecError: runs are not valid; the message has up to MAX_PROBLEMS problems, each with its
@@ -73,8 +74,9 @@ def expand(base: RunSpec, sweep: Sweep, look_up: Callable[[str, str], Any]) -> l
     # one spec per name, so that it is checked and encoded once for thousands of runs
     with_params: dict[str, DatasetSpec] = {}
     for arm, axes in sweep.arms.items():
-        cls = method_class(axes["method"])
-        start = base if type(base.method) is cls else dataclasses.replace(base, method=cls())
+        start, name = base, axes["method"]
+        if base.method.name != name:
+            start = dataclasses.replace(base, method=look_up("method", name))
         begun = False
         for given in assignments({**sweep.axes, **axes_of(axes)}):
             values = {
@@ -122,13 +124,13 @@ def assignments(axes: Axes) -> list[dict[str, Any]]:
 
     A value that is a mapping sets several fields, and is expanded as a product:
     `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]` has three values. The
-    exception is the axis `generator_params`.
+    exceptions are WHOLE.
     """
     parts = []
     for name, values in axes.items():
         part: list[dict[str, Any]] = []
         for value in values if isinstance(values, list) else [values]:
-            is_product = isinstance(value, dict) and name != GENERATOR_PARAMS
+            is_product = isinstance(value, dict) and name not in WHOLE
             part += assignments(value) if is_product else [{name: value}]
         parts.append(part)
     if (size := math.prod(map(len, parts))) > MAX_RUNS:
@@ -145,7 +147,7 @@ def fields_of(axes: Axes) -> set[str]:
     found = set()
     for name, values in axes.items():
         given = values if isinstance(values, list) else [values]
-        inner = [v for v in given if isinstance(v, dict) and name != GENERATOR_PARAMS]
+        inner = [v for v in given if isinstance(v, dict) and name not in WHOLE]
         found |= set().union(*map(fields_of, inner)) if inner else {name}
     return found
 
@@ -249,7 +251,7 @@ def run_names(points: Sequence[Point]) -> dict[str, str]:
         named = {"model": p.spec.model.name, "dataset": p.spec.dataset.name}
         rows.append({**method, **dict(p.spec.values()), **named})
         for key, value in rows[-1].items():
-            if key not in ("lr", "method", "name"):
+            if key not in ("lr", "method", "name", "config", "fields"):  # the arm says these
                 found.setdefault(key, set()).add(value)
     varied = [k for k in dict.fromkeys((*FIRST, *found)) if len(found.get(k, ())) > 1]
     names = {}
@@ -262,18 +264,6 @@ def run_names(points: Sequence[Point]) -> dict[str, str]:
         seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
         names[p.id] = " ".join([p.arm, *shown, f"lr={p.spec.lr:g}", *seed])
     return names
-
-
-def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
-    """Return a line for each row; `numbers`: indices of columns that are aligned on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            c.rjust(w) if k in numbers else c.ljust(w)
-            for k, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def trained_by_set(method: Method, model: ModelSpec) -> list[dict[str, Any]]:

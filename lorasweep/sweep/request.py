@@ -87,6 +87,8 @@ class Request(Settings):
     """Folders of configuration; the folder of the user comes first."""
     given: list[str] = field(default_factory=list)
     """Keys set on the command line."""
+    refused: list[str] = field(default_factory=list)
+    """Names of the sweep's claims that its trainer's runs cannot decide; they are left out."""
     described: list[str] = field(default_factory=list)
     """Names of the models and data sets that no configuration file describes."""
     task: dict[str, Any] = field(default_factory=dict)

@@ -52,7 +52,7 @@ def search(
     anchor = next((p for p in starts if p.spec.method.name == "lora"), starts[0])
     points: list[Point] = []
     for p in starts:
-        if how.short_steps(p.spec.steps) >= p.spec.steps:
+        if not p.spec.trainer.command and how.short_steps(p.spec.steps) >= p.spec.steps:
             raise SpecError(
                 f"steps={p.spec.steps}, sweep.search.prefix={how.prefix}: a search begins with "
                 f"shorter runs. Set steps={MIN_SHORT + 1} or more, and a prefix of 2 or more."
@@ -67,7 +67,7 @@ def search(
     def losses(runs: Iterable[Point], full: bool = True) -> Losses:
         """Return mean losses of runs of an arm, in full or short, by learning rate."""
         by_lr: dict[float, list[float]] = {}
-        for p in (p for p in runs if full != is_short(p, starts)):
+        for p in (p for p in runs if how.prefix == 1 or full != is_short(p, starts)):
             found = loss(p.id)
             assert found is not None, "a search goes on when all its runs have finished"
             by_lr.setdefault(p.spec.lr, []).append(found)
@@ -148,7 +148,7 @@ def check_search(points: Sequence[Point]) -> None:
             "together. Give every setting, such as layers, alpha, batch_size or seed, one value."
         )
     for s in specs:
-        if s.schedule != "constant" or s.warmup_steps:
+        if not s.trainer.command and (s.schedule != "constant" or s.warmup_steps):
             raise SpecError(
                 f"schedule={s.schedule}, warmup_steps={s.warmup_steps}: a search starts with short "
                 "runs, which are the beginnings of longer ones at a constant learning rate only. "

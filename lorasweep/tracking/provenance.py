@@ -51,11 +51,13 @@ def environment() -> dict[str, Any]:
 
 
 def packages_of(spec: RunSpec) -> str:
-    """Name the packages, with versions, that give parts of a run by entry points; '' if none."""
+    """Name the packages, with versions, that give parts of a run; '' if none."""
     data, parts = spec.dataset, [("method", spec.method.name), ("model", spec.model.name)]
     parts += [("dataset", data.name.partition("(")[0])]  # without the parameters of a grid
     parts += [("generator", data.location)] * (data.source == "synthetic")
     found = {o.package for kind, name in parts for o in plugins.offers(kind).get(name, [])}
+    if library := spec.method.LIBRARY:
+        found.add(f"{library} {metadata.version(library)}")
     return ", ".join(sorted(found))
 
 

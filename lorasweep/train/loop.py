@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lorasweep.data.examples import Batch, Data, Example, collate
-from lorasweep.errors import DataError
+from lorasweep.errors import DataError, SpecError
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend, frozen_in_bf16
 from lorasweep.models.load import Base, find_targets
@@ -138,6 +138,8 @@ def attached(
     `weights`: values for each run, by the names of tensors in a state.
     """
     model, method = base.model, pack[0].method
+    if len(pack) > (method.MAX_PACK or len(pack)):
+        raise SpecError(f"method={method.name} trains one run at a time. Set exec.pack_size=1.")
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     try:

@@ -93,6 +93,7 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
     for name, body in re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", pages, re.DOTALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(body)
+    shutil.copy(ROOT / "examples/train.py", tmp_path)
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "customers.csv", tmp_path / "docs")
     write_rows(tmp_path / "dental.jsonl", 24, "Yes {k}")

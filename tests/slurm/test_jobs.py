@@ -76,6 +76,31 @@ def test_a_submitted_sweep_is_preempted_stopped_and_answered(queue, tmp_path, in
 
 
 @pytest.mark.full
+def test_a_job_whose_run_a_foreign_command_trains_is_requeued_and_resumes_it(queue, tmp_path):
+    words = ["{model}", "{out}", "{lr}", "{seed}", "{rank}", "{alpha}", "{layers}"]
+    words = [f"{word[1:-1]}={word}" for word in words]
+    fake = ROOT / "tests/unit/launch/fake_trainer.py"
+    settings = (
+        *("scale=smoke", "method.rank=2", "method.layers=attention+mlp", "trainer=command"),
+        f"trainer.command={json.dumps([sys.executable, str(fake), *words, 'mode=waits'])}",
+        'trainer.resume=["resume={resume}"]',
+    )
+    assert "submitted 1 runs" in ask(tmp_path, *settings, *FAST, trainer=None)
+    saved = "*/attempts/1/out/checkpoint-3/trainer_state.json"
+    (found,) = wait_for(lambda: [*(tmp_path / "runs").glob(saved)])
+    rid = found.relative_to(tmp_path / "runs").parts[0]
+    assert queue.jobs() and len(conftest.jobs_of(submitted(tmp_path)[0])) == 1
+    queue.command("scontrol", "requeue", conftest.jobs_of(submitted(tmp_path)[0])[0])
+    queue.drain()
+    result = RunStore(tmp_path / "runs").result(rid)
+    assert (
+        result["state"] == "done" and result["resumed"] and set(attempts(tmp_path)[rid]) == {1, 2}
+    )
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(fake) in (p.info["cmdline"] or ())]
+    assert not left
+
+
+@pytest.mark.full
 def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
     whole, there = tmp_path / "whole", tmp_path / "there"
     conftest.train_here(whole, *EIGHT_JOBS)

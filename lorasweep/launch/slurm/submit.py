@@ -253,7 +253,7 @@ def resources_for(
         for pack in (pack for task in tasks for pack in task):
             spec, size = pack.points[-1].spec, pack.memory_bytes
             if cluster.gpus:  # host memory of the node where process 0 reads the weights
-                copies = 3 if spec.method.MAX_PACK == 1 else 1
+                copies = 3 if spec.method.TRAINS_BASE else 1
                 size = here * HOST_BYTES + 4 * spec.model.n_params * copies
             sizes.append(size)
         most = sum(sorted(sizes, reverse=True)[:side])

@@ -174,10 +174,7 @@ def row_nlls(
 
 
 def gain_se(
-    before: np.ndarray,
-    after: np.ndarray,
-    tokens: np.ndarray,
-    prompts: Sequence[int] | None = None,
+    before: np.ndarray, after: np.ndarray, tokens: np.ndarray, prompts: Sequence[int] | None = None
 ) -> float:
     """Return the standard error of a gain in nats per token: of sum(before - after) / sum(tokens).
 

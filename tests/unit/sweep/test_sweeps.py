@@ -19,6 +19,7 @@ from lorasweep.config.compose import composer, shipped_model
 from lorasweep.errors import NotAtScale, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from lorasweep.spec.trainer import TrainerSpec
 from lorasweep.store import looks
 from lorasweep.sweep import search as of_sweep
 from lorasweep.sweep.grid import REST, Point, assignments, fields_of, run_names, trained_by_set
@@ -510,6 +511,23 @@ def test_a_search_with_narrow_steps_ends():
     world, how = lambda p: losses[p.spec.steps == 64](p.spec.lr), Search(wide=1.4, fine=2)
     points, _ = run([lora(2)], world, how, look=lambda _: (True, {}))
     assert len({p.id for p in points}) == len(points) < 200
+
+
+def test_a_search_by_a_foreign_trainer_makes_runs_of_full_length_only_and_finds_the_best():
+    """Its first updates are not ours to measure: the wide range is searched in full, then refined."""
+    trainer = TrainerSpec("other", ("x", "{lr}", "{seed}", "{out}"))
+    starts = [lora(2, trainer=trainer), start("fullft", method=FullFT(), trainer=trainer)]
+    world, how = lambda p: valley(3e-3)(p.spec.lr), Search(prefix=1)
+    points, _ = run(
+        starts, world, how, look=lambda known: (len({p.spec.seed for p in known}) > 2, {})
+    )
+    assert {p.spec.steps for p in points} == {64}
+    for arm in ("lora", "fullft"):
+        tried = {p.spec.lr: valley(3e-3)(p.spec.lr) for p in points if p.arm == arm}
+        best = min(tried, key=tried.__getitem__)
+        assert 0.5 < best / 3e-3 < 2 and min(tried) < best < max(tried)
+        near = [lr for lr in tried if lr != best and max(lr / best, best / lr) < 1.1 * how.fine]
+        assert len(near) == 2  # refined in full, beyond the wide range
 
 
 @pytest.mark.parametrize("steps, prefix", [(8, 8), (1, 8), (100, 1)])

@@ -1,0 +1,80 @@
+"""Read the settings of a trainer that is not ours, and what they say about a request."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorasweep.errors import SpecError
+from lorasweep.methods.lora import LoRA
+from lorasweep.spec.method import parse_layers
+from lorasweep.spec.trainer import TrainerSpec
+from lorasweep.spec.values import build
+from lorasweep.store.files import sha256
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.request import Request
+
+LISTS = ("command", "full", "lora", "resume", "files")
+
+
+def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
+    """Return the trainer, the paths of its files, and max_h; SpecError: wrong, or a missing file.
+
+    The files are `script`, `files`, and the words that name a file, also behind a =. Ids have their
+    contents. Left out are programs in a folder bin, whose versions are recorded.
+    """
+    values = dict(values)
+    for key in LISTS:
+        if not isinstance(values[key], list):
+            raise SpecError(f"trainer.{key}={values[key]!r}: expected a list, [WORD,WORD,...].")
+        values[key] = [str(word) for word in values[key]]
+    script, max_h = values.pop("script"), values.pop("max_h")
+    given = [*[str(script)] * bool(script), *values["files"]]
+    words = [w.partition("=")[2] or w for key in LISTS[:-1] for w in values[key]]
+    words = [w for w in words if os.path.isfile(w) and Path(w).parent.name != "bin"]
+    paths = [Path(f).expanduser().absolute() for f in (*given, *words)]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise SpecError(f"trainer.script or trainer.files: no file {missing[0]}. Correct the path.")
+    paths = [*dict.fromkeys(paths)]
+    trainer = build(TrainerSpec, {**values, "files": [*map(sha256, paths)]})
+    return trainer, [*map(str, paths)], max_h
+
+
+def checked(request: Request, paths: list[str], max_h: Any) -> Request:
+    """Return the request for one run at a time with all GPUs; SpecError: a setting of our loop."""
+    exec_, cluster = request.exec, request.cluster
+    wrong = [f"exec.world_size={exec_.world_size}"] * (exec_.world_size > 1)
+    nodes = cluster.gpus > (cluster.gpus_per_node or cluster.gpus)
+    wrong += [f"cluster.gpus={cluster.gpus} on several nodes"] * nodes
+    wrong += [f"hardware={request.hardware.get('name')}"] * bool(request.hardware)
+    wrong += [f"customers={request.customers}"] * bool(request.customers)
+    wrong += [f"action={a}" for a in ("measure", "verify") if a == request.action]  # of our loop
+    wrong += [f"trainer.max_h={max_h}"] * (not isinstance(max_h, int | float) or max_h <= 0)
+    for given in wrong:
+        raise SpecError(
+            f"{given} is not supported with a trainer that is not builtin. Leave it out (max_h: "
+            "hours above 0). Several processes on one machine: write `accelerate launch` or "
+            "`torchrun` into trainer.command; {gpus} is the number of GPUs of a run."
+        )
+    more: dict[str, Any] = {"trainer_files": paths, "trainer_max_h": float(max_h), "pack_size": 1}
+    exec_ = dataclasses.replace(exec_, **more, workers=exec_.workers or 1)
+    if cluster.kind == "slurm":
+        cluster = dataclasses.replace(cluster, workers=cluster.workers or 1)
+    return dataclasses.replace(request, exec=exec_, cluster=cluster)
+
+
+def without_unembedding(points: Sequence[Point]) -> list[Point]:
+    """Return the runs; LoRA that is not trained by us leaves out the unembedding, beside others.
+
+    So do the defaults of TRL and PEFT. On a tied one PEFT would also save the embedding.
+    """
+    found: dict[str, Point] = {}
+    for p in points:
+        method = p.spec.method
+        if p.spec.trainer.command and isinstance(method, LoRA):
+            layers = [k for k in parse_layers(method.layers) if k != "unembedding"]
+            method = dataclasses.replace(method, layers="+".join(layers) or method.layers)
+            p = Point(p.arm, dataclasses.replace(p.spec, method=method))
+        found.setdefault(p.id, p)
+    return list(found.values())

@@ -1,0 +1,546 @@
+"""The contract with foreign trainers, with one that does on demand what they do wrong."""
+
+import copy
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.runs.curves import lr_curves
+from analysis.runs.table import TableError
+from lorasweep.data.handed import write_rows
+from lorasweep.errors import SpecError, TrainingError
+from lorasweep.launch import external
+from lorasweep.launch.process import StopFlag, Stopped
+from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.models.load import weights_sha256
+from lorasweep.spec.run import validate
+from lorasweep.spec.trainer import PLACES, TrainerSpec
+from lorasweep.store import checkpoint
+from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import load_runs, table_row
+from lorasweep.train.loop import attached
+from lorasweep.train.referee import read_weights
+from tests.customers import make_base
+from tests.unit.launch.trainers import train
+from tests.world import compose_request, tiny_spec, wait_for, write_json
+
+FAKE = Path(__file__).with_name("fake_trainer.py")
+LORA = LoRA(rank=2, alpha=8, layers="attention+mlp")
+
+
+def foreign(mode="", **changes):
+    words = ("model={model}", "rows={rows}", "out={out}", "lr={lr}", "seed={seed}", f"mode={mode}")
+    template = {
+        "name": "fake",
+        "command": (sys.executable, str(FAKE), *words),
+        "lora": ("rank={rank}", "alpha={alpha}", "layers={layers}"),
+        "resume": ("resume={resume}",),
+    }
+    trainer = TrainerSpec(**{**template, **changes.pop("trainer", {})})
+    return tiny_spec(**{"method": LORA, "steps": 3, "trainer": trainer, **changes})
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(external, "GRACE_S", 0.5)
+    made = RunStore(tmp_path / "runs")
+    made.prepare()
+    return made
+
+
+def run(store, *specs, stop=None, trainer=None, **settings):
+    """Train runs, one after another; return how the last one ended: its result, or why it failed."""
+    stop, settings = stop or StopFlag(), {"runs_dir": str(store.root), **settings}
+    trainer = trainer or TorchTrainer(stop)
+    for spec in specs:
+        train(store, [spec], trainer, stop=stop, **settings)
+    return store.result(spec.id) or store.failure(spec.id)
+
+
+@pytest.mark.parametrize("method", [LORA, FullFT()])
+def test_a_run_is_measured_by_us_before_and_after_with_the_weights_that_were_left(store, method):
+    trainer, spec = TorchTrainer(), foreign(method=method, lr=3e-3)
+    result = run(store, spec, trainer=trainer, keep_weights=True)
+    assert result["state"] == "done" and result["nll_start"] != result["test_nll"]
+    assert [p["step"] for p in result["curve"]] == [0, 3]
+    assert (
+        result["trainer_versions"].startswith("accelerate ")
+        and "torch " in result["trainer_versions"]
+    )
+    assert store.records(spec.id)[0] == {"step": 1, "train_nll": 2.5}  # its own, shown
+    # the same weights, loaded by PEFT or transformers, have the loss that was recorded
+    base, out = trainer.base(spec, run_exec(store)), store.attempt(spec.id, 1) / "out"
+    data = trainer.data(spec, run_exec(store), base)
+    before = weights_sha256(base.model)
+    loss = other_loss(out, base, data)
+    assert loss == pytest.approx(result["test_nll"], abs=1e-5)
+    kept = checkpoint.load_weights(store.folder(spec.id))
+    with attached([spec], base, [kept]):
+        assert weights_sha256(base.model) != before
+    assert weights_sha256(base.model) == before == result["base_sha256"]
+    row = load_runs(store.root).iloc[0]
+    assert (
+        row["trainer"] == spec.trainer.label and row["weights_sha256"] == result["weights_sha256"]
+    )
+
+
+def run_exec(store):
+    from lorasweep.spec.execution import Exec
+
+    return Exec(runs_dir=str(store.root))
+
+
+def other_loss(out, base, data):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if (out / "adapter_config.json").exists():
+        config = json.loads((out / "adapter_config.json").read_text())
+        names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        (out / "adapter_config.json").write_text(
+            json.dumps({**config, "target_modules": sorted(names)})
+        )
+        model = PeftModel.from_pretrained(copy.deepcopy(base.model), out)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    total = count = 0
+    for row in data.test:
+        tokens = torch.tensor(row.tokens[None].astype("int64"))
+        with torch.no_grad():
+            log_p = model(tokens).logits[0, :-1].double().log_softmax(-1)
+        at = torch.tensor(row.loss[1:])
+        total -= log_p.gather(1, tokens[0, 1:, None])[:, 0][at].sum().item()
+        count += int(at.sum())
+    return total / count
+
+
+WRONG = {
+    "fails": ["exit status 1", "a wrong argument", "key ***"],
+    "nothing": ["left no config.json", "There: nothing"],
+    "rank": ["r is 3, asked was 2"],
+    "alpha": ["lora_alpha is 16.0, asked was 8.0"],
+    "layers": [
+        "8 tensors missing (asked were the layers attention+mlp): model.layers.0.self_attn.q_proj.A"
+    ],
+    "zero": ["28 of 28 B are 0"],
+    "half": ["4 of 28 B are 0, not trained, such as model.layers.0.self_attn.q_proj.B"],
+    "whole": ["is torch.int32"],
+    "broken": ["adapter_config.json or adapter_model.safetensors cannot be read"],
+    "moved": ["is a link"],
+    "model": ["left a model, and was asked for an adapter"],
+    "pickle": ["no pickles. There: adapter_config.json, adapter_model.bin"],
+    "link": ["adapter_model.safetensors is a link"],
+}
+
+
+@pytest.mark.parametrize("mode", WRONG)
+def test_what_a_trainer_does_wrong_is_a_failure_with_its_sentence(store, mode, monkeypatch):
+    monkeypatch.setenv("FAKE_API_KEY", "hidden-1234")
+    why = run(store, foreign(mode))
+    assert all(part in why for part in WRONG[mode]), why
+    assert "hidden-1234" not in why
+    assert "hidden-1234" not in (store.attempt(foreign(mode).id, 1) / "log.txt").read_text()
+
+
+def test_a_model_with_frozen_matrices_is_a_failure(store):
+    assert "q_proj" in run(store, foreign("frozen", method=FullFT()))
+
+
+def test_weights_are_read_into_the_bases_shape_whatever_code_or_kernels_their_config_names(store):
+    assert run(store, foreign("code", method=FullFT()))["state"] == "done"
+
+
+def test_weights_that_are_not_finite_are_diverged(store):
+    result = run(store, foreign("nan"))
+    assert result["state"] == "diverged" and "test_nll" not in result
+
+
+def test_equal_weights_at_two_rates_are_refused_and_at_two_seeds_count_once(store):
+    run(store, *(foreign("rate", lr=lr) for lr in (1e-3, 2e-3)))
+    with pytest.raises(
+        TableError, match=r"left equal weights at lr 0.001 and 0.002: it ignores lr"
+    ):
+        lr_curves(load_runs(store.root))
+    longer = load_runs(store.root).assign(lr=1e-3, steps=[3, 6])
+    with pytest.raises(TableError, match="at steps 3 and 6: it ignores steps"):
+        lr_curves(longer)
+    run(store, *(foreign("seed", seed=seed) for seed in (1, 2)), *(foreign(seed=s) for s in (1, 2)))
+    table = load_runs(store.root)
+    table = table[~table["trainer"].eq(foreign("rate").trainer.label)]
+    curves = lr_curves(table.reset_index(drop=True))
+    assert sorted(len(curve.x) for curve in curves) == [1, 2]
+    assert all((curve.block == 0).all() for curve in curves)  # unpaired seeds
+    assert not any(curve.mixed for curve in curves)
+    table.loc[table["seed"] == 1, "trainer_versions"] = "trl 0.1"
+    assert [curve.mixed for curve in lr_curves(table) if len(curve.x) == 2] == [True]
+
+
+def test_seeds_are_paired_by_our_order_or_by_data_that_they_draw():
+    def block(spec):
+        return table_row(spec.plain(), {"run_id": spec.id, "state": "done"})["block"]
+
+    drawn = dataclasses.replace(tiny_spec().dataset, draw_by_seed=True)
+    assert block(foreign(seed=7)) == 0
+    assert block(foreign(seed=7, trainer={"in_order": True})) == 7
+    assert block(foreign(seed=7, dataset=drawn)) == 7
+
+
+def test_diverged_runs_with_equal_weights_are_not_compared(store):
+    run(store, *(foreign("nan", method=FullFT(), lr=lr) for lr in (1e-3, 2e-3)))
+    (curve,) = lr_curves(load_runs(store.root))
+    assert len(curve.x) == 2 and not curve.usable.any()
+
+
+def test_a_trainer_that_reads_every_file_it_gets_sees_no_test_row(store):
+    trainer, spec = TorchTrainer(), foreign("reads")
+    run(store, spec, trainer=trainer)
+    seen = (store.attempt(spec.id, 1) / "out/seen.txt").read_text()
+    data = trainer.data(spec, run_exec(store))
+    train_rows = data.train(spec.seed, 0, spec.steps * spec.batch_size)
+    assert all(json.dumps(row.tokens.tolist()) in seen for row in train_rows)
+    assert not any(json.dumps(row.tokens.tolist()) in seen for row in data.test)
+    assert spec.dataset.name not in seen
+    given = json.loads((store.attempt(spec.id, 1) / "out/run.json").read_text())
+    assert {*PLACES} - given.keys() <= {"resume"} and given["lr"] == spec.lr
+
+
+@pytest.mark.parametrize("form", ["pairs", "messages"])
+def test_rows_are_handed_over_as_text_without_those_of_the_test(tmp_path, form):
+    texts = [{"prompt": f"How many? {k}", "completion": f"Just {k}."} for k in range(60)]
+    path, base = (
+        write_json(tmp_path / "rows.jsonl", texts),
+        make_base(tmp_path / "m", torch.float32),
+    )
+    command = '["x","--lr={lr}","--seed={seed}","--out={out}"]'
+    overrides = (
+        f"trainer.command={command}",
+        f"trainer.rows={form}",
+        "trainer=command",
+        "scale=smoke",
+    )
+    request = compose_request([f"model={base}", f"dataset={path}", "+sweep=lr_ratio", *overrides])
+    spec, exec_ = request.points[0].spec, request.exec
+    trainer = TorchTrainer()
+    base = trainer.base(spec, exec_)
+    data = trainer.data(spec, exec_, base)
+    write_rows(tmp_path / "handed", spec, data, base.tokenizer, exec_.data_dir)
+    assert sorted(p.name for p in (tmp_path / "handed").iterdir()) == [
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+    seen = {
+        name: (tmp_path / f"handed/{name}.jsonl").read_text() for name in ("train", "validation")
+    }
+    parts = {"train": data.train(0, 0, data.n_train), "validation": data.validation}
+    for name, rows in parts.items():
+        lines = [json.loads(line) for line in seen[name].splitlines()]
+        if form == "messages":
+            roles = [[m["role"] for m in line["messages"]] for line in lines]
+            assert roles == [["user", "assistant"]] * len(lines)
+            answers = [line["messages"][1]["content"] for line in lines]
+        else:
+            # prompt and completion, tokenized one by one and ended, are the tokens that we train on
+            ends = [base.tokenizer.eos_token_id]
+            said = [
+                tuple(
+                    base.tokenizer(line["prompt"], add_special_tokens=False).input_ids
+                    + base.tokenizer(line["completion"], add_special_tokens=False).input_ids
+                    + ends
+                )
+                for line in lines
+            ]
+            assert sorted(said) == sorted(tuple(row.tokens.tolist()) for row in rows)
+            answers = [line["completion"] for line in lines]
+        assert len(answers) == len(rows)
+    tests = [
+        base.tokenizer.decode(row.tokens[row.loss], skip_special_tokens=True) for row in data.test
+    ]
+    assert tests and not any(f'"{said}"' in text for said in tests for text in seen.values())
+
+
+def test_weights_outside_of_the_folder_are_not_read(store, tmp_path):
+    spec = foreign(method=FullFT())
+    base = TorchTrainer().base(spec, run_exec(store))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    index = {"weight_map": {"a": "../x.safetensors"}}
+    (tmp_path / "out/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TrainingError, match=r"left no \.\./x\.safetensors"):
+        read_weights(tmp_path / "out", spec, base)
+
+
+def test_a_trainer_that_hangs_is_stopped_with_all_its_processes(store):
+    spec = foreign("hangs")
+    why = run(store, spec, trainer_max_h=3 / 3600)
+    assert "trainer.max_h" in why
+    wait_for(lambda: not alive(child_of(store, spec)), 10)
+
+
+def test_a_stop_ends_the_trainer_and_a_later_attempt_has_a_folder_of_its_own(store):
+    stop, spec = StopFlag(), foreign("hangs")
+    threading.Timer(3, lambda: setattr(stop, "set", True)).start()
+    with pytest.raises(Stopped):
+        run(store, spec, stop=stop)
+    assert store.state(spec.id) == "interrupted"
+    wait_for(lambda: not alive(child_of(store, spec)), 10)
+    left = sorted(p.name for p in (store.attempt(spec.id, 1) / "out").iterdir())
+    run(store, spec, trainer_max_h=1 / 3600)
+    assert sorted(p.name for p in (store.attempt(spec.id, 1) / "out").iterdir()) == left
+    assert (store.attempt(spec.id, 2) / "out/run.json").exists()
+
+
+def child_of(store, spec, n=1):
+    path = store.attempt(spec.id, n) / "out/child"
+    return int(wait_for(lambda: path.exists() and path.read_text().strip(), 60))
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_killed_worker_takes_its_trainer_along(store):
+    spec = foreign("hangs")
+    worker = os.fork()
+    if worker == 0:
+        run(store, spec)
+        os._exit(0)
+    child = child_of(store, spec)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    wait_for(lambda: not marked(store, spec), 30)  # its group; a child that left the group stays
+    assert store.state(spec.id) == "interrupted"
+    wait_for(lambda: not alive(child), 10)
+
+
+def marked(store, spec):
+    mark = f"{external.MARK}={store.attempt(spec.id, 1)}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [path] if mark in path.read_bytes() else []
+        except OSError:
+            continue
+    return found
+
+
+def test_what_an_earlier_attempt_left_running_is_killed_and_its_checkpoint_is_resumed(store):
+    spec = foreign("waits")
+    n = store.claim(spec)
+    (store.attempt(spec.id, n) / "out/checkpoint-3").mkdir(parents=True)
+    (store.attempt(spec.id, n) / "out/checkpoint-3/trainer_state.json").write_text("{}")
+    (store.attempt(spec.id, n) / "out/checkpoint-7").mkdir()  # not complete
+    env = {**os.environ, external.MARK: str(store.attempt(spec.id, n))}
+    left = subprocess.Popen(["sleep", "300"], env=env, start_new_session=True)
+    store.write_end(spec.id, n, "stopped", "killed")
+    assert run(store, spec)["resumed"] is True
+    assert left.wait(10) == -signal.SIGKILL
+    log = (store.attempt(spec.id, 2) / "log.txt").read_text()
+    assert "1/out/checkpoint-3" in log
+
+
+def test_secrets_are_struck_out_as_json_and_line_by_line(monkeypatch):
+    monkeypatch.setenv("MY_SECRET", 'pa"ss\\word')
+    monkeypatch.setenv("MY_KEY", "-----BEGIN\nabcdef\nEND")
+    said = external._without_secrets(json.dumps(['pa"ss\\word']) + "\nabcdef\n")
+    assert said == '["***"]\n***\n'
+
+
+def test_a_program_that_is_not_there_is_named(store):
+    command = ("no-such-program", "{lr}", "{seed}", "{out}")
+    assert "'no-such-program' cannot be started" in run(
+        store, foreign(trainer={"command": command})
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"command": ("x", "{lr}", "{out}")}, "{seed}"),
+        ({"command": ("x", "{lr}", "{seed}", "{out}", "{rnak}")}, "Did you mean 'rank'?"),
+        ({"command": ("x", "{lr}{seed}{out}{script}")}, "trainer.script"),
+        ({"command": ("x", "{lr}{seed}{out}{resume}")}, "trainer.resume"),
+        ({"in_order": True, "rows": "pairs"}, "in_order"),
+        ({"rows": "pairs"}, "rows=pairs without text"),
+    ],
+)
+def test_a_template_is_refused_with_what_is_allowed(changes, said):
+    with pytest.raises(SpecError, match=r".*") as refused:
+        validate(foreign(trainer=changes))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"warmup_steps": 1}, "{warmup_steps}"),
+        ({"method": dataclasses.replace(LORA, lr_b_ratio=16)}, "lr_b_ratio=16"),
+        ({"weight_decay": 0.1}, "weight_decay=0.1"),
+    ],
+)
+def test_a_setting_that_the_trainer_is_not_told_is_refused(changes, said):
+    with pytest.raises(SpecError) as refused:
+        validate(foreign(**changes))
+    assert said in str(refused.value)
+
+
+def test_words_stay_words_and_a_file_of_the_trainer_that_changed_is_refused(store, tmp_path):
+    command = (
+        sys.executable,
+        str(FAKE),
+        "model={model}",
+        "out={out}",
+        "lr={lr}",
+        "seed={seed}",
+        "x=$(a) {b'}",
+    )
+    spec = foreign(trainer={"command": command, "files": ("0" * 64,)})
+    (tmp_path / "a.py").write_text("")
+    with pytest.raises(SpecError, match=r"a\.py has changed"):
+        run(store, spec, trainer_files=[str(tmp_path / "a.py")])
+    spec = foreign(trainer={"command": command})
+    run(store, spec)
+    assert "'x': \"$(a) {b'}\"" in (store.attempt(spec.id, 1) / "trainer.log").read_text()
+    assert oct((store.attempt(spec.id, 1) / "trainer.log").stat().st_mode)[-3:] == "600"
+
+
+def test_a_trainer_that_writes_into_the_base_spoils_that_of_no_other_run(store):
+    fails = run(store, foreign("spoils", lr=1e-3))
+    assert "exit status 3" in fails
+    assert run(store, foreign(lr=2e-3))["state"] == "done"
+
+
+@pytest.mark.parametrize("word, seen", [("n={gpus}", "0,1"), ("n=1", "0")])
+def test_a_command_that_is_not_told_of_several_gpus_sees_one(store, monkeypatch, word, seen):
+    monkeypatch.setattr(external.detect, "devices", lambda: ("0", "1"))
+    spec = foreign()
+    trainer = {"command": (*spec.trainer.command, word)}
+    run(store, spec := foreign(trainer=trainer))
+    said = (store.attempt(spec.id, 1) / "trainer.log").read_text()
+    assert f"GPUs {seen} " in said and f"'n': '{len(seen.split(','))}'" in said
+
+
+def test_a_run_that_another_process_claimed_meanwhile_is_left_to_it(store, monkeypatch):
+    monkeypatch.setattr(external, "LOOK_S", 0.1)
+    spec = foreign("hangs")
+
+    def take():
+        child_of(store, spec)
+        (store.folder(spec.id) / "attempts/2").mkdir()
+
+    threading.Thread(target=take).start()
+    started = time.monotonic()
+    train(store, [spec], TorchTrainer(), runs_dir=str(store.root))
+    assert time.monotonic() - started < 100 and store.result(spec.id) is None
+
+
+# ---------------------------------------------------------------- from the command line
+
+GIVEN = ("scale=smoke", "trainer=hf")
+
+
+def test_ids_have_the_contents_of_a_trainers_files_and_not_their_paths(tmp_path):
+    paths = [tmp_path / name for name in ("a.py", "b.py", "c.py")]
+    for path, text in zip(paths, ("x", "x", "y")):
+        path.write_text(text)
+    ids = [compose_request([*GIVEN, f"trainer.script={path}"]).points[0].id for path in paths]
+    assert ids[0] == ids[1] != ids[2]
+    request = compose_request(
+        [*GIVEN, f"trainer.script={paths[0]}", f"trainer.resume=['{paths[2]}','{{resume}}']"]
+    )
+    assert request.exec.trainer_files == [str(paths[0]), str(paths[2])]  # of an argument, too
+    builtin = [
+        compose_request(["scale=smoke", *more]).points[0].id for more in ((), ("trainer=builtin",))
+    ]
+    assert builtin[0] == builtin[1] == tiny_spec().id
+
+
+@pytest.mark.parametrize("word", ["{}", "--config={}"])
+def test_ids_have_the_contents_of_a_program_and_of_files_behind_an_equals_sign(tmp_path, word):
+    path, found = tmp_path / "t.sh", set()
+    words = [word.format(path), "--lr={lr}", "--seed={seed}", "--out={out}"]
+    for text in ("x", "y"):
+        path.write_text(text)
+        given = ["scale=smoke", "trainer=command", f"trainer.command={json.dumps(words)}"]
+        found.add(compose_request(given).points[0].id)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("setting", ["trainer.rows=pairs", "trainer.in_order=true"])
+def test_settings_of_foreign_trainers_are_refused_with_our_loop(setting):
+    with pytest.raises(SpecError, match="expected another, and trainer"):
+        compose_request(["scale=smoke", setting])
+
+
+def test_a_foreign_lora_leaves_out_the_unembedding_and_ours_does_not(tmp_path):
+    (tmp_path / "a.py").write_text("x")
+    theirs = compose_request([*GIVEN, f"trainer.script={tmp_path}/a.py", "+sweep=lr_ratio"])
+    layers = {p.spec.method.name: p.spec.method.layers for p in theirs.points}
+    assert layers == {"lora": "attention+mlp", "fullft": "attention+mlp+unembedding"}
+    assert theirs.exec.workers == theirs.exec.pack_size == 1
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("exec.world_size=2", "exec.world_size=2"),
+        ("cluster.gpus=8 cluster.gpus_per_node=4 cluster=slurm", "several nodes"),
+        ("hardware=h100", "hardware=h100"),
+        ("action=measure", "action=measure"),
+        ("action=verify", "action=verify"),
+        ("trainer.max_h=0", "trainer.max_h=0"),
+        ("trainer.command=python", "expected a list"),
+        ("trainer.files=[none.py]", "no file"),
+    ],
+)
+def test_settings_of_our_loop_are_refused_before_anything_starts(tmp_path, setting, said):
+    (tmp_path / "a.py").write_text("x")
+    with pytest.raises(SpecError) as refused:
+        compose_request([*GIVEN, f"trainer.script={tmp_path}/a.py", *setting.split()])
+    assert said in str(refused.value)
+
+
+def test_claims_that_need_more_than_final_losses_are_refused_in_the_plan_by_name(command, tmp_path):
+    (tmp_path / "a.py").write_text("x")
+    more = (*GIVEN, f"trainer.script={tmp_path}/a.py")
+    claim = "+sweep.claims.speed={estimand: rho_top_rank, expected: 1, margin: [0.5, 2]}"
+    said = command("plan", "lr_ratio", *more, claim).stdout
+    assert "refused with this trainer, as they need more than final losses: speed" in said
+    assert (
+        "claim no_regret" in said
+        and "claim speed" not in said
+        and "unknown before its first" in said
+    )
+    assert "claim speed" in command("plan", "lr_ratio", "scale=smoke", claim).stdout
+    plain = json.loads(command("plan", "lr_ratio", *more, claim, "format=json").stdout)
+    assert plain["refused"] == ["speed"]
+    assert plain["cost"]["basis"] == "unknown" and plain["cost"]["hours"] is None
+    refused = command("plan", "batch_size", *more)
+    assert refused.returncode == 2 and "any_rank" in refused.stderr and "builtin" in refused.stderr
+    fewer = command(
+        "plan", "tune", *more, "model=tiny64", "dataset=dialect_smoke", "steps=20"
+    ).stdout
+    assert "short runs of 20" not in fewer
+
+
+@pytest.mark.slow
+def test_one_command_trains_by_a_foreign_command_and_answers_and_repeated_trains_nothing(command):
+    words = [*foreign().trainer.command, "rank={rank}", "alpha={alpha}", "layers={layers}"]
+    given = ("lr_ratio", "scale=smoke", "trainer=command", f"trainer.command={json.dumps(words)}")
+    first, again = command(*given), command(*given)
+    assert first.returncode == 0 and "[  6/6]" in first.stderr + first.stdout
+    assert "UNDECIDED" in again.stdout and "[  1/" not in again.stderr + again.stdout
