@@ -358,6 +358,11 @@ QUANTITIES = {
         ],
         needs_full=True,
     ),
+    "percent": Quantity(
+        lambda t, p, said: t.gap(p).percent(),
+        lambda t, p, said: [*base.gates_on(t.used(p)), *base.gates_on_pairs(t.gap(p).nats)],
+        needs_full=True,
+    ),
     "best_lr": Quantity(
         lambda t, p, said: ratio_of(p.of, p.over), lambda t, p, said: base.gates_on(p.all), True
     ),
