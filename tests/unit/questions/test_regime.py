@@ -37,6 +37,7 @@ from tests.planted import (
 )
 from tests.unit.questions.test_quadrature import ByLaw
 from tests.unit.questions.test_quadrature import runs_of as law_runs
+from tests.unit.questions.test_variants import Methods, one_seed, specs_of
 from tests.world import compose_request
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
@@ -412,6 +413,17 @@ def some_conditions(scale):
     return "quadrature", None, planted.planted_table(world, law_runs(world, scale, keep))
 
 
+class Noisy(Methods):
+    """Methods whose runs differ by a few percent of the gain, at all learning rates alike."""
+
+    def loss(self, spec, step):
+        return super().loss(spec, step) + np.random.default_rng(int(spec.id, 16)).normal(0, 0.01)
+
+
+def methods(world, *keep):
+    return "variants", world, specs_of(world, *keep)
+
+
 def mlp_at_edge(spec, step):
     best = planted.FULL if is_full(spec) else planted.LORA
     return best * (40 if not is_full(spec) and spec.method.layers == "mlp" else 1)
@@ -439,6 +451,8 @@ TWO = f"fullft: {BEST}, lora r8: {BEST}, all rates: FEW_SEEDS"
 BOUNDS = "batch 4, rank 4: ONLY_A_BOUND, batch 16, rank 4: ONLY_A_BOUND"
 AT_EDGE = "batch 4, MISSING, batch 16, fullft: FLAGGED, batch 16, lora r4: FLAGGED"
 RANGE = "fullft: FLAGGED, lora r8: FLAGGED, range of good rates: FLAGGED"
+LISTS = "LoRA+, dialect_shift (all exceptions new, no new rules), rank"
+NOWHERE = ", ".join([f"{LISTS} {r}: FEW_SEEDS_AT_BEST" for r in (4, 16)] + ["NOT_SHARED"] * 4)
 CASES = [
     case("ratio", "fullft: FLAGGED", ratio, Valley(3), full=4e-5),
     case("ratio", "fullft: FLAGGED, lora r4: FLAGGED", ratio, Valley(3, cliff=0.9), (4,)),
@@ -490,6 +504,8 @@ CASES = [
     case("rank_1_control", OF_BOTH, rewarded, climbs, control=True, lora=(2, 3, 4, 5)),
     case("control", "MISSING", rewarded, climbs, control=False, sweep="rl_matrices"),
     case("predicts", "FEW_CONDITIONS", some_conditions, "tiny"),
+    case("reversed", NOWHERE, methods, Methods(), one_seed),
+    case("reversed", "OPEN_ORDERS", methods, Noisy()),
 ]
 
 

@@ -50,10 +50,20 @@ class Methods(World):
 REQUEST = compose_request(["+sweep=variants", "scale=tiny"])
 
 
+def specs_of(world, keep=lambda spec: True):
+    """The runs of both stages of the sweep."""
+    more = second_stage(REQUEST.points, REQUEST.sweep.replicate, _loss(world))
+    return [p.spec for p in (*REQUEST.points, *more) if keep(p.spec)]
+
+
+def one_seed(spec):
+    """Whether a run is not one of LoRA+ at a shared learning rate with a fresh seed."""
+    return spec.seed == 160 or name_of(spec) != "plus" or spec.lr < 3e-4
+
+
 def answer(world, keep=lambda spec: True):
     """Results of both stages of the sweep on planted runs, and verdicts by claim."""
-    more = second_stage(REQUEST.points, REQUEST.sweep.replicate, _loss(world))
-    table = planted_table(world, [p.spec for p in (*REQUEST.points, *more) if keep(p.spec)])
+    table = planted_table(world, specs_of(world, keep))
     asked = question(REQUEST)
     found = analyse(table, asked)
     results = json.loads(json.dumps(report.results_of(found, asked, table), allow_nan=False))
@@ -113,7 +123,6 @@ def test_what_is_missing_or_not_shared_gets_no_verdict():
     runs = planted_table(Methods(), [p.spec for p in REQUEST.points])
     with pytest.raises(TableError, match=r"rank 4: two curves of DoRA\."):
         analyse(pd.concat([runs, runs.assign(alpha=16.0)]), question(REQUEST))
-    one_seed = lambda s: s.seed == 160 or name_of(s) != "plus" or s.lr < 3e-4  # noqa: E731
     _, found = answer(Methods(), one_seed)
     check(found, reversed="NOT_SHARED", dora="SUPPORTED")
 
