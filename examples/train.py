@@ -3,8 +3,7 @@
     lorasweep tune ./my-model rows.csv trainer=hf trainer.script=examples/train.py out=best
 
 It reads token ids and labels of a line, trains on the lines in their order, and leaves the adapter
-or the model in --out. With --out of a stopped attempt's checkpoint it would have to resume; it is
-short, so it starts again.
+or the model in --out. It saves no checkpoints: a run that was stopped starts again.
 """
 
 import argparse
