@@ -68,13 +68,22 @@ def without_unembedding(points: Sequence[Point]) -> list[Point]:
     """Return the runs; LoRA that is not trained by us leaves out the unembedding, beside others.
 
     So do the defaults of TRL and PEFT. On a tied one PEFT would also save the embedding.
+
+    Raises:
+        SpecError: runs differ in the unembedding alone.
     """
     found: dict[str, Point] = {}
+    given: dict[str, str] = {}
     for p in points:
         method = p.spec.method
         if p.spec.trainer.command and isinstance(method, LoRA):
             layers = [k for k in parse_layers(method.layers) if k != "unembedding"]
-            method = dataclasses.replace(method, layers="+".join(layers) or method.layers)
-            p = Point(p.arm, dataclasses.replace(p.spec, method=method))
+            less = dataclasses.replace(method, layers="+".join(layers) or method.layers)
+            p = Point(p.arm, dataclasses.replace(p.spec, method=less))
+            if (other := given.setdefault(p.id, method.layers)) != method.layers:
+                raise SpecError(
+                    f"method.layers={other} and {method.layers} are the same with trainer="
+                    f"{p.spec.trainer.name}, which trains no unembedding. Leave one out."
+                )
         found.setdefault(p.id, p)
     return list(found.values())

@@ -2,6 +2,7 @@
 messages as text, token by token, on tokenizers that split as Llama 3's and Qwen's do; rows of hosted
 fine-tuning services; the chat template in an adapter's folder, read by AutoTokenizer."""
 
+import ast
 import copy
 import dataclasses
 import hashlib
@@ -10,9 +11,12 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -887,3 +891,18 @@ def test_other_conversations_and_another_text_are_refused(wrong, monkeypatch):
     rows = [("my.jsonl:1", row_of("messages", 0))]
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers"):
         text.check_rows(spec_in("role_eos", "messages"), rows, with_chat(CHAT_TEMPLATE))
+
+
+def test_functions_of_the_standard_library_are_whole_rows_of_signature_docstring_and_body(tmp_path):
+    script = Path(__file__).parents[3] / "examples/stdlib.py"
+    subprocess.run([sys.executable, script, tmp_path / "stdlib"], check=True, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "stdlib/train.jsonl").open(encoding="utf-8")]
+    assert len(rows) > 4000
+    for row in rows[::20]:
+        (function,) = ast.parse(row["prompt"] + row["completion"]).body
+        assert ast.get_docstring(function) == ast.get_docstring(ast.parse(row["prompt"]).body[0])
+        assert len(function.body) > 1
+    spec = shipped("stdlib")
+    train, held_out = data.sources_of(spec, [str(tmp_path)])
+    prompts = [{row["prompt"] for _, row in part.rows()} for part in (train, held_out)]
+    assert len(prompts[1]) > spec.n_test and not prompts[0] & prompts[1]

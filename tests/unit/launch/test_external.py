@@ -492,6 +492,9 @@ def test_a_foreign_lora_leaves_out_the_unembedding_and_ours_does_not(tmp_path):
     layers = {p.spec.method.name: p.spec.method.layers for p in theirs.points}
     assert layers == {"lora": "attention+mlp", "fullft": "attention+mlp+unembedding"}
     assert theirs.exec.workers == theirs.exec.pack_size == 1
+    both = ["+sweep=lr_ratio", "+sweep.arms.lora.layers=[all,attention+mlp]"]
+    with pytest.raises(SpecError, match="are the same with trainer=hf"):
+        compose_request([*GIVEN, f"trainer.script={tmp_path}/a.py", *both])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""Write the functions of Python's standard library as rows: signature and docstring, then body.
+
+    python examples/stdlib.py data/stdlib
+    lorasweep lr_ratio scale=small dataset=stdlib exec.data_dir=[data]
+
+The code is under the PSF licence and comes with every Python; other versions give other rows.
+"""
+
+import ast
+import json
+import sys
+import sysconfig
+from pathlib import Path
+
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+
+
+def functions(path):
+    """Yield prompt and completion of each function of a file that has a docstring and a body."""
+    code = path.read_text(encoding="utf-8")
+    lines = code.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
+            doc, first = node.body[0], node.body[1]
+            if node.lineno <= doc.lineno < doc.end_lineno + 1 <= first.lineno:
+                own = lines[node.lineno - 1 : node.end_lineno]
+                whole = [line.removeprefix(" " * node.col_offset) for line in own]
+                n_prompt = doc.end_lineno - node.lineno + 1
+                yield "".join(whole[:n_prompt]), "".join(whole[n_prompt:]).rstrip() + "\n"
+
+
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+library = Path(sysconfig.get_paths()["stdlib"])
+paths = [p for p in library.rglob("*.py") if not NOT_THE_LIBRARY & {*p.relative_to(library).parts}]
+rows = dict.fromkeys(row for path in sorted(paths) for row in functions(path))
+with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+    for prompt, completion in rows:
+        file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+print(f"{len(rows):,} functions of Python {sys.version.split()[0]} in {folder / 'train.jsonl'}")
