@@ -33,10 +33,9 @@ def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
     given = [*[str(script)] * bool(script), *values["files"]]
     words = [w.partition("=")[2] or w for key in LISTS[:-1] for w in values[key]]
     words = [w for w in words if os.path.isfile(w) and Path(w).parent.name != "bin"]
-    paths = [Path(f).expanduser().absolute() for f in (*given, *words)]
+    paths = [*dict.fromkeys(Path(f).expanduser().absolute() for f in (*given, *words))]
     if missing := [path for path in paths if not path.is_file()]:
         raise SpecError(f"trainer.script or trainer.files: no file {missing[0]}. Correct the path.")
-    paths = [*dict.fromkeys(paths)]
     trainer = build(TrainerSpec, {**values, "files": [*map(sha256, paths)]})
     return trainer, [*map(str, paths)], max_h
 
@@ -65,15 +64,12 @@ def checked(request: Request, paths: list[str], max_h: Any) -> Request:
 
 
 def without_unembedding(points: Sequence[Point]) -> list[Point]:
-    """Return the runs; LoRA that is not trained by us leaves out the unembedding, beside others.
+    """Return the runs; SpecError: with another trainer, some differ in the unembedding alone.
 
-    So do the defaults of TRL and PEFT. On a tied one PEFT would also save the embedding.
-
-    Raises:
-        SpecError: runs differ in the unembedding alone.
+    Its LoRA leaves out the unembedding beside other layers, as the defaults of TRL and PEFT do. On
+    a tied one PEFT would also save the embedding.
     """
-    found: dict[str, Point] = {}
-    given: dict[str, str] = {}
+    found, given = dict[str, Point](), dict[str, str]()
     for p in points:
         method = p.spec.method
         if p.spec.trainer.command and isinstance(method, LoRA):
@@ -81,9 +77,7 @@ def without_unembedding(points: Sequence[Point]) -> list[Point]:
             less = dataclasses.replace(method, layers="+".join(layers) or method.layers)
             p = Point(p.arm, dataclasses.replace(p.spec, method=less))
             if (other := given.setdefault(p.id, method.layers)) != method.layers:
-                raise SpecError(
-                    f"method.layers={other} and {method.layers} are the same with trainer="
-                    f"{p.spec.trainer.name}, which trains no unembedding. Leave one out."
-                )
+                why = f"are the same with trainer={p.spec.trainer.name}. Leave one out."
+                raise SpecError(f"method.layers={other} and method.layers={method.layers} {why}")
         found.setdefault(p.id, p)
     return list(found.values())
