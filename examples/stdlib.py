@@ -18,17 +18,27 @@ NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib",
 def functions(path):
     """Yield prompt and completion of each function of a file that has a docstring and a body."""
     code = path.read_text(encoding="utf-8")
-    lines = code.splitlines(keepends=True)
+    lines = [line + "\n" for line in code.split("\n")]  # as ast counts them
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
             doc, first = node.body[0], node.body[1]
             if node.lineno <= doc.lineno < doc.end_lineno + 1 <= first.lineno:
                 own = lines[node.lineno - 1 : node.end_lineno]
-                whole = [line.removeprefix(" " * node.col_offset) for line in own]
+                own = [line.removeprefix(" " * node.col_offset) for line in own]
                 n_prompt = doc.end_lineno - node.lineno + 1
-                yield "".join(whole[:n_prompt]), "".join(whole[n_prompt:]).rstrip() + "\n"
+                prompt, body = "".join(own[:n_prompt]), "".join(own[n_prompt:]).rstrip() + "\n"
+                if same(ast.parse(prompt + body).body[0], node):  # else a string has other spaces
+                    yield prompt, body
 
 
+def same(one, other):
+    """Return whether two functions have the same body after the docstring."""
+    a, b = (ast.dump(ast.Module(node.body[1:], [])) for node in (one, other))
+    return a == b
+
+
+if len(sys.argv) != 2:
+    sys.exit("usage: python examples/stdlib.py FOLDER")
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 library = Path(sysconfig.get_paths()["stdlib"])

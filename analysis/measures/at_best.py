@@ -67,6 +67,14 @@ class AtBest(Generic[T]):
         )
         return AtBest(best, tuple(rest))
 
+    def reordered(self) -> "AtBest[T]":
+        """Return the draws in another order, to be paired with those of another list of curves.
+
+        The k-th curves of two lists have their draws in the same order, as if one error moved both.
+        """
+        order = np.random.default_rng(20261201).permutation(len(self.draws))
+        return AtBest(self.best, tuple(self.draws[k] for k in order))
+
     def minus(self: "AtBest[float]", other: "AtBest[float]") -> "AtBest[float]":
         """Subtract the values of another curve, seed by seed."""
         return self.paired(other, lambda a, b: a - b)

@@ -76,7 +76,10 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
     """Suggest LRs or seeds that lift the gates of one curve; empty if none is open."""
     lrs, why = missing_lrs(o)
     if lrs:
-        seeds = _most_used(o.curve.seed, MIN_SEEDS)  # so that one look is enough
+        # Those of the learning rate with the most, and MIN_SEEDS at least: one look is enough.
+        x, fresh = o.curve.x, int(o.curve.seed.max()) + 1 + np.arange(MIN_SEEDS)
+        most = max((o.curve.seed[x == v] for v in np.unique(x)), key=len)
+        seeds = [*most, *fresh[: max(0, MIN_SEEDS - len(most))]]
         return [_make(o, math.log(lr), seeds, why) for lr in lrs]
     if (have := seeds_at_best(o)) < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")

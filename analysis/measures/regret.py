@@ -220,7 +220,7 @@ def loads_of(table: pd.DataFrame, o: Optimum, bits: Mapping[str, float]) -> dict
 
 def growth(first: Gap, last: Gap) -> Estimate:
     """Return how much the gap of a rank grows between two numbers of updates, in nats."""
-    return over_seeds(last.nats.minus(first.nats))
+    return over_seeds(last.nats.minus(first.nats.reordered()))
 
 
 def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:

@@ -4,6 +4,9 @@ A gap is LoRA's loss minus full fine-tuning's, each at its best learning rate fo
 updates and that schedule, in percent of full fine-tuning's gain there, paired by seed.
 """
 
+import functools
+import itertools
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,9 +18,10 @@ from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import Gap, gaps_of
 from analysis.questions import base
+from analysis.runs.curves import full_names
 from analysis.runs.table import TableError
 
-CONSTANT, DECAYING = "constant", "cosine"
+BOTH = CONSTANT, DECAYING = "constant", "cosine"
 
 
 class Schedules(base.Condition):
@@ -32,42 +36,47 @@ class Schedules(base.Condition):
             optima = [o for o in self.optima if cell.items() <= o.curve.key.items()]
             gaps = gaps_of(part, optima)
             if len(gaps) > 1:
-                curves = ", ".join(g.lora.curve.name for g in gaps)
-                raise TableError(f"{curves}: one rank is compared. Analyse one at a time.")
+                curves = ", ".join(full_names([g.lora.curve for g in gaps]))
+                raise TableError(f"{curves}: one LoRA arm is compared. Analyse one at a time.")
             found.setdefault(str(schedule), {}).update((int(steps), gap) for gap in gaps)
         return found
 
     @cached_property
-    def ends(self) -> list[int]:
-        """The fewest and the most updates with both schedules; empty if there are not two."""
-        both = sorted(self.gaps[CONSTANT].keys() & self.gaps[DECAYING].keys())
-        return [both[0], both[-1]] if len(both) > 1 else []
+    def ends(self) -> tuple[int, int]:
+        """The fewest and the most updates of any run."""
+        return int(self.runs["steps"].min()), int(self.runs["steps"].max())
 
     @property
     def missing(self) -> str:
-        return "" if self.ends else "both methods and schedules at two lengths"
+        there = len({*self.ends}) == 2 and all(self.gaps[s].keys() >= {*self.ends} for s in BOTH)
+        return "" if there else "both methods and schedules at the fewest and the most updates"
 
     @property
     def rests(self) -> list[base.Optimum]:
-        ends = (self.gaps[s][n] for s in (CONSTANT, DECAYING) for n in self.ends)
+        ends = (self.gaps[s][n] for s in BOTH for n in self.ends)
         return base.distinct(o for gap in ends for o in (gap.full, gap.lora))
 
-    def percent(self, schedule: str, steps: int) -> AtBest[float]:
+    def percent(self, steps: int, schedule: str) -> AtBest[float]:
         """Return the gap in percent of the gain, by seed."""
         gap = self.gaps[schedule][steps]
         return gap.nats.paired(gap.gain, lambda nats, gain: 100 * nats / gain)
 
     def apart(self, steps: int) -> AtBest[float]:
         """Return the gap under a decaying rate minus that at a constant one, by seed."""
-        return self.percent(DECAYING, steps).minus(self.percent(CONSTANT, steps))
+        return self.percent(steps, DECAYING).minus(self.percent(steps, CONSTANT).reordered())
 
     def growth(self, of: Any) -> Estimate:
         """Return the change of a gap, `of` updates, from the fewest to the most, in points."""
         return _minus(over_seeds(of(self.ends[1])), over_seeds(of(self.ends[0])))
 
-    def gates(self) -> list[Gate]:
-        pairs = [base.gates_on_pairs(self.apart(n)) for n in self.ends]
-        return base.gates_on(self.rests) or [g for found in pairs for g in found]
+    def gates(self, schedules: Sequence[str], lengths: Sequence[int]) -> list[Gate]:
+        """List the gates of the gaps of these schedules and lengths."""
+        found = []
+        for s, n in itertools.product(schedules, lengths):
+            gap = self.gaps[s][n]
+            gates = base.gates_on([gap.full, gap.lora]) or base.gates_on_pairs(gap.nats)
+            found += [gate.at(f"{s}, {n} updates: ") for gate in gates]
+        return found
 
 
 def _minus(a: Estimate, b: Estimate) -> Estimate:
@@ -80,27 +89,39 @@ def _minus(a: Estimate, b: Estimate) -> Estimate:
     return from_draws(draws, min(a.n, b.n), spread=spread)
 
 
-def _estimand(name: str, measure: Any) -> base.Estimand:
+def _growth(name: str, of: Any, *schedules: str) -> base.Estimand:
+    def seeds(c: Schedules) -> int:
+        short = [c.gaps[s][c.ends[0]] for s in schedules]
+        return base.fewest_seeds([o for gap in short for o in (gap.full, gap.lora)])
+
     return base.Estimand(
         name,
-        measure,
-        Schedules.gates,
+        lambda c: c.growth(lambda n: of(c, n)),
+        lambda c: c.gates(schedules, c.ends),
         read=lambda c: f"rank {c.top}, from {c.ends[0]} to {c.ends[1]} updates",
+        seeds=seeds,
     )
 
 
 ESTIMANDS = [
-    _estimand("growth_apart", lambda c: c.growth(c.apart)),
-    _estimand("growth_decaying", lambda c: c.growth(lambda n: c.percent(DECAYING, n))),
-    _estimand("growth_constant", lambda c: c.growth(lambda n: c.percent(CONSTANT, n))),
-    _estimand("gap_decaying", lambda c: over_seeds(c.percent(DECAYING, c.ends[1]))),
+    _growth("growth_apart", Schedules.apart, CONSTANT, DECAYING),
+    *(
+        _growth(f"growth_{name}", functools.partial(Schedules.percent, schedule=s), s)
+        for name, s in (("decaying", DECAYING), ("constant", CONSTANT))
+    ),
+    base.Estimand(
+        "gap_decaying",
+        lambda c: over_seeds(c.percent(c.ends[1], DECAYING)),
+        lambda c: c.gates([DECAYING], c.ends[1:]),
+        read=lambda c: f"rank {c.top}, after {c.ends[1]} updates",
+    ),
 ]
 
 
 def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.Section]]:
     """Return the gaps by schedule and length, as a table and a figure."""
     percent = {
-        s: {n: over_seeds(c.percent(s, n)) for n in sorted(of)} for s, of in c.gaps.items() if of
+        s: {n: over_seeds(c.percent(n, s)) for n in sorted(of)} for s, of in c.gaps.items() if of
     }
     rows = [
         [s, n, *map(base.best_lr, (g.full, g.lora)), ratio_of([g.lora], g.full), percent[s][n]]

@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+import math
 
+import numpy as np
 import pytest
 
+from analysis.questions import base
+from analysis.questions.growth import BOTH, Schedules
 from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from tests import planted
-from tests.planted import FULL, LORA, World, around, ask, check, is_full, runs, smoke
+from tests.planted import FULL, LORA, World, around, ask, check, is_full, planted_table, runs, smoke
 
 SAME = {("constant", 8): -0.01, ("constant", 64): 0.03, ("cosine", 8): 0.0, ("cosine", 64): 0.04}
 LESS = {**SAME, ("cosine", 64): 0.01}
@@ -26,6 +30,14 @@ class Behind(World):
         whole = planted.START - super().loss(dataclasses.replace(spec, lr=self.best(spec, 0)), step)
         share = 0 if is_full(spec) else self.of[spec.schedule, spec.steps]
         return super().loss(spec, step) + share * whole
+
+
+class Noisy(Behind):
+    """Each run has an error of its own."""
+
+    def loss(self, spec, step):
+        own = np.random.default_rng(int(spec.id, 16)).normal(0, 2e-3)
+        return super().loss(spec, step) + own
 
 
 def specs(schedules=("constant", "cosine"), seeds=range(6), rank=4):
@@ -53,8 +65,12 @@ def test_a_smaller_growth_under_a_decaying_rate_refutes_that_it_is_the_same():
 def test_without_one_schedule_or_with_two_ranks_there_is_no_answer():
     _, found = ask("growth", Behind(SAME), specs(("constant",)))
     check(found, same=("UNDECIDED", "MISSING"))
+    longest = ("lora", "cosine", 64)
+    left = [s for s in specs() if (s.method.name, s.schedule, s.steps) != longest]
+    _, found = ask("growth", Behind(SAME), left)  # not judged at shorter lengths than the others
+    check(found, same=("UNDECIDED", "MISSING"), none_at_end=("UNDECIDED", "MISSING"))
     higher = [s for s in specs(rank=8) if not is_full(s)]
-    with pytest.raises(TableError, match="one rank is compared"):
+    with pytest.raises(TableError, match="lora r4, lora r8: one LoRA arm is compared"):
         ask("growth", Behind(SAME), [*specs(), *higher])
 
 
@@ -65,3 +81,22 @@ def test_short_runs_may_have_more_seeds_than_long_ones():
     check(found, same="SUPPORTED")
     widths = [v["same"]["estimate"]["high"] - v["same"]["estimate"]["low"] for v in (found, few)]
     assert widths[0] < widths[1]
+
+
+def test_a_curve_gates_the_claims_that_rest_on_it_and_is_named_with_schedule_and_updates():
+    few = [s for s in specs() if not (s.schedule == "constant" and s.steps == 8 and s.seed > 1)]
+    _, found = ask("growth", Behind(SAME), few)
+    check(found, same="UNDECIDED", grows_constant="UNDECIDED", grows="SUPPORTED")
+    check(found, none_at_end="SUPPORTED")
+    assert found["same"]["gates"][0]["place"].startswith("constant, 8 updates: ")
+
+
+def test_the_optima_of_two_schedules_err_independently():
+    (c,) = base.whole(Schedules)(planted_table(Noisy(SAME), specs()))
+
+    def spread(gap):
+        return float(np.std([np.mean([*by_seed.values()]) for by_seed in gap.draws]))
+
+    parts = [spread(c.percent(64, schedule)) for schedule in BOTH]
+    assert min(parts) > 0
+    assert spread(c.apart(64)) == pytest.approx(math.hypot(*parts), rel=0.2)
