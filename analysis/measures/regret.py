@@ -101,9 +101,14 @@ class Gap:
         """Average the gap over seeds, in nats."""
         return over_seeds(self.nats, self.pooled)
 
+    @property
+    def in_percent(self) -> AtBest[float]:
+        """The gap in percent of the gain, by seed."""
+        return self.nats.paired(self.gain, lambda gap, gain: 100 * gap / gain)
+
     def percent(self) -> Estimate:
         """Average the gap in percent of the gain over seeds."""
-        return over_seeds(self.nats.paired(self.gain, lambda gap, gain: 100 * gap / gain))
+        return over_seeds(self.in_percent)
 
     @property
     def planned_error(self) -> float:

@@ -58,8 +58,7 @@ class Schedules(base.Condition):
 
     def percent(self, steps: int, schedule: str) -> AtBest[float]:
         """Return the gap in percent of the gain, by seed."""
-        gap = self.gaps[schedule][steps]
-        return gap.nats.paired(gap.gain, lambda nats, gain: 100 * nats / gain)
+        return self.gaps[schedule][steps].in_percent
 
     def apart(self, steps: int) -> AtBest[float]:
         """Return the gap under a decaying rate minus that at a constant one, by seed."""
@@ -90,6 +89,8 @@ def _minus(a: Estimate, b: Estimate) -> Estimate:
 
 
 def _growth(name: str, of: Any, *schedules: str) -> base.Estimand:
+    """Declare the growth of `of`, which rests on these schedules; the short runs' seeds count."""
+
     def seeds(c: Schedules) -> int:
         short = [c.gaps[s][c.ends[0]] for s in schedules]
         return base.fewest_seeds([o for gap in short for o in (gap.full, gap.lora)])
@@ -120,9 +121,7 @@ ESTIMANDS = [
 
 def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.Section]]:
     """Return the gaps by schedule and length, as a table and a figure."""
-    percent = {
-        s: {n: over_seeds(c.percent(n, s)) for n in sorted(of)} for s, of in c.gaps.items() if of
-    }
+    percent = {s: {n: of[n].percent() for n in sorted(of)} for s, of in c.gaps.items() if of}
     rows = [
         [s, n, *map(base.best_lr, (g.full, g.lora)), ratio_of([g.lora], g.full), percent[s][n]]
         for s, of in c.gaps.items()
