@@ -1,7 +1,7 @@
 """Write the functions of Python's standard library as rows: signature and docstring, then body.
 
     python examples/stdlib.py data/stdlib
-    lorasweep lr_ratio scale=small dataset=stdlib exec.data_dir=[data]
+    lorasweep lr_ratio scale=small dataset=stdlib
 
 The code is under the PSF licence and comes with every Python; other versions give other rows.
 """

@@ -893,6 +893,7 @@ def test_other_conversations_and_another_text_are_refused(wrong, monkeypatch):
         text.check_rows(spec_in("role_eos", "messages"), rows, with_chat(CHAT_TEMPLATE))
 
 
+@pytest.mark.slow  # parses the whole library twice
 def test_functions_of_the_standard_library_are_whole_rows_of_signature_docstring_and_body(tmp_path):
     script = Path(__file__).parents[3] / "examples/stdlib.py"
     subprocess.run([sys.executable, script, tmp_path / "stdlib"], check=True, capture_output=True)
