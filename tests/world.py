@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.config.compose import compose_request
+from lorasweep.config.compose import compose_request, composer
+from lorasweep.errors import NotAtScale
 
 ROOT = Path(__file__).resolve().parent.parent
 _smoke_spec = cache(lambda: compose_request(["scale=smoke"]).points[0].spec)
@@ -38,6 +39,26 @@ def planted_end(spec, start, nll, curve, **more):
         "n_trainable": spec.method.n_trainable(spec.model),
         **more,
     }
+
+
+SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")
+SCALES = [
+    pytest.param(p.stem, marks=pytest.mark.xdist_group(f"scale {p.stem}"))  # composed once
+    for p in sorted((ROOT / "conf/scale").glob("*.yaml"))
+]
+
+
+@cache
+def shipped(scale):
+    """The request of each sweep that has a scale, by the sweep's name."""
+    found = {}
+    with composer() as compose:
+        for sweep in SWEEPS:
+            try:
+                found[sweep] = compose([f"+sweep={sweep}", f"scale={scale}"])
+            except NotAtScale as error:
+                assert "Its file has: smoke" in str(error)
+    return found
 
 
 def write_json(path, rows):

@@ -416,9 +416,9 @@ def usage(verb: str) -> str:
 
 def help_of(words: Sequence[str], compose: Composer) -> str:
     """Return the help of a verb or a sweep; without words, of everything."""
-    questions = compose.about("sweep", "question")
     if words and (name := words[0]) in ("tune", *VERBS):
         return usage(name)
+    questions = compose.about("sweep", "question") if words else {}
     if words and name in questions:
         how = textwrap.wrap(compose.about("sweep", "how")[name], 100)
         return "\n".join([f"{name}: {questions[name]}", *how, f"lorasweep plan {name}: its cost"])

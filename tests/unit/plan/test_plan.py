@@ -24,8 +24,8 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from lorasweep.cli.plans import plan_lines
-from lorasweep.config.compose import composer, shipped_model
-from lorasweep.errors import NotAtScale, SpecError
+from lorasweep.config.compose import shipped_model
+from lorasweep.errors import SpecError
 from lorasweep.launch.local import devices_of
 from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.methods.fullft import FullFT
@@ -48,7 +48,7 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
 from lorasweep.train import sampling
 from tests.training import saved_for_backward
-from tests.world import ROOT, compose_request, tiny_spec, write_json
+from tests.world import ROOT, SCALES, compose_request, shipped, tiny_spec, write_json
 
 CPU = Hardware("cpu", processor="a processor", cores=2, memory_gib=16.0, fast_bf16=True)
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
@@ -533,8 +533,6 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
     assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
 
 
-SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
-SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem not in ("study", "tune"))
 FILE = ROOT / "tests/golden/plans.json"
 LAPTOP = Hardware("laptop", processor="p", cores=2, memory_gib=24.0, fast_bf16=True)
 OF_PLAN = ("workers", "threads", "flops", "hours", "checkpoint_gib", "memory_gib")
@@ -542,28 +540,23 @@ OF_PLAN = ("workers", "threads", "flops", "hours", "checkpoint_gib", "memory_gib
 
 def plans_of(scale, root):
     found, store = {}, RunStore(root)
-    with composer() as compose:
-        from lorasweep.launch.slurm.submit import hardware_of
-
-        h100 = hardware_of(compose(["hardware=h100", "action=plan"]))
-        for sweep in SWEEPS:
-            try:
-                request = compose([f"+sweep={sweep}", f"scale={scale}"])
-            except NotAtScale:
-                continue
-            plan = make_plan(request.points, store, request.exec, LAPTOP)
-            packs = [[p.id for p in pack.points] + [pack.micro_batch_size] for pack in plan.packs]
-            second = request.sweep.replicate if request.sweep else Replicates()
-            planner = Planner(h100, request.exec)
-            runs = planner.forecast(planner.without_too_large(request.points), second)
-            found[f"{sweep}-{scale}"] = {
-                "packs": hashlib.sha256(json.dumps(packs).encode()).hexdigest()[:16],
-                "laptop": {
-                    **{"runs": len(plan.todo), "packs": len(packs)},
-                    **{name: getattr(plan, name) for name in OF_PLAN},
-                },
-                "h100": costs(sweep, runs, h100, request.cluster.work_max),
-            }
+    h100 = hardware_of(compose_request(["hardware=h100", "action=plan"]))
+    for sweep, request in shipped(scale).items():
+        if sweep == "tune":
+            continue
+        plan = make_plan(request.points, store, request.exec, LAPTOP)
+        packs = [[p.id for p in pack.points] + [pack.micro_batch_size] for pack in plan.packs]
+        second = request.sweep.replicate if request.sweep else Replicates()
+        planner = Planner(h100, request.exec)
+        runs = planner.forecast(planner.without_too_large(request.points), second)
+        found[f"{sweep}-{scale}"] = {
+            "packs": hashlib.sha256(json.dumps(packs).encode()).hexdigest()[:16],
+            "laptop": {
+                **{"runs": len(plan.todo), "packs": len(packs)},
+                **{name: getattr(plan, name) for name in OF_PLAN},
+            },
+            "h100": costs(sweep, runs, h100, request.cluster.work_max),
+        }
     return found
 
 
@@ -652,7 +645,8 @@ def test_with_checkpointing_a_layer_saves_its_input_in_fp32(method, precision):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        every = {k: v for s in SCALES for k, v in plans_of(s, Path(folder) / "runs").items()}
+        scales = [scale for (scale,), *_ in SCALES]
+        every = {k: v for s in scales for k, v in plans_of(s, Path(folder) / "runs").items()}
     every = rounded(json.dumps(every))
     lines = [f" {json.dumps(k)}: {json.dumps(every[k])}" for k in sorted(every)]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -15,8 +15,8 @@ from analysis.inference import decide
 from analysis.questions.registry import OLDER_NAMES
 from lorasweep.cli.actions import act
 from lorasweep.cli.answer import check_claims
-from lorasweep.config.compose import composer, shipped_model
-from lorasweep.errors import NotAtScale, SpecError
+from lorasweep.config.compose import shipped_model
+from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.trainer import TrainerSpec
@@ -27,7 +27,7 @@ from lorasweep.sweep.question import Claim, Planning, Search, check_directions, 
 from lorasweep.sweep.request import from_plain, question
 from lorasweep.sweep.search import LOWEST, check_search, full_runs, next_lrs, search
 from tests.planted import is_full
-from tests.world import ROOT, compose_request, tiny_spec
+from tests.world import ROOT, SCALES, SWEEPS, compose_request, shipped, tiny_spec
 
 ASKED = ("+sweep=lr_ratio", "scale=smoke")
 
@@ -173,29 +173,22 @@ def test_every_model_and_data_set_is_described_in_full(compose, group):
         assert getattr(point.spec, group).name == path.stem and point.spec.model.n_params > 0
 
 
-SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")
 GOLDEN = json.loads((ROOT / "tests/golden/sweep_ids.json").read_text())
 
 
-@pytest.mark.parametrize("scale", sorted(p.stem for p in (ROOT / "conf/scale").glob("*.yaml")))
+@pytest.mark.parametrize("scale", SCALES)
 def test_every_sweep_has_the_recorded_runs_and_questions(scale):
     """So what one sweep shares with another, or has trained, is not trained again."""
     found = {}
-    with composer() as compose:
-        for sweep in SWEEPS:
-            try:
-                request = compose([f"+sweep={sweep}", f"scale={scale}"])
-            except NotAtScale as error:
-                assert "Its file has: smoke" in str(error)
-                continue
-            runs = sorted((p.arm, p.id) for p in request.points)
-            assert len({p.id for p in request.points}) == len(runs)
-            found[f"{sweep}-{scale}"] = {
-                "runs": len(runs),
-                "sha256": hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:16],
-                "replicate": dataclasses.asdict(request.sweep.replicate),
-            }
-            compare_with_kept(question(request), f"{sweep}-{scale}", scale)
+    for sweep, request in shipped(scale).items():
+        runs = sorted((p.arm, p.id) for p in request.points)
+        assert len({p.id for p in request.points}) == len(runs)
+        found[f"{sweep}-{scale}"] = {
+            "runs": len(runs),
+            "sha256": hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:16],
+            "replicate": dataclasses.asdict(request.sweep.replicate),
+        }
+        compare_with_kept(question(request), f"{sweep}-{scale}", scale)
     assert found == {k: v for k, v in GOLDEN.items() if k.rpartition("-")[2] == scale}
     parts = yaml.safe_load((ROOT / "sweeps" / "study.yaml").read_text())["parts"]
     assert sorted([*parts, "tune"]) == SWEEPS  # the study consists of all sweeps but the search
