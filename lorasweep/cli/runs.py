@@ -47,6 +47,7 @@ from lorasweep.launch.worker import check_world_size
 from lorasweep.methods import peft
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import METHODS, spec_from
+from lorasweep.models.find import recipe_file_name, recipe_weights
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.planner import Planner, make_plan, place
@@ -264,6 +265,7 @@ def train(
                 notify(line)
         else:
             plan = make_plan(points, store, request.exec, detect.this_machine())
+            _check_bases(plan.todo, points, store, request.exec.models_dir)
             lines = plan_lines(request, plan)
             try:
                 with local.Workers(store, request.exec.world_size) as workers:
@@ -301,6 +303,21 @@ def _check_versions(points: Sequence[Point], store: RunStore) -> None:
             f"run {i} was trained with {then[i]}, and {now[i]} is installed. Their runs share no "
             f"curve: install the first, or use a new run folder (exec.runs_dir={store.root}-2)."
         )
+
+
+def _check_bases(
+    todo: Sequence[Point], points: Sequence[Point], store: RunStore, dirs: Sequence[str]
+) -> None:
+    """Raise StoreError if missing runs need a base from a recipe that others had, elsewhere."""
+    for model in {p.spec.model.name: p.spec.model for p in todo}.values():
+        done = [p for p in points if p.spec.model == model and store.result(p.id)]
+        if done and model.source == "recipe" and not recipe_weights(model, dirs):
+            raise StoreError(
+                f"{len(done)} finished runs had a base {model.name} that is not here. Another "
+                "machine trains other weights, and runs of two bases share no curve. Copy "
+                f"{recipe_file_name(model)} from there to {dirs[0]}, or use a new run folder "
+                f"(exec.runs_dir={store.root}-2)."
+            )
 
 
 def _submitted(request: Request, work: Work) -> Answer:

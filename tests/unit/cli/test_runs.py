@@ -20,7 +20,7 @@ from lorasweep.cli.answer import all_points, judged
 from lorasweep.cli.printed import Display, duration, time_left
 from lorasweep.cli.runs import CHANGED_CLAIMS, noise_floor, train_again
 from lorasweep.cli.status import status
-from lorasweep.errors import LorasweepError, NotAtScale, SpecError, TrainingError
+from lorasweep.errors import LorasweepError, NotAtScale, SpecError, StoreError, TrainingError
 from lorasweep.launch import local
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops
@@ -56,6 +56,20 @@ def test_fresh_seeds_are_trained_and_failed_runs_wait_for_retry(compose, capsys,
     trainer.fail = lambda s: False
     assert act(compose(*arguments, "exec.retry=true"), trainer) == 0
     assert len(trainer.trained) == count + 1
+
+
+def test_runs_that_were_imported_are_not_joined_by_runs_on_a_base_trained_anew(compose, tmp_path):
+    """The recipe's weights differ by machine; runs on both could not be judged together."""
+    asked = (*SMOKE, "model=tiny256-3m", f"exec.models_dir=[{tmp_path}/m]", FIVE)
+    trainer = FakeTrainer(Valley(3).nll)
+    assert act(compose(*asked, "sweep.arms.lora.lr=[5e-3]"), trainer) == 0
+    count, weights = len(trainer.trained), "tiny256-3m-3cd646cf4e.safetensors"
+    with pytest.raises(StoreError, match=rf"6 finished runs had a base .*Copy {weights} from"):
+        act(compose(*asked), trainer)
+    assert act(compose(*asked, "sweep.arms.lora.lr=[5e-3]", "action=report")) == 0
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / weights).touch()
+    assert act(compose(*asked), trainer) == 0 and len(trainer.trained) > count
 
 
 @pytest.mark.full
