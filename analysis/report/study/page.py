@@ -41,6 +41,8 @@ from analysis.runs.curves import in_words
 from analysis.runs.table import read as read_table
 
 FIGURES = (MAP, FOREST) = ("map.png", "forest.png")
+LAW = "quadrature.png"
+"""Figure of the law of learning rates, in the folder of its answer."""
 QUESTIONS = "questions"
 """Folder of the pages of the questions."""
 TABLE = "rows.csv"
@@ -138,12 +140,14 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
         "figures": list(figures_of(answers)),
         "n_forest": (min(n_claims, MOST), n_claims),
     }
+    law = [os.path.relpath(a.folder / LAW, folder) for a in answers if (a.folder / LAW).is_file()]
     questions = [question_of(mine, folder / QUESTIONS, found) for mine in by_sweep.values()]
     texts = {
         path.name: rendered(
             "study/page.md",
             **common,
             settings=settings_rows(rows) if kept else [],
+            law=law if kept else [],
             findings=found[:ON_PAGE],
             claims=[] if kept else primary,
             loads=first_pass_loads(rows),
