@@ -224,12 +224,14 @@ class _Maker:
             for rank, plain in (self.results.get(quantity) or {}).items():
                 arm = {"arm": f"lora r{rank}", "rank": int(rank)}
                 yield self.row(whole, quantity, estimate_of(plain), **arm)
-        for law, plain in (self.results.get("errors") or {}).items():
-            yield self.row(whole, "rms_error", estimate_of(plain), arm=law)
+        rules = {"errors": "rms_error", "carried": "carried_cost", "from_full": "cost_from_full"}
+        for key, quantity in rules.items():
+            for arm, plain in (self.results.get(key) or {}).items():
+                yield self.row(whole, quantity, estimate_of(plain), arm=arm)
         for c in self.cells("law"):
             place = {"alpha": c["alpha"], "updates": c["steps"]}
-            e = Estimate(c["ratio"] / c["law"])
-            yield self.row(c["base"], "measured_over_law", e, **place)
+            name = "measured_over_law" if c["b_ratio"] == 1 else "measured_over_law, A frozen"
+            yield self.row(c["unit"], name, Estimate(c["ratio"] / c["law"]), **place)
 
     def of_verdicts(self) -> Iterator[Row]:
         for plain in self.results["verdicts"]:

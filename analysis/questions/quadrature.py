@@ -200,6 +200,15 @@ def carried(cells: Cells, rule: str = laws.LAW) -> float:
     return mean(costs)
 
 
+def from_full(cells: Cells, factor: float | None = None) -> float:
+    """Return LoRA's mean cost at TUNED, in % of the gain, at `factor` times FullFT's best rate.
+
+    None: the law's factor. No claim is about it.
+    """
+    mine = [c for c in cells if c.alpha == TUNED]
+    return mean([c.cost((factor or c.predicted) * c.full_lr) for c in mine])
+
+
 def full_from_lora(cells: Cells) -> float:
     """Return the rms of ln(full fine-tuning's best rate / the law's, from LoRA's at TUNED)."""
     mine = [c for c in cells if c.alpha == TUNED]
@@ -316,7 +325,7 @@ class OverScales(base.Question):
 
 def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Section]]:
     """Return the conditions with the ratios by the law, and the errors of all laws and rules."""
-    if not c.cells:
+    if not c.cells or not c.is_judged:
         return {"cells": []}, []
     errors = {law: over_bases(c.cells, partial(rms, law=law), log=True) for law in laws.NAMES}
     rows: list[list[Any]] = [
@@ -331,6 +340,14 @@ def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Se
     }
     head = "learning rate at alpha 4 and 256, from the one tuned at 32 | cost, % of the gain [95%]"
     sections.append(base.Section.of("Another alpha", head, [[k, v] for k, v in costs.items()]))
+    by_full = {
+        rule: over_bases(c.cells, partial(from_full, factor=factor))
+        for rule, factor in ((laws.LAW, None), ("10 times", 10.0))
+    }
+    head = (
+        f"LoRA's learning rate at alpha {TUNED:g}, from FullFT's best | cost, % of the gain [95%]"
+    )
+    sections.append(base.Section.of("From FullFT", head, [[k, v] for k, v in by_full.items()]))
     head = "base, data, batch and updates | alpha | A | z | best FullFT LR | ratio | the law | L"
     rows = [
         [x.unit, f"{x.alpha:g}", "frozen" if x.b_ratio > 1 else "moves", x.z, f"{x.full_lr:.2e}"]
@@ -342,7 +359,7 @@ def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Se
         mine = [x for x in c.cells if x.hidden == width]
         name = f"hidden size {width}" + (": SmolLM2" if width == 576 else "")
         series.append(base.Series.of(name, [x.z for x in mine], map_limit(mine), style="o"))
-    y, z = map_limit(c.frozen), [float(v) for v in np.geomspace(0.01, 60, 60)]
+    y, z = map_limit(c.frozen), [float(v) for v in np.geomspace(0.005, 60, 60)]
     frozen = base.Series.of("A frozen", [x.z for x in c.frozen], y, style="D", colour="black")
     series.append(replace(frozen, open=True))
     for label, f, style in (
@@ -354,7 +371,7 @@ def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Se
         series.append(base.Series(label, z, line, style=style, colour="black"))
     x, y_name = "z: A's movement / A's random start", "R / L, measured"
     panel = base.Panel("", x, y_name, series, log_x=True, log_y=True, y_range=(0.015, 2))
-    figure = ("quadrature.png", [panel], "R / L over z") if c.is_judged else ()
+    figure = ("quadrature.png", [panel], "R / L over z")
     sections.append(base.Section.of("New conditions", head, rows, [], *figure))
     listed = [
         {k: v for k, v in x._asdict().items() if k not in ("full", "lora")}
@@ -362,7 +379,8 @@ def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Se
         | {"low": x.measured.low, "high": x.measured.high}
         for x in (*c.cells, *c.frozen)
     ]
-    return {"cells": listed, "errors": errors, "carried": costs}, sections
+    found = {"cells": listed, "errors": errors, "carried": costs, "from_full": by_full}
+    return found, sections
 
 
 def map_limit(cells: Cells) -> list[Estimate]:

@@ -28,7 +28,7 @@ from analysis.questions.registry import read_question
 from analysis.runs.table import TableError
 
 ORDER = (
-    *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts"),
+    *("regime", "quadrature", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts"),
     *("rl_bits", "rl", "rl_unembedding", "rl_matrices", "rl_layers"),
     *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
@@ -211,6 +211,7 @@ SHOWN: dict[str, Show] = {
     "times": (float, lambda v: fixed(v, 1) if v >= 1 else number(v, 2), ""),
     "factor": (float, lambda v: number(v, 2) if 0 < v < 0.1 else fixed(v, 2), ""),
     "percent": (float, lambda v: fixed(v, 1), "%"),
+    "fine percent": (float, lambda v: fixed(v, 2), "%"),
     "whole percent": (float, lambda v: number(v, 2), "%"),
     "points": (float, lambda v: fixed(v, 1, "+"), " points"),
     "share": (lambda v: 100 * v, lambda v: fixed(v, 1), "%"),

@@ -94,7 +94,8 @@ def answer(world, scale="tiny", keep=lambda spec: True, kept=None):
     found = analyse(table, asked, kept)
     results = json.loads(json.dumps(report.results_of(found, asked, table), allow_nan=False))
     results["page"] = page = report.render(found, asked, table)
-    assert "New conditions" in page and "](../" not in page  # it may lie in any folder
+    assert ("New conditions" in page) == bool(results["cells"])
+    assert "](../" not in page  # it may lie in any folder
     return results, {v["claim"]: v for v in results["verdicts"]}, table
 
 
