@@ -139,6 +139,7 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
         "n_runs": len(set().union(*(a.run_ids for a in answers))),
         "figures": list(figures_of(answers)),
         "n_forest": (min(n_claims, MOST), n_claims),
+        "bases": base_rows(runs, " ".join(f.text for f in found[:ON_PAGE])),
     }
     law = [os.path.relpath(a.folder / LAW, folder) for a in answers if (a.folder / LAW).is_file()]
     questions = [question_of(mine, folder / QUESTIONS, found) for mine in by_sweep.values()]
@@ -155,7 +156,6 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
             tally=tally(answers),
             spans=[sizes.min(), sizes.max(), runs["steps"].max()] if len(sizes) else [],
             withdrawn=withdrawn,
-            bases=base_rows(runs, " ".join(f.text for f in found[:ON_PAGE])),
             questions=questions,
         ),
         "ledger.md": rendered("study/ledger.md", **common, ledger=ledger(answers)),
