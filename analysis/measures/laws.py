@@ -25,8 +25,9 @@ import numpy as np
 
 G, K, REFERENCE_STEPS = 0.86, 4.2, 128
 """The law's constants; the exponent of the updates is 1/2."""
-ERROR = 0.14
-"""rms error of ln(R), measurement included, in the 65 conditions of the sweep quadrature."""
+ERROR, ERROR_OF_FULL = 0.14, 0.19
+"""rms errors, measurement included, in the conditions of the sweep quadrature: of ln(R), and of
+the logarithm of full fine-tuning's learning rate, computed from LoRA's at alpha 32."""
 LINEAR = (1.0, 3.4, 0.55)
 """g, k and the exponent of the updates, if A's start and movement added as numbers."""
 POWERS = {

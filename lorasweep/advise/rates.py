@@ -56,9 +56,9 @@ def predict(
 ) -> dict[str, Any]:
     """Predict best learning rates from full fine-tuning's, or from LoRA's at alpha `at_alpha`.
 
-    Returns `full_lr` and `lora_lr`; which of them is `given` ("full", "lora" or ""); `factor`: the
-    others lie within it of the prediction (two rms errors); z, and `moving_alpha`, the alpha up to
-    which z is 1 or more; and what was `never_measured`.
+    Returns `full_lr` and `lora_lr`; which of them is `given` ("full", "lora" or ""); `factor` and
+    `full_factor`: LoRA's and full fine-tuning's lie within it (two rms errors); z, and
+    `moving_alpha`, the alpha up to which z is 1 or more; and what was `never_measured`.
 
     Raises SpecError outside the law's scope, with the reason.
     """
@@ -73,9 +73,11 @@ def predict(
         full = full_lr or float(laws.full_lr(width, at, steps, lora_lr))
         lora = full * float(laws.ratio(width, alpha, steps, full))
         known, z, q = (laws.movement(width, lr, steps) for lr in (lora_lr or lora, lora, full))
+        moving_alpha = laws.limit(width, alpha / method.alpha) * q / math.sqrt(2)
         if not why and min(known, z) < AT_REST and method.rank != REST_RANK:
-            why = f"z is {min(known, z):.2g}, so A hardly moves and the ratio depends on the rank: "
-            why += f"there only rank {REST_RANK} was measured"
+            why = f"z is {min(known, z):.2g}, so A hardly moves (it moves more up to alpha "
+            why += f"{moving_alpha:.2g}) and the ratio depends on the rank: there only rank "
+            why += f"{REST_RANK} was measured"
     if why or not isinstance(method, LoRA):
         raise SpecError(f"action=rate: {why}. Search it: lorasweep tune MODEL ROWS")
     alphas = (("alpha", value) for value in sorted({at, alpha}))
@@ -84,9 +86,10 @@ def predict(
     values = (("hidden size", width), ("updates", steps), *alphas, batch, *adam)
     return {
         **{"full_lr": full, "lora_lr": lora, "alpha": method.alpha, "steps": steps, "z": z},
-        "moving_alpha": laws.limit(width, alpha / method.alpha) * q / math.sqrt(2),
+        "moving_alpha": moving_alpha,
         "given": "full" if full_lr else "lora" if at == alpha else "",
         "factor": math.exp(2 * laws.ERROR),
+        "full_factor": math.exp(2 * laws.ERROR_OF_FULL),
         "never_measured": [
             "{} {:g} (from {:g} to {:g})".format(name, value, *MEASURED[name])
             for name, value in values
@@ -97,10 +100,10 @@ def predict(
 
 def lines(found: dict[str, Any]) -> list[str]:
     """Say a prediction in words."""
-    f, z = found["factor"], found["z"]
+    z = found["z"]
 
     def said(which: str) -> str:
-        lr = found[f"{which}_lr"]
+        lr, f = found[f"{which}_lr"], found["full_factor" if which == "full" else "factor"]
         given = found["given"] == which
         return f"{lr:.2e} ({'given' if given else f'{lr / f:.1e} to {lr * f:.1e}'})"
 
@@ -114,5 +117,6 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"LoRA at alpha {found['alpha']:g}: {said('lora')}, {times}",
         f"z = {z:.2g}: {meaning}",
         *(f"never measured: {text}" for text in found["never_measured"]),
-        f"the range is twice the law's error on new runs, {math.expm1(laws.ERROR):.0%} (rms)",
+        f"ranges are twice the law's rms error on new runs: {laws.ERROR:g} in ln for LoRA's, "
+        f"{laws.ERROR_OF_FULL:g} for full fine-tuning's",
     ]

@@ -234,6 +234,7 @@ def train(
     points = all_points(request, store)
     check(request)
     _check_versions(points, store)
+    _check_bases(points, store, request.exec.models_dir)
     for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
         if outlook.warns and any(not store.result(p.id) for p in points):
             notify(outlook.line())
@@ -265,7 +266,6 @@ def train(
                 notify(line)
         else:
             plan = make_plan(points, store, request.exec, detect.this_machine())
-            _check_bases(plan.todo, points, store, request.exec.models_dir)
             lines = plan_lines(request, plan)
             try:
                 with local.Workers(store, request.exec.world_size) as workers:
@@ -305,17 +305,27 @@ def _check_versions(points: Sequence[Point], store: RunStore) -> None:
         )
 
 
-def _check_bases(
-    todo: Sequence[Point], points: Sequence[Point], store: RunStore, dirs: Sequence[str]
-) -> None:
-    """Raise StoreError if missing runs need a base from a recipe that others had, elsewhere."""
-    for model in {p.spec.model.name: p.spec.model for p in todo}.values():
-        done = [p for p in points if p.spec.model == model and store.result(p.id)]
-        if done and model.source == "recipe" and not recipe_weights(model, dirs):
+def _check_bases(points: Sequence[Point], store: RunStore, dirs: Sequence[str]) -> None:
+    """Raise StoreError if runs are missing, and imported ones had another base than is here.
+
+    Every machine trains other weights from a recipe, in their last bits.
+    """
+    done = {p: result for p in points if (result := store.result(p.id))}
+    lacking = {p.spec.model.name for p in points if p not in done}
+    imported = {p.spec.model.name: p for p, result in done.items() if result.get("imported")}
+    for name, point in imported.items():
+        model, then = point.spec.model, done[point].get("base_sha256")
+        if name not in lacking or model.source != "recipe" or not then:
+            continue
+        from lorasweep.models.load import load  # only here: it imports torch
+
+        path = recipe_weights(model, dirs)
+        here = load(model, dirs, point.spec.precision).sha256 if path else "none"
+        if here != then:
             raise StoreError(
-                f"{len(done)} finished runs had a base {model.name} that is not here. Another "
-                "machine trains other weights, and runs of two bases share no curve. Copy "
-                f"{recipe_file_name(model)} from there to {dirs[0]}, or use a new run folder "
+                f"imported runs had a base {name} with other weights ({then[:8]}) than here "
+                f"({here[:8]}), and runs of two bases share no curve. Copy their "
+                f"{recipe_file_name(model)} to {dirs[0]}, or use a new run folder "
                 f"(exec.runs_dir={store.root}-2)."
             )
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -20,8 +21,10 @@ from lorasweep.cli.answer import all_points, judged
 from lorasweep.cli.printed import Display, duration, time_left
 from lorasweep.cli.runs import CHANGED_CLAIMS, noise_floor, train_again
 from lorasweep.cli.status import status
+from lorasweep.config.compose import shipped_model
 from lorasweep.errors import LorasweepError, NotAtScale, SpecError, StoreError, TrainingError
 from lorasweep.launch import local
+from lorasweep.models.load import load
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops
 from lorasweep.spec.metric import METRICS
@@ -58,18 +61,41 @@ def test_fresh_seeds_are_trained_and_failed_runs_wait_for_retry(compose, capsys,
     assert len(trainer.trained) == count + 1
 
 
-def test_runs_that_were_imported_are_not_joined_by_runs_on_a_base_trained_anew(compose, tmp_path):
-    """The recipe's weights differ by machine; runs on both could not be judged together."""
-    asked = (*SMOKE, "model=tiny256-3m", f"exec.models_dir=[{tmp_path}/m]", FIVE)
-    trainer = FakeTrainer(Valley(3).nll)
-    assert act(compose(*asked, "sweep.arms.lora.lr=[5e-3]"), trainer) == 0
-    count, weights = len(trainer.trained), "tiny256-3m-3cd646cf4e.safetensors"
-    with pytest.raises(StoreError, match=rf"6 finished runs had a base .*Copy {weights} from"):
-        act(compose(*asked), trainer)
-    assert act(compose(*asked, "sweep.arms.lora.lr=[5e-3]", "action=report")) == 0
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / weights).touch()
-    assert act(compose(*asked), trainer) == 0 and len(trainer.trained) > count
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+@pytest.mark.parametrize(
+    ("model", "weights", "refused"),
+    [
+        ("tiny256-3m", "planted", r"tiny256-3m .*\(planted\) than here \(none\).*3cd646cf4e"),
+        ("tiny64", "planted", r"tiny64 .*\(planted\) than here \(59411e8f\)"),
+        ("tiny64", None, ""),
+    ],
+)
+def test_imported_runs_are_not_joined_by_runs_on_another_base(
+    compose, tmp_path, monkeypatch, model, weights, refused, cluster
+):
+    """A base from a recipe differs by machine; runs on both could not be judged together."""
+    spec = shipped_model(model)
+    planted = weights or load(spec, []).sha256
+    trainer = FakeTrainer(Valley(3).nll, more=lambda s: {"base_sha256": planted})
+    asked = (*SMOKE, f"model={model}", f"exec.models_dir=[{tmp_path}/m]", FIVE)
+    few, there = "sweep.arms.lora.lr=[5e-3]", f"exec.runs_dir={tmp_path}/there"
+    assert act(compose(*asked, few), trainer) == 0
+    act(compose(*asked, few, "action=export", f"out={tmp_path}/runs.parquet"))
+    act(compose("action=import", f"table={tmp_path}/runs.parquet", there))
+    monkeypatch.setattr(runs, "submit", Mock(side_effect=SpecError("submitted")))
+    request, count = compose(*asked, there, f"cluster={cluster}"), len(trainer.trained)
+    if refused:
+        with pytest.raises(StoreError, match=refused):
+            runs.train(request, RunStore(request.exec.runs_dir), trainer)
+        assert len(trainer.trained) == count
+    elif cluster == "slurm":
+        with pytest.raises(SpecError, match="submitted"):
+            runs.train(request, RunStore(request.exec.runs_dir), trainer)
+    else:
+        assert act(request, trainer) == 0 and len(trainer.trained) > count
+    assert act(compose(*asked, few, there, "action=report")) == 0
+    if model == "tiny256-3m" and cluster == "local":  # its own runs go on, whatever is here
+        assert act(compose(*asked), trainer) == 0
 
 
 @pytest.mark.full
