@@ -129,7 +129,7 @@ def test_the_command_predicts_either_method_in_text_and_json(capsys):
         (("smollm2-135m", "full_lr=1e-4", "steps=30", "method=fullft"), "which rank of LoRA"),
         (
             ("tiny64", "full_lr=3e-4", "alpha=1024", "steps=256"),
-            "(it moves more up to alpha 7.7) and the ratio depends on the rank: there only rank 8",
+            r"moves more up to alpha 7\.7\) and the ratio depends on the rank: there only rank 8",
         ),
         (("smollm2-135m", "full_lr=-1", "steps=30"), "full_lr"),
         (
