@@ -44,7 +44,7 @@ data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hu
 	mkdir -p data/gsm8k
 	$(BIN)/python -c "import datasets; [datasets.load_dataset('openai/gsm8k', 'main', split=s).to_json(f'data/gsm8k/{s}.jsonl') for s in ('test', 'train')]"
 
-test: lint ## run lint and the tests in two processes (ten to fifteen minutes), with a Slurm and other processors' kernels
+test: lint ## run lint and the tests in two processes (ten to twenty-five minutes), with a Slurm and other processors' kernels
 	$(BIN)/python -m pytest $(PARALLEL) -m "not full and not nightly"
 
 test-full: lint $(SERVE_READY) ## run lint and all tests that take less than an hour together (forty minutes)
