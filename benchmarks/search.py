@@ -832,7 +832,7 @@ def aims(content: Figures) -> Rows:
         right = m[TUNE]["right"]
         add(f"right in {_percent(OFTEN)}", where, _percent(right, 1), right >= OFTEN)
     if asked := content.get("cells"):
-        where = f"{len(asked)} bases and data, new"
+        where = f"{len(asked)} bases with their data, new"
         tuned, gridded = ([c["methods"][m] for c in asked] for m in (TUNE, GRID))
         spent, plain = (fmean(float(c["end"]) for c in of) for of in (tuned, gridded))
         halved("over all arms", where, spent, plain)

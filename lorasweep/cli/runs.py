@@ -53,6 +53,7 @@ from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.planner import Planner, make_plan, place
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import METRICS, metric_of
+from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.store import checkpoint, files, folders, looks
@@ -310,20 +311,23 @@ def _check_bases(points: Sequence[Point], store: RunStore, dirs: Sequence[str]) 
 
     Every machine trains other weights from a recipe, in their last bits.
     """
-    done = {p: result for p in points if (result := store.result(p.id))}
-    lacking = {p.spec.model.name for p in points if p not in done}
-    imported = {p.spec.model.name: p for p, result in done.items() if result.get("imported")}
-    for name, point in imported.items():
-        model, then = point.spec.model, done[point].get("base_sha256")
-        if name not in lacking or model.source != "recipe" or not then:
+    results = {p: store.result(p.id) for p in points}
+    lacking = {p.spec.model.name for p, result in results.items() if not result}
+    known: dict[tuple[ModelSpec, str], set[str]] = {}
+    for p, result in results.items():
+        if result and result.get("imported") and result.get("base_sha256"):
+            of_base = known.setdefault((p.spec.model, p.spec.precision), set())
+            of_base.add(result["base_sha256"])
+    for (model, precision), digests in known.items():
+        if model.source != "recipe" or model.name not in lacking:
             continue
         from lorasweep.models.load import load  # only here: it imports torch
 
         path = recipe_weights(model, dirs)
-        here = load(model, dirs, point.spec.precision).sha256 if path else "none"
-        if here != then:
+        here = load(model, dirs, precision).sha256 if path else "none"
+        if others := ", ".join(sorted(digest[:8] for digest in digests - {here})):
             raise StoreError(
-                f"imported runs had a base {name} with other weights ({then[:8]}) than here "
+                f"imported runs had a base {model.name} with other weights ({others}) than here "
                 f"({here[:8]}), and runs of two bases share no curve. Copy their "
                 f"{recipe_file_name(model)} to {dirs[0]}, or use a new run folder "
                 f"(exec.runs_dir={store.root}-2)."

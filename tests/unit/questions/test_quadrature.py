@@ -118,13 +118,20 @@ def test_planted_runs_of_both_scales_give_back_the_law(tmp_path):
     assert [costs[k]["value"] for k in (laws.LAW, "1/sqrt(alpha)", "1/alpha", "kept")] == sorted(
         v["value"] for v in costs.values()
     )
+    assert (
+        results["from_full"][laws.LAW]["value"]
+        < 0.2
+        < 5
+        < results["from_full"]["10 times"]["value"]
+    )
     frozen = [c for c in results["cells"] if c["b_ratio"] > 1]
     limits = [laws.limit(c["hidden"], c["alpha"]) for c in frozen]
     assert [c["ratio"] for c in frozen] == pytest.approx(limits, rel=0.05)
     # the smaller scale's answer leaves the verdict to the other
     (tmp_path / "quadrature-tiny").mkdir()
     table.to_parquet(tmp_path / "quadrature-tiny" / "table.parquet")
-    _, elsewhere, _ = answer(ByLaw(), "small", kept=tmp_path)
+    mine, elsewhere, _ = answer(ByLaw(), "small", kept=tmp_path)
+    assert mine["cells"] == []
     assert {v["gates"][0]["code"] for v in elsewhere.values()} == {"ELSEWHERE"}
 
 
