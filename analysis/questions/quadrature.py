@@ -360,9 +360,8 @@ def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Se
         name = f"hidden size {width}" + (": SmolLM2" if width == 576 else "")
         series.append(base.Series.of(name, [x.z for x in mine], map_limit(mine), style="o"))
     y, z = map_limit(c.frozen), [float(v) for v in np.geomspace(0.005, 60, 60)]
-    frozen = base.Series.of(
-        "A frozen (z: had it moved)", [x.z for x in c.frozen], y, style="D", colour="black"
-    )
+    name = "A frozen (z: had it moved)"
+    frozen = base.Series.of(name, [x.z for x in c.frozen], y, style="D", colour="black")
     series.append(replace(frozen, open=True))
     for label, f, style in (
         ("the law: 1 / sqrt(1 + z^2)", lambda v: 1 / math.hypot(1, v), "-"),

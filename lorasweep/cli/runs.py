@@ -316,8 +316,7 @@ def _check_bases(points: Sequence[Point], store: RunStore, dirs: Sequence[str]) 
     known: dict[tuple[ModelSpec, str], set[str]] = {}
     for p, result in results.items():
         if result and result.get("imported") and result.get("base_sha256"):
-            of_base = known.setdefault((p.spec.model, p.spec.precision), set())
-            of_base.add(result["base_sha256"])
+            known.setdefault((p.spec.model, p.spec.precision), set()).add(result["base_sha256"])
     for (model, precision), digests in known.items():
         if model.source != "recipe" or model.name not in lacking:
             continue
