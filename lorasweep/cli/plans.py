@@ -4,6 +4,7 @@ The actions plan, matrices and fetch: none starts a run.
 """
 
 import dataclasses
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -196,16 +197,15 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
     arms = table(values["arms"], "arm", "rank", "model", "runs", "n_trainable")
     lines += [f"  {line}" for line in arms]
     lines += unpinned_lines(plan.points)
-    if not plan.speeds and (name := plan.points[0].spec.trainer.name) != "builtin":
-        lines.append(f"  time and memory of trainer={name}: unknown before its first run")
+    if not plan.speeds and (trainer := plan.points[0].spec.trainer).command:
+        program = shutil.which(word := trainer.command[0]) or f"{word} (which is not found here)"
+        lines.append(f"  time and memory of {program} are unknown before its first run")
     if refused := ", ".join(request.refused):
         lines.append(f"  refused with this trainer, as they need more than final losses: {refused}")
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
     if slow_bf16 and any(p.spec.precision == "bf16" for p in plan.todo):
-        lines.append(
-            "  this processor has no bf16 instructions: precision=fp32 (with other run ids) is "
-            "about 50 times as fast"
-        )
+        fp32 = "precision=fp32 (with other run ids) is about 50 times as fast"
+        lines.append(f"  this processor has no bf16 instructions: {fp32}")
     if request.sweep and request.sweep.replicate.seeds:
         second = request.sweep.replicate
         best = f"at the {second.n_lrs} best learning rates of each curve"

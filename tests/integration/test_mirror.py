@@ -122,7 +122,7 @@ def test_a_wandb_that_fails_or_hangs_ends_no_command(
 
 
 def test_a_killed_command_leaves_no_process_and_its_runs_are_copied_once(server, tmp_path):
-    arguments = (*SMOKE, "steps=300", "exec.workers=1", "exec.checkpoint_s=1", "mirror=wandb")
+    arguments = (*SMOKE, "steps=100", "exec.workers=1", "exec.checkpoint_s=1", "mirror=wandb")
     command = start(
         "-m", "lorasweep", *arguments, cwd=tmp_path, env={"PYTHONPATH": os.environ["PYTHONPATH"]}
     )
