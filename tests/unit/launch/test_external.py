@@ -532,6 +532,8 @@ def test_claims_that_need_more_than_final_losses_are_refused_in_the_plan_by_name
     plain = json.loads(command("plan", "lr_ratio", *more, claim, "format=json").stdout)
     assert plain["refused"] == ["speed"]
     assert plain["cost"]["basis"] == "unknown" and plain["cost"]["hours"] is None
+    absent = command("plan", "lr_ratio", *more, "trainer.command=[absent,'{lr}','{seed}','{out}']")
+    assert "memory of absent (which is not found here) are unknown" in absent.stdout
     refused = command("plan", "batch_size", *more)
     assert refused.returncode == 2 and "any_rank" in refused.stderr and "builtin" in refused.stderr
     fewer = command(
