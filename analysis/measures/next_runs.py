@@ -48,7 +48,8 @@ def suggest(found: Any) -> list[Suggestion]:
             for o in curves:
                 if of_rates and n >= MAX_NEW_SEEDS:  # other LRs narrow an optimum too
                     x, why = _around(o), "halfway between the learning rates around the optimum"
-                    seeds = _most_used(o.curve.seed, MIN_SEEDS)
+                    used, counts = np.unique(o.curve.seed, return_counts=True)  # the most used
+                    seeds = used[np.argsort(-counts, kind="stable")][:MIN_SEEDS].tolist()
                     wanted += [_make(o, v, seeds, why) for v in (x[1:] + x[:-1]) / 2]
                 what = "optimum" if of_rates else "interval"
                 wanted += _more_seeds(o, min(n, MAX_NEW_SEEDS), f"narrows the {what}")
@@ -64,12 +65,6 @@ def suggest(found: Any) -> list[Suggestion]:
 def _make(o: Optimum, x: float, seeds: Iterable[int], why: str) -> Suggestion:
     """Suggest seeds at ln(lr) x."""
     return Suggestion(o.curve, float(f"{math.exp(x):.2e}"), tuple(int(s) for s in seeds), why)
-
-
-def _most_used(seeds: np.ndarray, n: int) -> list[int]:
-    """Return the n seeds with the most runs, lower numbers first."""
-    found, counts = np.unique(seeds, return_counts=True)
-    return found[np.argsort(-counts, kind="stable")][:n].tolist()
 
 
 def _open_gates(o: Optimum) -> list[Suggestion]:

@@ -225,9 +225,8 @@ def still(cells: Cells) -> float:
     """Return LoRA's mean loss where A hardly moves minus that where it moves, in % of the gain."""
     found = []
     for unit in by_unit(cells):
-        at_rest, moved = (
-            [c.loss for c in unit if keep(c.z)] for keep in (STILL.__gt__, MOVES.__le__)
-        )
+        at_rest = [c.loss for c in unit if c.z < STILL]
+        moved = [c.loss for c in unit if c.z >= MOVES]
         found += [mean(at_rest) - mean(moved)] if at_rest and moved else []
     return mean(found)
 

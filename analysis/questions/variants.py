@@ -43,7 +43,7 @@ def method_of(key: Mapping[str, Any]) -> str:
     """Return which method a curve is of, by METHODS; empty: another one."""
     if key["method"] == "lora":
         return "plus" if float(key.get("lr_b_ratio") or 1) > 1 else "lora"
-    return str(key["method"]) if key["method"] in METHODS else ""
+    return str(key["method"]) if key["method"] in ("dora", "pissa") else ""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ class Variants(base.Condition):
 
     def gates(self, *methods: str) -> list[Gate]:
         """List the gates on the curves of these methods and of full fine-tuning."""
-        n = len(self.cells)
+        of = [(c.full.curve.group, c.arms["lora"].curve.key["rank"]) for c in self.cells]
+        data, ranks = (min(len({*v}), 2) for v in zip(*of))
+        n = min(len(self.cells), data * ranks)
         found = [Gate(GateCode.FEW_CONDITIONS, f"{n} of {CELLS}")] if n < CELLS else []
         for c in self.cells:
             mine = {"full fine-tuning": c.full} | {METHODS[m]: c.arms[m] for m in methods}
@@ -164,7 +166,10 @@ class Variants(base.Condition):
 
 
 def conditions(table: pd.DataFrame) -> list[Variants]:
-    """Fit all curves, and sort them into cells; TableError: a cell has two curves of one method."""
+    """Fit all curves, and sort them into cells; TableError: they cannot be judged together."""
+    for key in ("model", "steps", "batch_size"):
+        if len(values := [*map(str, table[key].unique())]) > 1:
+            raise TableError(f"variants: {key} {', '.join(values)}. Ask {key}={values[0]} alone.")
     optima, cells = base.fit(table), dict[str, Cell]()
     losses = dict(zip(map(id, optima), at_best.losses_at_best(optima)))
     for o in optima:

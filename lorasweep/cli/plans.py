@@ -199,7 +199,8 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
     lines += unpinned_lines(plan.points)
     if not plan.speeds and (trainer := plan.points[0].spec.trainer).command:
         program = shutil.which(word := trainer.command[0]) or f"{word} (which is not found here)"
-        lines.append(f"  time and memory of {program} are unknown before its first run")
+        lines[0] = lines[0].partition(", about ")[0]
+        lines.append(f"  time and memory of {program} are unknown before the first of these runs")
     if refused := ", ".join(request.refused):
         lines.append(f"  refused with this trainer, as they need more than final losses: {refused}")
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"

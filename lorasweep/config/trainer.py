@@ -21,8 +21,8 @@ LISTS = ("command", "full", "lora", "resume", "files")
 def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
     """Return the trainer, the paths of its files, and max_h; SpecError: wrong, or a missing file.
 
-    The files are `script`, `files`, and the words that name a file, also behind a =. Ids have their
-    contents. Left out are programs in a folder bin, whose versions are recorded.
+    The files are `script`, `files`, and those that words name, also behind a = or with {method}.
+    Ids have their contents. Of programs in a folder bin the versions are recorded instead.
     """
     values = dict(values)
     for key in LISTS:
@@ -32,6 +32,7 @@ def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
     script, max_h = values.pop("script"), values.pop("max_h")
     given = [*[str(script)] * bool(script), *values["files"]]
     words = [w.partition("=")[2] or w for key in LISTS[:-1] for w in values[key]]
+    words = [w.replace("{method}", m) for w in words for m in ("fullft", "lora")]
     words = [w for w in words if os.path.isfile(w) and Path(w).parent.name != "bin"]
     paths = [*dict.fromkeys(Path(f).expanduser().absolute() for f in (*given, *words))]
     if missing := [path for path in paths if not path.is_file()]:
@@ -53,8 +54,7 @@ def checked(request: Request, paths: list[str], max_h: Any) -> Request:
     for given in wrong:
         raise SpecError(
             f"{given} is not supported with a trainer that is not builtin. Leave it out (max_h: "
-            "hours above 0). Several processes on one machine: write `accelerate launch` or "
-            "`torchrun` into trainer.command; {gpus} is the number of GPUs of a run."
+            "above 0). For several processes write `torchrun` or the like into trainer.command."
         )
     more: dict[str, Any] = {"trainer_files": paths, "trainer_max_h": float(max_h), "pack_size": 1}
     exec_ = dataclasses.replace(exec_, **more, workers=exec_.workers or 1)

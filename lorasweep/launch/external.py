@@ -29,11 +29,9 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.train.events import Event
 
 POLL_S, LOOK_S, GRACE_S = 0.1, 5.0, 20.0
-"""Seconds between looks at the command; between checks that this process owns the run; between
-SIGTERM and SIGKILL."""
+"""Seconds between looks at the command, between checks of the claim, from SIGTERM to SIGKILL."""
 TAIL, SECRET = 20, ("TOKEN", "KEY", "SECRET", "PASSWORD")
-"""Last lines of a failed command that are shown, and parts of the names of variables whose values
-are struck out of them."""
+"""Last lines of a failed command to show; parts of names of variables to strike out of them."""
 MARK = "LORASWEEP_ATTEMPT"
 """Environment variable with the attempt's folder, by which its processes are found."""
 ASK = """
@@ -74,7 +72,7 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     write_rows(rows, run, trainer.data(run, exec_, base), base.tokenizer, exec_.data_dir)
     lora, method, t = run.method.name == "lora", run.method, run.trainer
     gpus = detect.devices()  # of several, transformers' Trainer takes a batch each
-    gpus = gpus if "gpus" in places_in(*t.command, *t.full, *t.lora) else gpus[:1]
+    gpus = gpus if "gpus" in places_in(*t.command, *(t.lora if lora else t.full)) else gpus[:1]
     modules = [m for s in method.target_layers() * lora for m in run.model.modules(s)[0]]
     values: dict[str, Any] = {
         **{**vars(run), **vars(method), "method": method.name, "clip_norm": run.clip_norm or 0},
@@ -172,7 +170,7 @@ def _without_secrets(text: str) -> str:
     named = {v for k, v in os.environ.items() if any(part in k.upper() for part in SECRET)}
     parts = {part for v in named for part in (v, json.dumps(v)[1:-1], *v.splitlines())}
     for value in sorted(parts, key=len, reverse=True):
-        text = text.replace(value, "***") if len(value) > 3 else text
+        text = text if len(value) < 4 or value in ("true", "false") else text.replace(value, "***")
     return text
 
 

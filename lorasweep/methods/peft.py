@@ -69,7 +69,7 @@ class PEFT(Method):
             rank, alpha, defaults = _fields(type(found))
             kept = {k: v for k, none in defaults.items() if (v := getattr(found, k)) or v != none}
             plain = json.dumps(kept | {"peft_type": found.peft_type.value}, default=sorted)
-            vars(self)["fields"] = json.loads(plain, object_hook=_frozen)
+            vars(self)["fields"] = FrozenDict(json.loads(plain))
             vars(self)["rank"] = getattr(found, rank, None)
             vars(self)["alpha"] = (size := getattr(found, alpha, None)) and float(size)
 
@@ -107,10 +107,6 @@ class PEFT(Method):
 
 
 # ---------------------------------------------------------------- PEFT's configs
-
-
-def _frozen(values: dict[str, Any]) -> FrozenDict:
-    return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _fields(cls: Any) -> tuple[str, str, dict[str, Any]]:
@@ -185,7 +181,7 @@ def _trained(method: PEFT, model: ModelSpec) -> list[tuple[Matrix, int]]:
     except (ValueError, TypeError, RuntimeError, UserWarning) as error:
         sides = ", ".join(f"{m.d_in}x{m.d_out}" for m in matrices)
         what = f"method={method.name} method.rank={method.rank} on matrices {sides}"
-        raise SpecError(f"{what}: PEFT refuses it: {error} Choose another rank.") from None
+        raise SpecError(f"{what}: PEFT refuses it: {error} Change rank or fields.") from None
     trained = {n: p.numel() for n, p in attached.named_parameters() if p.requires_grad}
     of = [sum(s for n, s in trained.items() if f".a.{name}." in n) for name in names]
     if 2 * sum(of) != sum(trained.values()):

@@ -27,6 +27,8 @@ AS_USUAL = (
     *("scope", "objective", "early_stopping", "test_rows"),
 )
 """Settings of a run that have their default values, unless the command has a place for them."""
+ALL_VALUES = "{out}/run.json"
+"""A word with it tells a program all values."""
 PLACE = re.compile(r"\{([a-z]\w*)\}")
 
 
@@ -81,15 +83,20 @@ class TrainerSpec(Value):
 
     def refusals(self, run: "RunSpec") -> Iterator[str]:
         """Yield why this foreign trainer cannot train a run that our loop can."""
-        method, said = run.method, f"trainer={self.name}"
-        passed = places_in(*self.command, *self.full, *self.lora)
+        method, said, lora = run.method, f"trainer={self.name}", run.method.name == "lora"
+        words = (*self.command, *(self.lora if lora else self.full))
+        passed = {*PLACES} if any(ALL_VALUES in w for w in words) else places_in(*words)
+        layers = "modules" if "modules" in passed else "layers"
+        needed = ("steps", "batch_size", *("rank", "alpha", layers) * lora)
+        if absent := " ".join(f"--{key}={{{key}}}" for key in needed if key not in passed):
+            yield f"{said}: method={method.name} needs {absent}, or {ALL_VALUES} if that is read."
         default: dict[str, Any] = {**vars(type(run)()), **vars(type(method)())}
         values = {**vars(run), **vars(method)}
-        no_text = run.dataset.source == "synthetic" and self.rows != "tokens"
         wrong = [f"method={method.name}"] * (method.name not in ("fullft", "lora"))
         wrong += [f"model={run.model.name}, with experts,"] * bool(run.model.n_experts)
-        for given in wrong + [f"rows={self.rows} without text"] * no_text:
-            yield f"{said}: {given} is not supported. Expected trainer=builtin or rows=tokens."
+        yield from (f"{said}: {given} is not supported. Use trainer=builtin." for given in wrong)
+        if run.dataset.source == "synthetic" and self.rows != "tokens":
+            yield f"{said}: trainer.rows={self.rows} needs text. Expected trainer.rows=tokens."
         for key in (k for k in AS_USUAL if k in values and k not in passed):
             if values[key] != default[key]:
                 place = f", or a place {{{key}}} in its command" * (key in PLACES)

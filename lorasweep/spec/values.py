@@ -203,7 +203,7 @@ class FrozenDict(dict[str, Any]):
         return FrozenDict, (dict(self),)
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
+        return hash(json.dumps(self, sort_keys=True, default=str))
 
 
 class Value:

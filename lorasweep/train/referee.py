@@ -95,7 +95,9 @@ def read_weights(folder: Path, run: RunSpec, base: Base) -> Tensors:
         wrong += _differences(found, {n: tuple(p.shape) for n, p in before.items()}, "of the base")
         # norms and biases may be equal after rounding
         matrices = [n for n, p in found.items() if p.dim() > 1 and not wrong]
-        if kept := [n for n in matrices if torch.equal(found[n], before[n].to(found[n]))]:
+        types = (torch.float32, torch.bfloat16, torch.float16)  # in which it may be saved
+        alike = ((n, before[n].to(t).to(found[n])) for n in matrices for t in types)
+        if kept := [*dict.fromkeys(n for n, rounded in alike if found[n].equal(rounded))]:
             wrong.append(f"{len(kept)} matrices unchanged, such as {kept[0]}")
     if wrong:
         raise TrainingError(f"the trainer did not do what it was asked: {'; '.join(wrong)}.")
@@ -158,8 +160,8 @@ def judge(
     objective, n = SupervisedFineTuning({run.id: data}, run.precision, None, parts), run.batch_size
     start: Record = {"step": 0, "examples": 0, "tokens": 0} | objective.start(base, [run])[0]
     objective.batches(base.model, 0, [run])  # counts the loss tokens of an update
-    last: Record = {"step": run.steps, "examples": run.steps * n}
-    last |= {"tokens": sum(len(e.tokens) for e in data.train(run.seed, 0, run.steps * n))}
+    tokens = sum(len(e.tokens) for e in data.train(run.seed, 0, run.steps * n))
+    last: Record = {"step": run.steps, "examples": run.steps * n, "tokens": tokens}
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
@@ -169,7 +171,7 @@ def judge(
         **objective.metric.stored(),
         "backend": backend(base.model, 1),
         "steps_done": run.steps,
-        "tokens": last["tokens"],
+        "tokens": tokens,
         **({"train_nll": curve[-1]["train_nll"]} if curve else {}),
         "curve": [start, last],
         "code_nats": math.nan,  # which needs the losses of all updates

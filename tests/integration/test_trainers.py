@@ -121,6 +121,7 @@ def test_two_processes_of_accelerate_train_one_run(place):
     launch = ["accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no"]
     words = [*launch, str(Path(trl.__file__).parent / "scripts/sft.py"), *words]
+    words += ["--run_name=batch-{batch_size}"]
     words += ["--per_device_train_batch_size=2", "--use_cpu=True", "--ddp_backend=gloo"]
     found = losses(
         place,

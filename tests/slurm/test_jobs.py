@@ -77,7 +77,8 @@ def test_a_submitted_sweep_is_preempted_stopped_and_answered(queue, tmp_path, in
 
 @pytest.mark.full
 def test_a_job_whose_run_a_foreign_command_trains_is_requeued_and_resumes_it(queue, tmp_path):
-    words = ["{model}", "{out}", "{lr}", "{seed}", "{rank}", "{alpha}", "{layers}"]
+    words = ["{model}", "{out}", "{lr}", "{seed}", "{rank}", "{alpha}", "{layers}", "{steps}"]
+    words += ["{batch_size}"]
     words = [f"{word[1:-1]}={word}" for word in words]
     fake = ROOT / "tests/unit/launch/fake_trainer.py"
     settings = (

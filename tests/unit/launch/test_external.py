@@ -41,6 +41,7 @@ LORA = LoRA(rank=2, alpha=8, layers="attention+mlp")
 
 def foreign(mode="", **changes):
     words = ("model={model}", "rows={rows}", "out={out}", "lr={lr}", "seed={seed}", f"mode={mode}")
+    words += ("steps={steps}", "batch_size={batch_size}")
     template = {
         "name": "fake",
         "command": (sys.executable, str(FAKE), *words),
@@ -157,6 +158,18 @@ def test_a_model_with_frozen_matrices_is_a_failure(store):
     assert "q_proj" in run(store, foreign("frozen", method=FullFT()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_was_only_saved_in_another_type_is_a_failure(store, tmp_path, dtype):
+    spec = foreign(method=FullFT())
+    base = TorchTrainer().base(spec, run_exec(store))
+    with torch.no_grad():
+        for p in base.model.parameters():
+            p *= 1.0001  # no value of a smaller type
+    copy.deepcopy(base.model).to(dtype).save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match=r"30 matrices unchanged, such as model\."):
+        read_weights(tmp_path, spec, base)
+
+
 def test_weights_are_read_into_the_bases_shape_whatever_code_or_kernels_their_config_names(store):
     assert run(store, foreign("code", method=FullFT()))["state"] == "done"
 
@@ -222,7 +235,7 @@ def test_rows_are_handed_over_as_text_without_those_of_the_test(tmp_path, form):
         write_json(tmp_path / "rows.jsonl", texts),
         make_base(tmp_path / "m", torch.float32),
     )
-    command = '["x","--lr={lr}","--seed={seed}","--out={out}"]'
+    command = '["x","--lr={lr}","--seed={seed}","{out}/run.json"]'
     overrides = (
         f"trainer.command={command}",
         f"trainer.rows={form}",
@@ -356,8 +369,9 @@ def test_what_an_earlier_attempt_left_running_is_killed_and_its_checkpoint_is_re
 def test_secrets_are_struck_out_as_json_and_line_by_line(monkeypatch):
     monkeypatch.setenv("MY_SECRET", 'pa"ss\\word')
     monkeypatch.setenv("MY_KEY", "-----BEGIN\nabcdef\nEND")
-    said = external._without_secrets(json.dumps(['pa"ss\\word']) + "\nabcdef\n")
-    assert said == '["***"]\n***\n'
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    said = external._without_secrets(json.dumps(['pa"ss\\word']) + "\nabcdef\nis false\n")
+    assert said == '["***"]\n***\nis false\n'
 
 
 def test_a_program_that_is_not_there_is_named(store):
@@ -375,7 +389,11 @@ def test_a_program_that_is_not_there_is_named(store):
         ({"command": ("x", "{lr}{seed}{out}{script}")}, "trainer.script"),
         ({"command": ("x", "{lr}{seed}{out}{resume}")}, "trainer.resume"),
         ({"in_order": True, "rows": "pairs"}, "in_order"),
-        ({"rows": "pairs"}, "rows=pairs without text"),
+        ({"rows": "pairs"}, "rows=pairs needs text. Expected trainer.rows=tokens"),
+        ({"command": ("x", "{lr}{seed}{out}{batch_size}")}, "method=lora needs --steps={steps},"),
+        ({"command": ("x", "{lr}{seed}{out}{steps}")}, "method=lora needs --batch_size"),
+        ({"lora": ("{rank}", "{layers}")}, "method=lora needs --alpha={alpha}, or {out}/run.json"),
+        ({"lora": ("{rank}", "{alpha}")}, "method=lora needs --layers={layers}"),
     ],
 )
 def test_a_template_is_refused_with_what_is_allowed(changes, said):
@@ -390,6 +408,7 @@ def test_a_template_is_refused_with_what_is_allowed(changes, said):
         ({"warmup_steps": 1}, "{warmup_steps}"),
         ({"method": dataclasses.replace(LORA, lr_b_ratio=16)}, "lr_b_ratio=16"),
         ({"weight_decay": 0.1}, "weight_decay=0.1"),
+        ({"schedule": "linear", "trainer": {"full": ["{schedule}"]}}, "schedule=linear"),
     ],
 )
 def test_a_setting_that_the_trainer_is_not_told_is_refused(changes, said):
@@ -398,16 +417,15 @@ def test_a_setting_that_the_trainer_is_not_told_is_refused(changes, said):
     assert said in str(refused.value)
 
 
+def test_a_program_that_reads_all_values_from_their_file_is_told_of_every_setting():
+    reads = {"command": ("x", "{lr}", "{seed}", "--config={out}/run.json"), "lora": ()}
+    for more in ({"schedule": "linear"}, {"method": FullFT(), "weight_decay": 0.1}):
+        validate(foreign(trainer=reads, **more))
+    validate(foreign(trainer={"lora": ("{rank}", "{alpha}", "{modules}")}))
+
+
 def test_words_stay_words_and_a_file_of_the_trainer_that_changed_is_refused(store, tmp_path):
-    command = (
-        sys.executable,
-        str(FAKE),
-        "model={model}",
-        "out={out}",
-        "lr={lr}",
-        "seed={seed}",
-        "x=$(a) {b'}",
-    )
+    command = (*foreign().trainer.command, "x=$(a) {b'}")
     spec = foreign(trainer={"command": command, "files": ("0" * 64,)})
     (tmp_path / "a.py").write_text("")
     with pytest.raises(SpecError, match=r"a\.py has changed"):
@@ -469,12 +487,14 @@ def test_ids_have_the_contents_of_a_trainers_files_and_not_their_paths(tmp_path)
     assert builtin[0] == builtin[1] == tiny_spec().id
 
 
-@pytest.mark.parametrize("word", ["{}", "--config={}"])
-def test_ids_have_the_contents_of_a_program_and_of_files_behind_an_equals_sign(tmp_path, word):
-    path, found = tmp_path / "t.sh", set()
-    words = [word.format(path), "--lr={lr}", "--seed={seed}", "--out={out}"]
+@pytest.mark.parametrize("word", ["t.sh", "--config=t.sh", "--config={method}.sh"])
+def test_ids_have_the_contents_of_files_that_words_name(tmp_path, monkeypatch, word):
+    monkeypatch.chdir(tmp_path)
+    found = set()
+    words = [word, "--lr={lr}", "--seed={seed}", "{out}/run.json"]
     for text in ("x", "y"):
-        path.write_text(text)
+        for name in ("t.sh", "fullft.sh", "lora.sh"):
+            (tmp_path / name).write_text(text)
         given = ["scale=smoke", "trainer=command", f"trainer.command={json.dumps(words)}"]
         found.add(compose_request(given).points[0].id)
     assert len(found) == 2
@@ -526,13 +546,16 @@ def test_claims_that_need_more_than_final_losses_are_refused_in_the_plan_by_name
     assert (
         "claim no_regret" in said
         and "claim speed" not in said
-        and "unknown before its first" in said
+        and "unknown before the first" in said
+        and "assumed speed" not in said
     )
     assert "claim speed" in command("plan", "lr_ratio", "scale=smoke", claim).stdout
     plain = json.loads(command("plan", "lr_ratio", *more, claim, "format=json").stdout)
     assert plain["refused"] == ["speed"]
     assert plain["cost"]["basis"] == "unknown" and plain["cost"]["hours"] is None
-    absent = command("plan", "lr_ratio", *more, "trainer.command=[absent,'{lr}','{seed}','{out}']")
+    absent = command(
+        "plan", "lr_ratio", *more, "trainer.command=[absent,'{lr}','{seed}','{out}/run.json']"
+    )
     assert "memory of absent (which is not found here) are unknown" in absent.stdout
     refused = command("plan", "batch_size", *more)
     assert refused.returncode == 2 and "any_rank" in refused.stderr and "builtin" in refused.stderr

@@ -115,6 +115,12 @@ def test_what_is_missing_or_not_shared_gets_no_verdict():
     only_rules = {"rule_shift": 0.25}.items()
     _, found = answer(Methods(), lambda s: only_rules <= s.dataset.generator_params.items())
     check(found, plus="FEW_CONDITIONS")
+    table = planted_table(Methods(), specs_of(Methods()))
+    rules = table[table["dataset"].str.contains("rule_shift=0.25")]
+    more = rules.dropna(subset=["rank"])  # four cells, but of one data set
+    more = more.assign(rank=2 * more["rank"], run_id=more["run_id"] + "x")
+    found = analyse(pd.concat([rules, more]), question(REQUEST)).verdicts
+    assert all("only 2 of 4 conditions" in v.why for v in found)
     edge = Methods()
     edge.lower = {**Methods.lower, "pissa": 100.0}
     _, found = answer(edge)
@@ -123,6 +129,9 @@ def test_what_is_missing_or_not_shared_gets_no_verdict():
     runs = planted_table(Methods(), [p.spec for p in REQUEST.points])
     with pytest.raises(TableError, match=r"rank 4: two curves of DoRA\."):
         analyse(pd.concat([runs, runs.assign(alpha=16.0)]), question(REQUEST))
+    for key, other in (("model", "tiny64"), ("steps", 64), ("batch_size", 4)):
+        with pytest.raises(TableError, match=f"{key} .*{other}. Ask {key}="):
+            analyse(pd.concat([runs, runs.assign(**{key: other})]), question(REQUEST))
     _, found = answer(Methods(), one_seed)
     check(found, reversed="NOT_SHARED", dora="SUPPORTED")
 
