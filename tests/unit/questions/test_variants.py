@@ -136,6 +136,11 @@ def test_what_is_missing_or_not_shared_gets_no_verdict():
     check(found, reversed="NOT_SHARED", dora="SUPPORTED")
 
 
+def test_a_users_method_of_any_name_is_not_taken_for_ours():
+    assert variants.method_of({"method": "plus"}) == variants.method_of({"method": "olora"}) == ""
+    assert variants.method_of({"method": "lora", "lr_b_ratio": 16.0}) == "plus"
+
+
 def test_a_diverged_run_counts_with_the_loss_before_training():
     world, nll = Methods(), Methods().nll
     world.nll = lambda s: math.nan if name_of(s) == "pissa" and s.lr > 1e-3 else nll(s)
