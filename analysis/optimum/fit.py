@@ -311,8 +311,7 @@ def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
     below, above = t[None, None] <= m[:, None, None], t[None, None] >= m[:, None, None]
     reach = x[None, :, None] - t[None, None]
     lever = np.where(above & (reach >= 0), reach, 0.0) + np.where(below & (reach <= 0), -reach, 0.0)
-    # On the flat side the scale of the curvature's process is c, as at the minimum, not
-    # c exp(a (t - m)).
+    # On the flat side the curvature's process has scale c, as at the minimum, not c exp(a (t - m)).
     scale = np.maximum(np.exp(a[None, :, None] * (t[None, None] - m[:, None, None])), 1.0)
     lever = lever[:, None] * scale[:, :, None, :] * (t[1] - t[0])
     far = np.sqrt(3) * np.abs(t[:, None] - t[None]) / ELL
@@ -656,8 +655,7 @@ def _optimum(
     if likelihood is None or posterior is None:
         return replace(found(Estimate(None, math.exp(low), math.exp(high)), few), pooled=None)
     if few and not known:
-        # Misfit and noise are both unknown. The only bounds of the minimum are the neighbours of
-        # the best LR.
+        # Misfit and noise are both unknown: only the neighbours of the best LR bound the minimum.
         bracket = np.exp([np.clip(posterior.quantile(0.5), low, high), low, high]).tolist()
         return found(Estimate(*bracket), (*few, "no_variance"))
     ends = np.array([0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2])

@@ -306,8 +306,7 @@ ESTIMANDS = [
     _on(
         lambda c: c.is_low and c.growths,
         "gap_growth_high_ranks",
-        # All ranks must grow, so the one with the lowest end of its interval decides, or one
-        # without an interval.
+        # All ranks must grow: the one with the lowest end of its interval decides, or one without.
         lambda c: min(c.growths.values(), key=lambda e: -math.inf if e.low is None else e.low),
         lambda c: list(
             dict.fromkeys(

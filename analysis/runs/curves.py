@@ -365,8 +365,7 @@ def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     for step in (last := int(table["steps"].max()), *reversed(steps_seen(table))):
         part, before = (table, start) if step == last else (at_step(table, step), on_curve)
         done = part[part["status"] == "done"]
-        # Subtract floors run by run: data drawn by seed have a floor each, and few seeds ran at
-        # some LRs.
+        # Subtract floors run by run: data drawn by seed have one each, few seeds ran at some LRs.
         left = (done["test_nll"] - done["floor_nats"]).rename("left")
         by_rate = left.groupby([done[c] for c in ("method", "rank", "lr")], dropna=False)
         if by_rate.mean().min() >= MIN_REST * (before - floor):

@@ -429,20 +429,21 @@ class Composer:
     def _expand(self, base: RunSpec, sweep: Sweep, typed: Sequence[str]) -> list[Point]:
         """Expand a sweep into runs; names on the axes model and dataset are looked up."""
 
-        # a shipped sweep sets no other group, so all sweeps look a name up once
-        shipped = {f"+sweep={path.stem}" for path in (conf_dir() / "sweep").glob("*.yaml")}
+        # a shipped sweep or scale sets no other group, so all sweeps look a name up once
+        kinds = ("sweep", "scale")
+        shipped = {f"{k}={f.stem}" for k in kinds for f in (conf_dir() / k).glob("*.yaml")}
 
         def look_up(group: str, name: str) -> Any:
             own = (f"{group}.",) * (group in GROUPS)  # an arm's method has its defaults
             concerned = ("sweep=", "scale=", "exec.models_dir=", *own)
-            of_group = [
-                o for o in typed if o.lstrip("+~").startswith(concerned) and o not in shipped
-            ]
+            given = [o for o in typed if o.lstrip("+~").startswith(concerned)]
+            of_group = [o for o in given if o.lstrip("+") not in shipped]
             if not isinstance(name, str):
                 raise SpecError(f"{group}={name!r}: expected a name. A number needs quotes.")
             key = (group, name, *of_group)
             if key not in self._looked_up:
-                values = _plain(self.composed([*of_group, f"{group}={quoted(name)}"])[group])
+                if of_group or name in plugins.offers(group) or not (values := _read(group, name)):
+                    values = _plain(self.composed([*of_group, f"{group}={quoted(name)}"])[group])
                 run = spec_from({"method": {"name": "lora"}, group: values})
                 self._looked_up[key] = getattr(run, group)
             return self._looked_up[key]
@@ -641,6 +642,17 @@ def _sweep(name: str, config: dict[str, Any], models: Sequence[str] = ()) -> Swe
     if chosen:
         sweep.arms = {arm: axes for arm, axes in sweep.arms.items() if arm in chosen}
     return sweep
+
+
+def _read(group: str, name: str) -> Any:
+    """Return the values of a shipped option as Hydra does, in a tenth of its time; {}: no file."""
+    path = conf_dir() / group / f"{name}.yaml"
+    if not path.is_file():
+        return defaults_of(METHODS[name]) if group == "method" and name in METHODS else {}
+    own: Any = OmegaConf.load(path)
+    parts = [own if d == "_self_" else _read(group, d) for d in own.pop("defaults", [])]
+    whole: Any = OmegaConf.merge(*parts or [SCHEMA[group] if group in GROUPS else {}, own])
+    return _plain(whole)
 
 
 def _plain(cfg: DictConfig) -> Any:

@@ -63,8 +63,7 @@ def export(
         weights = None if there == facts else checkpoint.load_weights(store.folder(spec.id))
         if weights is None and f'"run": "{spec.id}"' in there:
             return outcome
-        # the head of a card (hub-docs, modelcard.md); the hub would link other names to another
-        # model or data set
+        # the head of a card (hub-docs, modelcard.md); other names would link other repositories
         model, data = spec.model, spec.dataset
         head: dict[str, Any] = {"base_model": model.location} if model.source == "hub" else {}
         head |= member.license | ({"datasets": [data.location]} if data.source == "hub" else {})

@@ -444,8 +444,7 @@ def step_parts(
     attention = hardware.matmul_flops_s.get(precision, math.inf) / 3
     if precision == "bf16":
         attention = hardware.attention_flops_s or attention
-    # causal scores and values: 2 x queries x length forward, 2.5 times that backward (they are
-    # recomputed)
+    # causal scores and values: 2 x queries x length forward, 2.5 times that backward
     scores = (7 + 2 * again) * model.n_heads * model.head_size * row_tokens * model.n_layers
     # checkpointing repeats the forward pass through the layers
     flops = load.flops + again * 2.0 * (model.n_active_params - load.head_params)

@@ -15,6 +15,7 @@ from analysis.inference import decide
 from analysis.questions.registry import OLDER_NAMES
 from lorasweep.cli.actions import act
 from lorasweep.cli.answer import check_claims
+from lorasweep.config import compose as compose_module
 from lorasweep.config.compose import shipped_model
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
@@ -29,6 +30,7 @@ from lorasweep.sweep.search import LOWEST, check_search, full_runs, next_lrs, se
 from tests.planted import is_full
 from tests.world import ROOT, SCALES, SWEEPS, compose_request, shipped, tiny_spec
 
+OPTIONS = ("scale", "model", "dataset", "method")
 ASKED = ("+sweep=lr_ratio", "scale=smoke")
 
 
@@ -41,6 +43,18 @@ def test_a_request_comes_back_from_its_file(compose, monkeypatch, tmp_path):
     monkeypatch.setenv("LORASWEEP_RUNS", "/elsewhere")
     for typed, folder in (((), "/elsewhere"), (("exec.runs_dir=runs",), f"{tmp_path}/runs")):
         assert compose_request([*ASKED, *typed]).exec.runs_dir == folder
+
+
+def test_names_are_looked_up_with_the_values_that_hydra_composes():
+    groups = {g: sorted(p.stem for p in (ROOT / "conf" / g).glob("*.yaml")) for g in OPTIONS}
+    groups["method"] += sorted(compose_module.METHODS)
+    with compose_module.composer() as composer:
+        for k in range(max(map(len, groups.values()))):
+            names = {g: options[k % len(options)] for g, options in groups.items()}
+            cfg = composer.composed([f"{g}={name}" for g, name in names.items()])
+            for group in OPTIONS[1:]:
+                name = names[group]
+                assert compose_module._read(group, name) == compose_module._plain(cfg[group]), name
 
 
 def test_a_grid_is_changed_from_the_command_line_and_names_say_what_differs(compose):
