@@ -169,7 +169,7 @@ def conditions(table: pd.DataFrame) -> list[Variants]:
     """Fit all curves, and sort them into cells; TableError: they cannot be judged together."""
     for key in ("model", "steps", "batch_size"):
         if len(values := [*map(str, table[key].unique())]) > 1:
-            raise TableError(f"variants: {key} {', '.join(values)}. Ask {key}={values[0]} alone.")
+            raise TableError(f"variants: {key} {', '.join(values)}. Analyse one at a time.")
     optima, cells = base.fit(table), dict[str, Cell]()
     losses = dict(zip(map(id, optima), at_best.losses_at_best(optima)))
     for o in optima:

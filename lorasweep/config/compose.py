@@ -437,7 +437,7 @@ class Composer:
             own = (f"{group}.",) * (group in GROUPS)  # an arm's method has its defaults
             concerned = ("sweep=", "scale=", "exec.models_dir=", *own)
             given = [o for o in typed if o.lstrip("+~").startswith(concerned)]
-            of_group = [o for o in given if o.lstrip("+") not in shipped]
+            of_group = [] if shipped.issuperset(o.lstrip("+") for o in given) else given
             if not isinstance(name, str):
                 raise SpecError(f"{group}={name!r}: expected a name. A number needs quotes.")
             key = (group, name, *of_group)

@@ -53,8 +53,8 @@ def checked(request: Request, paths: list[str], max_h: Any) -> Request:
     wrong += [f"trainer.max_h={max_h}"] * (not isinstance(max_h, int | float) or max_h <= 0)
     for given in wrong:
         raise SpecError(
-            f"{given} is not supported with a trainer that is not builtin. Leave it out (max_h: "
-            "above 0). For several processes write `torchrun` or the like into trainer.command."
+            f"{given} is not supported by another trainer. Leave it out (max_h: hours above 0). "
+            "For several processes write `torchrun` or the like into trainer.command."
         )
     more: dict[str, Any] = {"trainer_files": paths, "trainer_max_h": float(max_h), "pack_size": 1}
     exec_ = dataclasses.replace(exec_, **more, workers=exec_.workers or 1)

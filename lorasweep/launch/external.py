@@ -169,8 +169,8 @@ def _kill_marked(attempt: Path) -> None:
 def _without_secrets(text: str) -> str:
     named = {v for k, v in os.environ.items() if any(part in k.upper() for part in SECRET)}
     parts = {part for v in named for part in (v, json.dumps(v)[1:-1], *v.splitlines())}
-    for value in sorted(parts, key=len, reverse=True):
-        text = text if len(value) < 4 or value in ("true", "false") else text.replace(value, "***")
+    for value in sorted(parts - {"true", "false", "True", "False"}, key=len, reverse=True):
+        text = text.replace(value, "***") if len(value) > 3 else text
     return text
 
 

@@ -28,7 +28,7 @@ AS_USUAL = (
 )
 """Settings of a run that have their default values, unless the command has a place for them."""
 ALL_VALUES = "{out}/run.json"
-"""A word with it tells a program all values."""
+"""A file with all values: a command that names it has a place for each."""
 PLACE = re.compile(r"\{([a-z]\w*)\}")
 
 
@@ -89,7 +89,7 @@ class TrainerSpec(Value):
         layers = "modules" if "modules" in passed else "layers"
         needed = ("steps", "batch_size", *("rank", "alpha", layers) * lora)
         if absent := " ".join(f"--{key}={{{key}}}" for key in needed if key not in passed):
-            yield f"{said}: method={method.name} needs {absent}, or {ALL_VALUES} if that is read."
+            yield f"{said}: {method.name} needs {absent}, or {ALL_VALUES} if the program reads it."
         default: dict[str, Any] = {**vars(type(run)()), **vars(type(method)())}
         values = {**vars(run), **vars(method)}
         wrong = [f"method={method.name}"] * (method.name not in ("fullft", "lora"))

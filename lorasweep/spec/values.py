@@ -203,7 +203,7 @@ class FrozenDict(dict[str, Any]):
         return FrozenDict, (dict(self),)
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(json.dumps(self, sort_keys=True, default=str))
+        return hash(frozenset(self))  # of the keys: values may be lists, and 1 equals 1.0
 
 
 class Value:

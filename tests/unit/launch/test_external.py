@@ -370,8 +370,9 @@ def test_secrets_are_struck_out_as_json_and_line_by_line(monkeypatch):
     monkeypatch.setenv("MY_SECRET", 'pa"ss\\word')
     monkeypatch.setenv("MY_KEY", "-----BEGIN\nabcdef\nEND")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    said = external._without_secrets(json.dumps(['pa"ss\\word']) + "\nabcdef\nis false\n")
-    assert said == '["***"]\n***\nis false\n'
+    monkeypatch.setenv("OTHER_TOKEN_USE", "False")
+    said = external._without_secrets(json.dumps(['pa"ss\\word']) + "\nabcdef\nis false, False\n")
+    assert said == '["***"]\n***\nis false, False\n'
 
 
 def test_a_program_that_is_not_there_is_named(store):
@@ -390,10 +391,10 @@ def test_a_program_that_is_not_there_is_named(store):
         ({"command": ("x", "{lr}{seed}{out}{resume}")}, "trainer.resume"),
         ({"in_order": True, "rows": "pairs"}, "in_order"),
         ({"rows": "pairs"}, "rows=pairs needs text. Expected trainer.rows=tokens"),
-        ({"command": ("x", "{lr}{seed}{out}{batch_size}")}, "method=lora needs --steps={steps},"),
-        ({"command": ("x", "{lr}{seed}{out}{steps}")}, "method=lora needs --batch_size"),
-        ({"lora": ("{rank}", "{layers}")}, "method=lora needs --alpha={alpha}, or {out}/run.json"),
-        ({"lora": ("{rank}", "{alpha}")}, "method=lora needs --layers={layers}"),
+        ({"command": ("x", "{lr}{seed}{out}{batch_size}")}, ": lora needs --steps={steps},"),
+        ({"command": ("x", "{lr}{seed}{out}{steps}")}, ": lora needs --batch_size"),
+        ({"lora": ("{rank}", "{layers}")}, ": lora needs --alpha={alpha}, or {out}/run.json"),
+        ({"lora": ("{rank}", "{alpha}")}, ": lora needs --layers={layers}"),
     ],
 )
 def test_a_template_is_refused_with_what_is_allowed(changes, said):

@@ -130,7 +130,7 @@ def test_what_is_missing_or_not_shared_gets_no_verdict():
     with pytest.raises(TableError, match=r"rank 4: two curves of DoRA\."):
         analyse(pd.concat([runs, runs.assign(alpha=16.0)]), question(REQUEST))
     for key, other in (("model", "tiny64"), ("steps", 64), ("batch_size", 4)):
-        with pytest.raises(TableError, match=f"{key} .*{other}. Ask {key}="):
+        with pytest.raises(TableError, match=f"{key} .*{other}. Analyse one at a time"):
             analyse(pd.concat([runs, runs.assign(**{key: other})]), question(REQUEST))
     _, found = answer(Methods(), one_seed)
     check(found, reversed="NOT_SHARED", dora="SUPPORTED")

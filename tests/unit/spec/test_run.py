@@ -18,7 +18,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.spec.run import RunSpec, is_unpinned, snap_lr, validate, with_axes
-from lorasweep.spec.values import ABOVE_0, BELOW_1, Is, misfits, problems_of
+from lorasweep.spec.values import ABOVE_0, BELOW_1, FrozenDict, Is, misfits, problems_of
 from lorasweep.sweep.grid import geom, run_names
 from tests.world import ROOT, compose_request, tiny_spec
 
@@ -261,3 +261,7 @@ def test_a_wrong_value_is_named_with_what_is_expected(values, said):
     given = {"name": "a"} if values else {}
     (problem,) = problems_of(Settings, given | values, "column ")
     assert said in problem
+
+
+def test_equal_dicts_of_a_spec_have_equal_hashes_also_with_lists():
+    assert hash(FrozenDict({"a": 0, "b": [1]})) == hash(FrozenDict({"b": [1.0], "a": 0.0}))
