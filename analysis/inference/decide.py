@@ -376,6 +376,7 @@ def outlook(
     log: bool = False,
     units: str = "seeds",
     underpowered: bool = False,
+    together: int = 1,
 ) -> Outlook:
     """Predict a claim's interval over the planned units, and whether it decides the claim.
 
@@ -383,9 +384,10 @@ def outlook(
 
     `sd`: standard deviation between units (of the logarithm, if log). 0: an exact value, which
     always decides. None: not known. `rounds`: number of looks planned. `underpowered`: the file
-    says that the claim cannot be decided.
+    says that the claim cannot be decided. `together`: number of primary claims, of which the first
+    step of Holm's correction asks the level of this one.
     """
-    (low, high), to, level = margin, scale_of(log), LOOK_LEVELS[rounds]
+    (low, high), to, level = margin, scale_of(log), 1 - (1 - LOOK_LEVELS[rounds]) / together
     ends = (-math.inf if low <= -FAR else to(low), math.inf if high >= FAR else to(high))
     value = to(expected)
     room = min(value - ends[0], ends[1] - value)

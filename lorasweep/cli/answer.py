@@ -192,6 +192,7 @@ def outlooks(
 
     ratios = check_claims(sweep).logs
     seeds, found = planned_seeds(points, sweep.replicate), []
+    primary = sum(claim.primary for claim in sweep.claims.values())
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])
         stated, few = claim.planned_at(source), claim.underpowered
@@ -205,6 +206,7 @@ def outlooks(
             log=claim.estimand in ratios,
             units="observations" if stated.units else "seeds",
             underpowered=source in few if isinstance(few, list) else few,
+            together=primary if claim.primary else 1,
         )
         found.append((source, decides))
     return found

@@ -109,6 +109,21 @@ def test_the_seeds_that_are_named_decide_in_four_cases_of_five(sd, margin, round
     assert found.can_decide == (found.needed <= 6)
 
 
+def test_the_plan_counts_the_correction_for_several_primary_claims():
+    """Three claims with five and seven seeds: Holm leaves 63% (simulated) and over 80% of them."""
+    alone, together = (outlook("c", 0, (-2, 2), 0.9, 5, rounds=2, together=n) for n in (1, 3))
+    assert (alone.needed, alone.can_decide) == (5, True)
+    assert (together.needed, together.can_decide) == (7, False)
+    rng, share = np.random.default_rng(0), {}
+    for n in (5, 7):
+        x = 0.9 * rng.standard_normal((6000, 3, n))
+        t = (2 - np.abs(x.mean(2))) / (x.std(2, ddof=1) / math.sqrt(n))
+        p = np.sort(2 * stats.t.sf(t, n - 1), 1)  # an interval of level 1 - p ends at the margin
+        passed = np.cumprod(p <= (1 - together.level) * 3 / np.array([3, 2, 1]), 1)
+        share[n] = passed.mean()
+    assert share[5] < 0.7 and share[7] > 0.8
+
+
 @pytest.mark.parametrize(
     ("expected", "margin", "sd", "planned", "says"),
     [

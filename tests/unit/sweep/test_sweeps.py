@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import yaml
@@ -55,6 +56,59 @@ def test_names_are_looked_up_with_the_values_that_hydra_composes():
             for group in OPTIONS[1:]:
                 name = names[group]
                 assert compose_module._read(group, name) == compose_module._plain(cfg[group]), name
+
+
+def test_two_names_on_an_axis_mean_what_each_alone_means(monkeypatch, tmp_path):
+    """A folder with a shipped name, files beside it, and a user's files that read the scale."""
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f'{{"prompt": "q{i}", "completion": "a{i}"}}\n' for i in range(300))
+    for folder in (tmp_path / "gsm8k", tmp_path / "rows"):
+        folder.mkdir()
+        (folder / "train.jsonl").write_text(rows)
+    (tmp_path / "rows.yaml").write_text((ROOT / "conf/dataset/facts.yaml").read_text())
+    files = {
+        "dataset/fewer": "defaults: [dialect, _self_]\nname: fewer\nn_train: ${steps}\n",
+        "model/as_asked": "defaults: [tiny64, _self_]\nname: as_asked\nweights_dtype: ${precision}\n",
+        "method/wide": "defaults: [lora, _self_]\nalpha: ${batch_size}\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / f"mine/{name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    asked = ("+sweep=lr_ratio", "scale=small", "model=tiny64", "steps=30")
+
+    def specs(*typed):
+        return {p.spec.id: p.spec for p in compose_request([*asked, *typed], "mine").points}
+
+    for key, name in (
+        ("dataset", "./gsm8k"),
+        ("dataset", str(tmp_path / "rows")),
+        ("dataset", "fewer"),
+        ("model", "as_asked"),
+    ):
+        other = "tiny128" if key == "model" else "dialect"
+        alone, both = specs(f"{key}={name}"), specs(f"{key}={name},{other}")
+        assert alone.keys() == both.keys() - specs(f"{key}={other}").keys(), name
+    wide = specs("sweep.arms.lora.method=wide").values()
+    assert {s.method.alpha for s in wide if not is_full(s)} == {8}
+    for wrong in ("./dialect", "../dataset/dialect_smoke"):
+        with pytest.raises(SpecError, match="not found"):
+            specs(f"dataset=dialect_smoke,{wrong}")
+    path = tmp_path / "mine/method/fullft.yaml"
+    path.write_text("scope: matrices\n")
+    with pytest.raises(SpecError, match="would be ignored. Rename it"):
+        specs()
+
+
+def test_a_shipped_file_of_another_form_is_left_to_hydra(monkeypatch, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(ROOT / "conf/dataset", folder)
+    monkeypatch.setattr(compose_module, "conf_dir", lambda: tmp_path)
+    for text in ("defaults: [dialect]", "defaults: [dialct, _self_]", "[1]", "defaults: null"):
+        (folder / "mine.yaml").write_text(f"{text}\n")
+        assert compose_module._read("dataset", "mine") == {}
+    (folder / "mine.yaml").write_text("defaults: [dialect, _self_]\nname: mine\n")
+    assert compose_module._read("dataset", "mine")["name"] == "mine"
 
 
 def test_a_grid_is_changed_from_the_command_line_and_names_say_what_differs(compose):
