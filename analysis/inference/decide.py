@@ -316,7 +316,7 @@ class Outlook:
     expected: float
     margin: tuple[float, float]
     level: float
-    """Level of the interval at one look."""
+    """Level of the interval at one look; primary claims: after the correction for their number."""
     log: bool
     planned: int
     """Planned number of `units`, such as seeds, that the estimate averages."""
@@ -384,8 +384,8 @@ def outlook(
 
     `sd`: standard deviation between units (of the logarithm, if log). 0: an exact value, which
     always decides. None: not known. `rounds`: number of looks planned. `underpowered`: the file
-    says that the claim cannot be decided. `together`: number of primary claims, of which the first
-    step of Holm's correction asks the level of this one.
+    says that the claim cannot be decided. `together`: number of claims corrected together; the
+    interval has the level of the first step of Holm's correction.
     """
     (low, high), to, level = margin, scale_of(log), 1 - (1 - LOOK_LEVELS[rounds]) / together
     ends = (-math.inf if low <= -FAR else to(low), math.inf if high >= FAR else to(high))

@@ -436,7 +436,7 @@ class Composer:
         shipped = {f"{k}={f.stem}" for k in kinds for f in (conf_dir() / k).glob("*.yaml")}
 
         @functools.cache
-        def options(group: str) -> set[str]:
+        def ours(group: str) -> set[str]:
             return _shipped(group) - plugins.offers(group).keys()
 
         def look_up(group: str, name: str) -> Any:
@@ -445,13 +445,11 @@ class Composer:
             given = [o for o in typed if o.lstrip("+~").startswith(concerned)]
             if not isinstance(name, str):
                 raise SpecError(f"{group}={name!r}: expected a name. A number needs quotes.")
-            if (ours := name in options(group)) and shipped.issuperset(
-                o.lstrip("+") for o in given
-            ):
+            if name in ours(group) and shipped.issuperset(o.lstrip("+") for o in given):
                 given = []
             key = (group, name, *given)
             if key not in self._looked_up:
-                if given or not ours or not (values := _read(group, name)):
+                if given or name not in ours(group) or not (values := _read(group, name)):
                     values = _plain(self.composed([*given, f"{group}={quoted(name)}"])[group])
                 run = spec_from({"method": {"name": "lora"}, group: values})
                 self._looked_up[key] = getattr(run, group)
@@ -662,7 +660,7 @@ def _shipped(group: str) -> set[str]:
 def _read(group: str, name: str) -> Any:
     """Return the values of a shipped option as Hydra does, in a tenth of its time.
 
-    {}: only Hydra can tell, as the file has another form than those that are shipped.
+    {}: only Hydra can read the file, as it is written in another way than the shipped ones.
     """
     if group == "method" and name in METHODS:
         return defaults_of(METHODS[name])

@@ -150,6 +150,9 @@ def test_options_that_change_no_run_keep_the_title_and_those_that_are_replaced_a
     ):
         with pytest.raises(SpecError, match=hint):
             compose(*ASKED, given)
+    inside = "+sweep.axes.dataset.n_train=5"  # of a list of two names
+    with pytest.raises(SpecError, match=r"^'\+sweep\.axes\.dataset\.n_train=5': "):
+        compose(*ASKED, "dataset=dialect,dialect_smoke", inside)
 
 
 @pytest.mark.full
