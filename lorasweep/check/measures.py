@@ -194,6 +194,8 @@ def little_memory(spec: RunSpec) -> dict[str, Any]:
 def few_bytes(pack: list[RunSpec], exec_: Exec, resume: Any) -> Iterator[Event]:
     """Train (a Trainer) with ROOM bytes of memory beyond those of the base."""
     trainer, room = TorchTrainer(), int(os.environ[ROOM])
+    if not torch.cuda.is_available():  # a second try loads the base without the first one's limit
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
     trainer.data(pack[0], exec_)  # loads the base
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory

@@ -92,11 +92,14 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
             )
         all_cases.measure(some, path, threads, predicted.get("cases", {}), report)
     found, chosen = results(), f"--config-dir {path / 'conf'} hardware={file.stem}"
+    wrong = all_cases.failures(cases, found)
+    failed = {n: r for n, r in found.items() if "failed" in r or n in wrong}
     return Answer(
-        {"page": str(path / "page.md"), "predicted": predicted, "cases": found},
+        {"page": str(path / "page.md"), "predicted": predicted, "cases": found, "failed": failed},
         [
+            *(f"failed: {name}: {result}" for name, result in failed.items()),
             f"page: {path / 'page.md'}\nhardware file: {file}",
             f"plan with it: python -m lorasweep {chosen} +sweep=study scale=paper action=plan",
         ],
-        int(bool(all_cases.failures(cases, found) or any("failed" in r for r in found.values()))),
+        int(bool(failed)),
     )

@@ -410,3 +410,7 @@ def test_a_check_of_this_machine_that_was_cut_off_goes_on_and_its_hardware_file_
     plan = ("+sweep=lr_ratio", "scale=small", "action=plan", f"hardware={file.stem}")
     planned = cli("--config-dir", folder / "conf", *plan, "format=json", cwd=tmp_path)
     assert json.loads(planned.stdout)["hardware"]["name"] == file.stem
+    (pack,) = (folder / "cases").glob("*fp64_against_its_runs*")  # a failed check has its name
+    pack.write_text(json.dumps({**json.loads(pack.read_text()), "difference": 0.5}))
+    failed = cli(*check, cwd=tmp_path, check=False)
+    assert failed.returncode == 1 and "failed: a pack in fp64" in failed.stdout
