@@ -220,19 +220,19 @@ def _setting(key: str, value: Any) -> str:
 def full_names(curves: Sequence[LrCurve]) -> list[str]:
     """Name curves by method, rank, and the settings in which they differ from each other."""
     keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, *IN_NAME)]
-    # Compare LoRA's curves within an objective, because objectives differ in their settings.
-    values: dict[str, set[tuple[str, str]]] = {k: set() for k in keys}
-    for c in (c for c in curves if c.key["method"] == "lora"):
+    # Compare the curves of a method within an objective: objectives differ in their settings.
+    values: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for c in curves:
         for k in keys:
-            values[k].add((str(c.key.get("objective")), str(c.key[k])))
+            seen = values.setdefault((c.key["method"], k), set())
+            seen.add((str(c.key.get("objective")), str(c.key[k])))
     apart = {k for k, v in values.items() if len(v) > len({objective for objective, _ in v})}
-    full = [c.key for c in curves if c.key["method"] == "fullft"]
-    scopes = {(key.get("scope"), key.get("layers")) for key in full}
-    of_full = ["scope", "layers"] if len(scopes) > 1 else []
+    trained = {("fullft", "scope"), ("fullft", "layers")}
+    apart |= trained if trained & apart else set()
     names = []
     for c in curves:
-        of = [k for k in keys if k in apart] if c.key["method"] == "lora" else of_full
-        known = [(k, c.key[k]) for k in of if _known(c.key[k])]
+        known = [(k, c.key[k]) for k in keys if (c.key["method"], k) in apart and _known(c.key[k])]
+        known.sort(key=lambda setting: setting[0] != "scope")  # before the matrices that it means
         settings = [str(v) if k == "layers" else _setting(k, v) for k, v in known]
         names.append(", ".join([c.name, *settings]))
     return names

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from analysis.optimum.fit import fit_all, pools
 from analysis.questions.registry import analyse
 from analysis.runs import table as kept
-from analysis.runs.curves import by_run, learning_curves, lr_curves, same_rows, variants
+from analysis.runs.curves import by_run, full_names, learning_curves, lr_curves, same_rows, variants
 from analysis.runs.table import CURVE_KEYS, NLL, Shown, TableError, as_losses, shown
 from analysis.runs.table import read_any as read
 from analysis.tables import commands
@@ -158,7 +158,9 @@ def test_runs_that_differ_in_a_column_of_a_curve_are_no_repeats(tmp_path, column
     both["test_nll"] += np.repeat([0.0, 0.1], len(table))
     reading = read(write(tmp_path, both if seeded else both.drop(columns="seed")))
     assert not reading.notes and set(reading.table["seed"]) == {0}
-    assert len(reading.table) == len(both) and len(lr_curves(reading.table)) == 2 * 3
+    curves = lr_curves(reading.table)
+    names = {(c.group, name) for c, name in zip(curves, full_names(curves))}
+    assert len(reading.table) == len(both) and len(curves) == len(names) == 2 * 3
     # repeats without a seed are seeds that share nothing
     reading = read(write(tmp_path, planted(seeds=(0, 1)).drop(columns="seed")))
     assert set(reading.table["seed"]) == {0, 1} and set(reading.table["block"]) == {0}
