@@ -44,7 +44,9 @@ folder.mkdir(parents=True, exist_ok=True)
 library = Path(sysconfig.get_paths()["stdlib"])
 paths = [p for p in library.rglob("*.py") if not NOT_THE_LIBRARY & {*p.relative_to(library).parts}]
 rows = dict.fromkeys(row for path in sorted(paths) for row in functions(path))
-with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
-    for prompt, completion in rows:
-        file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
-print(f"{len(rows):,} functions of Python {sys.version.split()[0]} in {folder / 'train.jsonl'}")
+lines = (json.dumps({"prompt": prompt, "completion": body}) for prompt, body in rows)
+text, path = "".join(f"{line}\n" for line in lines), folder / "train.jsonl"
+if path.exists() and path.read_bytes() != text.encode():
+    sys.exit(f"{path} has other rows and was not changed. Give another folder.")
+path.write_text(text, encoding="utf-8")
+print(f"{len(rows):,} functions of Python {sys.version.split()[0]} in {path}")

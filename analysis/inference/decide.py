@@ -212,11 +212,13 @@ def judge(
     seeds: int,
     log: bool,
     level: float = LEVEL,
+    together: int = 1,
 ) -> Verdict:
     """Judge one claim.
 
     `seeds`: number of seeds at the optima, used if the estimate has no spread. `log`: the margin is
-    of a ratio. `level`: level of the interval that is compared with the margin.
+    of a ratio. `level`: level of the interval that is compared with the margin. `together`: number
+    of primary verdicts, for whose correction a primary claim needs more units.
     """
     low, high = (float(v) for v in claim["margin"])
     outcome, remedied, missing = "UNDECIDED", "", None
@@ -246,9 +248,10 @@ def judge(
         elif not remedied and not e.has_interval():
             remedied, missing = f"at least {MIN_SEEDS} {spread.of}", max(MIN_SEEDS - now, 1)
         elif not remedied and e.value is not None:
+            first = at_level(e, 1 - (1 - level) / together) if claim.get("primary") else e
             to = scale_of(log)
-            ends, margin = [to(v) for v in e.interval], (to(low), to(high))
-            n = needed(spread, to(e.value), ends, margin, e.level, MIN_SEEDS)
+            ends, margin = [to(v) for v in first.interval], (to(low), to(high))
+            n = needed(spread, to(e.value), ends, margin, first.level, MIN_SEEDS)
             if n is None:
                 rates = " and learning rates around the best ones" if spread.shared else ""
                 remedied = f"more than {MAX_NEEDED} {spread.of}{rates}"

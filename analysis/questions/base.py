@@ -455,6 +455,10 @@ class Question:
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
     """Columns; runs that differ in them are analysed separately, in separate sections."""
+    judged_by: tuple[str, ...] = TASK
+    """If `split_by` is empty: columns; a claim has a verdict for each of their combinations."""
+    one_of: tuple[str, ...] = ()
+    """Settings of runs, or METHOD.FIELD, that must be equal: the plan refuses several values."""
     by_base: bool = False
     """Whether a claim may leave out base models (`except_models`)."""
     of_rates: bool = False
@@ -505,13 +509,19 @@ class Question:
                     title = s.title + of_task
                     sections.append(dataclasses.replace(s, title=title, figure=figure or s.figure))
         values = {"tasks": measures} if len(each) > 1 else next(iter(measures.values()), {})
-        verdicts, read = [], {}
+        tests, read = [], {}
         for c in conditions:
             model = c.optima[0].curve.key["model"] if c.optima else None
             for name, claim in claims.items():
                 e = estimands[claim["estimand"]]
                 if e.applies(c) and model not in claim.get("except_models", ()):
-                    verdicts.append(_judged(c, e, name, claim, level_of(asked)))
+                    tests.append((c, e, name, claim))
+        tested, primary = (
+            [n for _, _, n, _ in tests],
+            [n for n in claims if claims[n].get("primary")],
+        )
+        together = sum(max(tested.count(name), 1) for name in primary)
+        verdicts = [_judged(*test, level_of(asked), together) for test in tests]
         for name, claim in claims.items():
             e = estimands[claim["estimand"]]
             mine = [c for c in conditions if e.applies(c)]
@@ -540,7 +550,9 @@ class Question:
         return answer
 
 
-def _judged(c: Any, e: Estimand, name: str, claim: dict[str, Any], level: float) -> Verdict:
+def _judged(
+    c: Any, e: Estimand, name: str, claim: dict[str, Any], level: float, together: int
+) -> Verdict:
     """Judge a claim on a condition, and on each of its parts if the estimand says so.
 
     If the parts differ, their outcomes are in the reason, and SUPPORTED becomes UNDECIDED.
@@ -552,8 +564,9 @@ def _judged(c: Any, e: Estimand, name: str, claim: dict[str, Any], level: float)
         else:
             gates = [*e.gates(c), *e.margin_gates(c, float(claim["margin"][1]))]
             seeds = e.seeds(c)
-    v = judge(name, claim, c.name, estimate or UNKNOWN, gates, seeds, e.log, level)
-    outcomes = sorted(_judged(p, e.each, name, claim, level).outcome for p in c.parts if e.each)
+    v = judge(name, claim, c.name, estimate or UNKNOWN, gates, seeds, e.log, level, together)
+    each = (_judged(p, e.each, name, claim, level, together) for p in c.parts if e.each)
+    outcomes = sorted(part.outcome for part in each)
     split = {"SUPPORTED", "REFUTED"} <= set(outcomes)
     if len(set(outcomes)) < 2 or (v.outcome == "UNDECIDED" and not split):
         return v

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.decide import Gate
+from analysis.inference.decide import Gate, at_level
 from analysis.inference.estimate import Estimate, from_draws
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import Gap, gaps_of
 from analysis.questions import base
-from analysis.runs.curves import full_names
+from analysis.runs.curves import full_names, in_words
 from analysis.runs.table import TableError
 
 BOTH = CONSTANT, DECAYING = "constant", "cosine"
@@ -131,10 +131,19 @@ def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.S
         "schedule | updates | FullFT's best LR [95%] | LoRA's [95%] | ratio [95%] | "
         "regret, % of the gain [95%]"
     )
-    panel = base.panel_over(c.name, "updates", "regret, % of the gain", percent)
+    panel = base.panel_over("updates", in_words(c.name), "regret, % of the gain", percent)
     figure = ("growth.png", [panel], "LoRA's regret over the updates, by schedule")
     section = base.Section.of("Growth of the gap", head, rows, (), *figure)
-    return {"percent": percent}, [section]
+    regrets = [
+        {"schedule": s, "updates": n, "rank": g.rank, "batch_size": g.lora.curve.key["batch_size"]}
+        | {"regret_percent": at_level(percent[s][n], base.level_of(asked))}
+        for s, of in c.gaps.items()
+        for n, g in sorted(of.items())
+    ]
+    return {"regrets": regrets}, [section]
 
 
-QUESTION = base.Question(ESTIMANDS, base.whole(Schedules), report, split_by=base.TASK)
+ONE_OF = ("lora.rank", "lora.alpha")
+QUESTION = base.Question(
+    ESTIMANDS, base.whole(Schedules), report, split_by=base.TASK, one_of=ONE_OF
+)

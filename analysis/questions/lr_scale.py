@@ -163,4 +163,5 @@ QUESTION = base.Question(
     ],
     scale_conditions,
     scale_report,
+    judged_by=(),
 )

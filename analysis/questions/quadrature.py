@@ -429,5 +429,6 @@ QUESTION = OverScales(
     conditions,
     report,
     ratios=lambda c: [(f"{x.unit}, alpha {x.alpha:g}", x.measured) for x in c.cells],
+    judged_by=(),
     of_rates=True,
 )

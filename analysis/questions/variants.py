@@ -150,7 +150,8 @@ class Variants(base.Condition):
         of = [(c.full.curve.group, c.arms["lora"].curve.key["rank"]) for c in self.cells]
         data, ranks = (min(len({*v}), 2) for v in zip(*of))
         n = min(len(self.cells), data * ranks)
-        found = [Gate(GateCode.FEW_CONDITIONS, f"{n} of {CELLS}")] if n < CELLS else []
+        few = Gate(GateCode.FEW_CONDITIONS, f"{n} of {CELLS} (two data sets at two ranks)")
+        found = [few] if n < CELLS else []
         for c in self.cells:
             mine = {"full fine-tuning": c.full} | {METHODS[m]: c.arms[m] for m in methods}
             for name, o in mine.items():
@@ -215,4 +216,10 @@ def _behind(m: str) -> base.Estimand:
 
 
 REVERSALS = base.Estimand("reversals", Variants.reversals, Variants.gates_on_reversals)
-QUESTION = base.Question([*map(_behind, [*METHODS][1:]), REVERSALS], conditions, report)
+QUESTION = base.Question(
+    [*map(_behind, [*METHODS][1:]), REVERSALS],
+    conditions,
+    report,
+    judged_by=(),
+    one_of=("model", "steps", "batch_size", "lora.alpha"),
+)

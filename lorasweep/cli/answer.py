@@ -133,8 +133,8 @@ def start_of(point: Point) -> Point:
 # ---------------------------------------------------------------- what the analysis says
 
 
-def check_claims(sweep: Sweep | None) -> Any:
-    """Return the analysis of a sweep; SpecError: it cannot judge one of the claims."""
+def check_claims(sweep: Sweep | None, points: Sequence[Point] = ()) -> Any:
+    """Return the analysis of a sweep; SpecError: it cannot judge one of the claims, or the runs."""
     if sweep is None:
         return None
     from analysis.questions.registry import question_named
@@ -155,6 +155,16 @@ def check_claims(sweep: Sweep | None) -> Any:
             raise SpecError(
                 f"claim {name!r}: except_models={claim.except_models}, but analysis "
                 f"{sweep.analysis!r} cannot leave out bases. Remove it."
+            )
+    for key in asked.one_of:
+        method, _, field = key.rpartition(".")
+        specs = [p.spec for p in points if method in ("", p.spec.method.name)]
+        values = dict.fromkeys(getattr(s.method if method else s, field) for s in specs)
+        if len(values) > 1:
+            given = [str(getattr(v, "name", v)) for v in values]
+            raise SpecError(
+                f"{key}={', '.join(given)}: {sweep.analysis} compares runs of one {key}. Ask for "
+                f"one at a time, such as {key}={given[0]}."
             )
     return asked
 
@@ -190,9 +200,13 @@ def outlooks(
         return []
     from analysis.inference.decide import outlook
 
-    ratios = check_claims(sweep).logs
+    asked = check_claims(sweep, points)
     seeds, found = planned_seeds(points, sweep.replicate), []
-    primary = sum(claim.primary for claim in sweep.claims.values())
+    by, together = asked.split_by or asked.judged_by, 0
+    for claim in (c for c in sweep.claims.values() if c.primary):
+        judged = (p.spec for p in points if p.spec.model.name not in claim.except_models)
+        tasks = len({tuple(getattr(spec, key) for key in by) for spec in judged})
+        together += claim.planned_at(scales[0]).conditions or tasks
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])
         stated, few = claim.planned_at(source), claim.underpowered
@@ -203,10 +217,10 @@ def outlooks(
             stated.sd,
             stated.units or seeds,
             rounds=sweep.rounds,
-            log=claim.estimand in ratios,
+            log=claim.estimand in asked.logs,
             units="observations" if stated.units else "seeds",
             underpowered=source in few if isinstance(few, list) else few,
-            together=primary if claim.primary else 1,
+            together=together if claim.primary else 1,
         )
         found.append((source, decides))
     return found

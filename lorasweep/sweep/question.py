@@ -29,6 +29,8 @@ class Planning:
     """Standard deviation between seeds (for a ratio: of its logarithm); 0 for exact counts."""
     units: Annotated[int | None, Is("", 1)] = None
     """Number of observations, if these are not seeds but bases or runs of a fit."""
+    conditions: Annotated[int | None, Is("", 1)] = None
+    """Number of verdicts, if the claim is not judged on every model and data set."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis.inference import decide
 from lorasweep.cli import answer, runs
 from lorasweep.cli.actions import act
 from lorasweep.cli.answer import all_points, judged
@@ -578,6 +579,43 @@ def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, s
     assert len(found) == len(request.sweep.claims) and not wrong, wrong
     if scale == "tiny":
         assert [o.claim for o in found if o.can_decide is None] == UNKNOWN.get(sweep, [])
+
+
+def test_the_plan_corrects_for_each_verdict_of_a_primary_claim(compose):
+    """As many as there are in the kept answers; two bases make twice as many."""
+    for path in sorted(answer.KEPT.glob("*/results.json")):
+        sweep, _, scale = path.parent.name.rpartition("-")
+        if sweep not in SWEEPS or sweep == "regime":  # which has one more primary claim since
+            continue
+        kept = [v["claim"] for v in json.loads(path.read_text())["verdicts"] if v["primary"]]
+        request = compose(f"+sweep={sweep}", f"scale={scale}")
+        found = {o.claim: o for _, o in answer.outlooks(request.points, request.sweep, scale)}
+        look = (1 - decide.LOOK_LEVELS[request.sweep.rounds]) / len(kept)
+        assert {round(1 - found[k].level, 9) for k in kept} == {round(look, 9)}, path
+    one, two = (
+        [o for _, o in answer.outlooks(request.points, request.sweep, "tiny") if o.claim == "alike"]
+        for request in (compose("+sweep=rank", f"model={m}") for m in ("tiny128", "tiny128,tiny128-3m"))
+    )
+    assert 1 - two[0].level == pytest.approx((1 - one[0].level) / 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("variants", "+sweep.axes.batch_size=[8,16]"), "batch_size=8, 16: variants compares runs"),
+        (("variants", "model=tiny64,tiny128"), "model=tiny64, tiny128: variants"),
+        (("variants", "lora.alpha=16,32"), "lora.alpha=16.0, 32.0: variants"),
+        (("growth", "lora.rank=8,16"), "one lora.rank. Ask for one at a time, such as lora.rank=8"),
+    ],
+)
+def test_runs_that_a_question_cannot_judge_together_are_refused_before_they_are_trained(
+    compose, asked, says
+):
+    request = compose(f"+sweep={asked[0]}", asked[1])
+    with pytest.raises(SpecError, match=re.escape(says)):
+        answer.outlooks(request.points, request.sweep, "tiny")
+    with pytest.raises(SpecError, match=re.escape(says)):
+        runs.check(request)
 
 
 def test_the_plan_holds_each_claims_expected_interval_against_its_margin(command):

@@ -76,6 +76,21 @@ def test_holm_corrects_primary_claims_only():
     assert [v.outcome for v in holm([close])] == ["SUPPORTED"]
 
 
+def test_an_open_primary_claim_asks_for_the_units_that_the_correction_needs():
+    """What the plan says of the same spread; a claim that is not primary is not corrected."""
+    x = np.array([-1.8, 1.2, 0.3, 2.1, -0.9])
+    said = {"estimand": "e", "expected": 0, "margin": [-2, 2]}
+    found = []
+    for primary, together in ((True, 1), (True, 3), (False, 3)):
+        claim, level = said | {"primary": primary}, decide.LOOK_LEVELS[2]
+        v = decide.judge("c", claim, "g", from_sample(list(x)), (), 5, False, level, together)
+        assert v.outcome == "UNDECIDED"
+        found.append(5 + v.missing)
+    assert found[0] == found[2] < found[1]
+    plan = outlook("c", x.mean(), (-2, 2), x.std(ddof=1), 5, rounds=2, together=3)
+    assert abs(plan.needed - found[1]) <= 1
+
+
 def test_a_run_without_a_value_decides_nothing_and_makes_no_other_claim_easier():
     unknown = judged(from_sample([math.nan, -5.0, -5.1]), margin=[-10, 0], name="unknown")
     assert unknown.outcome == "UNDECIDED" and unknown.why == "no interval" and unknown.p is None

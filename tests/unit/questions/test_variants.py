@@ -120,7 +120,7 @@ def test_what_is_missing_or_not_shared_gets_no_verdict():
     more = rules.dropna(subset=["rank"])  # four cells, but of one data set
     more = more.assign(rank=2 * more["rank"], run_id=more["run_id"] + "x")
     found = analyse(pd.concat([rules, more]), question(REQUEST)).verdicts
-    assert all("only 2 of 4 conditions" in v.why for v in found)
+    assert all("only 2 of 4 (two data sets at two ranks) conditions" in v.why for v in found)
     edge = Methods()
     edge.lower = {**Methods.lower, "pissa": 100.0}
     _, found = answer(edge)
