@@ -219,8 +219,8 @@ class _Maker:
         for r in self.results.get("regrets") or ():
             place = {k: r[k] for k in ("batch_size", "updates", "rank")}
             e = estimate_of(r["regret_percent"])
-            arm = f"lora r{r['rank']}" + (f", {r['schedule']}" if "schedule" in r else "")
-            yield self.row(whole, "regret_percent", e, arm=arm, **place)
+            name = f"lora r{r['rank']}" + (f", {r['schedule']}" if "schedule" in r else "")
+            yield self.row(whole, "regret_percent", e, arm=name, **place)
         for quantity in ("batch_effect", "batch_effect_at_equal_examples"):
             for rank, plain in (self.results.get(quantity) or {}).items():
                 arm = {"arm": f"lora r{rank}", "rank": int(rank)}
