@@ -141,14 +141,15 @@ class Placed(NamedTuple):
 
 
 def claim_rows(answers: Sequence[Answer]) -> list[Placed]:
-    """Return a row per verdict on a primary claim of the study that confirms or refutes it.
+    """Return a row per verdict on a primary claim, of the study or on a real model.
 
     Verdicts that are exploratory, withdrawn or without a value are left out.
     """
     rows: list[Placed] = []
     for r, v in (one for a in answers for one in a.single):
         e, counts = v.estimate, v.primary and not (v.exploratory or v.is_withdrawn)
-        if counts and e.value is not None and r.asked.get("source") == "study":
+        theirs = r.asked.get("source") == "study" or r.setting == Setting.REAL
+        if counts and e.value is not None and theirs:
             at, band = scale_for(v)
             low = -math.inf if e.low is None else at(e.low)
             high = math.inf if e.high is None or AT_LEAST in e.flags else at(e.high)
@@ -157,7 +158,7 @@ def claim_rows(answers: Sequence[Answer]) -> list[Placed]:
             margin = (v.margin[0] - far[0], v.margin[1] + far[1])  # an open end is no number
             of = (within(margin), v.outcome, band, at(e.value), low, high)
             rows.append(Placed(r, measure, *of))
-    return rows
+    return sorted(rows, key=lambda placed: placed.row.setting != Setting.REAL)  # these first
 
 
 EDGE = 4.6

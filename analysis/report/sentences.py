@@ -33,10 +33,13 @@ def sentences_of(
 ) -> list[dict[str, Any]]:
     """Return one object for each verdict on a primary claim; on any claim if none is primary.
 
+    Claims that are about no run are left out, unless all are.
+
     `do`, what to do, is the end of `sentence`. `results`: see `report.results_of`.
     """
     rows = [r for r in rows_of(results, question, table) if r.verdict]
     asked = [r for r in rows if r.verdict.primary] or rows
+    asked = [r for r in asked if r.task != NO_CELL] or asked  # the table names them
     names, claims, out = list(question["claims"]), worded(question), []
     places = Counter((r.claim, where(r)) for r in asked)
     for r in sorted(asked, key=lambda r: names.index(r.claim)):

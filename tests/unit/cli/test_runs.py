@@ -594,7 +594,9 @@ def test_the_plan_corrects_for_each_verdict_of_a_primary_claim(compose):
         assert {round(1 - found[k].level, 9) for k in kept} == {round(look, 9)}, path
     one, two = (
         [o for _, o in answer.outlooks(request.points, request.sweep, "tiny") if o.claim == "alike"]
-        for request in (compose("+sweep=rank", f"model={m}") for m in ("tiny128", "tiny128,tiny128-3m"))
+        for request in (
+            compose("+sweep=rank", f"model={m}") for m in ("tiny128", "tiny128,tiny128-3m")
+        )
     )
     assert 1 - two[0].level == pytest.approx((1 - one[0].level) / 2)
 
