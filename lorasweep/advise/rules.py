@@ -56,6 +56,8 @@ ROOM = 0.5
 bears loss. In the study such a token has 1 bit."""
 FULL = 1.0
 """Load above which the data exceed the capacity of a rank by the study's count."""
+NEAR = math.sqrt(2)
+"""Largest factor between a model's width and that at which regret was measured."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Ranks of the study, and ranks that serving engines accept."""
 WIDEST = 8
@@ -137,7 +139,8 @@ class Kept:
         """Return rank -> (load, regret, ends of its interval), at the width nearest to `hidden`.
 
         The regret is in percent of full fine-tuning's gain. The bits of the load are counted in the
-        study's way, as the loss in the first epoch. Empty outside the measured range of widths.
+        study's way, as the loss in the first epoch. Empty if no width within a factor of NEAR was
+        measured, or outside the measured range of widths.
         """
         loads = self.measured("regime", "load, first_pass")
         load = {(r["task"], r["rank"]): r["value"] for r in loads}
@@ -149,7 +152,8 @@ class Kept:
                 of_width.append((at, r["value"], r["low"], r["high"]))
         if not found or not min(found) <= hidden <= max(found):
             return {}
-        return found[min(sorted(found), key=lambda width: abs(math.log(width / hidden)))]
+        width = min(sorted(found), key=lambda width: abs(math.log(width / hidden)))
+        return found[width] if max(width, hidden) <= NEAR * min(width, hidden) else {}
 
     def batch_effects(self) -> dict[str, float]:
         """Return the change of ln(rho) of the highest rank per doubling of the batch, by scale."""

@@ -265,6 +265,16 @@ def test_kept_loads_are_by_the_first_pass_as_customers_bits_are():
     assert found == {4: [(7.5, 5.0, 4.0, 6.0)]}
 
 
+def test_regret_of_small_models_says_nothing_of_a_model_twice_as_wide():
+    """Although a real model is wider still, so that the measured widths lie on both sides."""
+    wide = [{**r, "base": "real", "task": "real"} for r in regret(4, 0.004, 1.0)]
+    kept = rows(*regret(4, 7.5, 5.0), *wide)
+    kept = dataclasses.replace(kept, hidden={"tiny128": 128, "real": 576})
+    assert [*map(bool, map(kept.covering, (100, 128, 160, 256, 300, 500, 576, 700)))] == [
+        *(False, True, True, False, False, True, True, False)
+    ]
+
+
 def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else():
     """Regret 1% and 7% at loads a factor 16 apart: half-way in the logarithm it is 4%."""
     load = 0.04
