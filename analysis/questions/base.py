@@ -516,11 +516,8 @@ class Question:
                 e = estimands[claim["estimand"]]
                 if e.applies(c) and model not in claim.get("except_models", ()):
                     tests.append((c, e, name, claim))
-        tested, primary = (
-            [n for _, _, n, _ in tests],
-            [n for n in claims if claims[n].get("primary")],
-        )
-        together = sum(max(tested.count(name), 1) for name in primary)
+        tested = [test[2] for test in tests]
+        together = sum(max(tested.count(n), 1) for n, c in claims.items() if c.get("primary"))
         verdicts = [_judged(*test, level_of(asked), together) for test in tests]
         for name, claim in claims.items():
             e = estimands[claim["estimand"]]

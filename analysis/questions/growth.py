@@ -135,7 +135,8 @@ def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.S
     figure = ("growth.png", [panel], "LoRA's regret over the updates, by schedule")
     section = base.Section.of("Growth of the gap", head, rows, (), *figure)
     regrets = [
-        {"schedule": s, "updates": n, "rank": g.rank, "batch_size": g.lora.curve.key["batch_size"]}
+        {"schedule": s, "updates": n, "rank": g.rank}
+        | {"batch_size": g.lora.curve.key.get("batch_size")}
         | {"regret_percent": at_level(percent[s][n], base.level_of(asked))}
         for s, of in c.gaps.items()
         for n, g in sorted(of.items())
@@ -143,7 +144,10 @@ def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.S
     return {"regrets": regrets}, [section]
 
 
-ONE_OF = ("lora.rank", "lora.alpha")
 QUESTION = base.Question(
-    ESTIMANDS, base.whole(Schedules), report, split_by=base.TASK, one_of=ONE_OF
+    ESTIMANDS,
+    base.whole(Schedules),
+    report,
+    split_by=base.TASK,
+    one_of=("batch_size", "lora.rank", "lora.alpha", "lora.layers"),
 )

@@ -607,6 +607,8 @@ def test_the_plan_corrects_for_each_verdict_of_a_primary_claim(compose):
         (("variants", "+sweep.axes.batch_size=[8,16]"), "batch_size=8, 16: variants compares runs"),
         (("variants", "model=tiny64,tiny128"), "model=tiny64, tiny128: variants"),
         (("variants", "lora.alpha=16,32"), "lora.alpha=16.0, 32.0: variants"),
+        (("variants", "lora.layers=attention,mlp"), "lora.layers=attention, mlp: variants"),
+        (("growth", "+sweep.axes.batch_size=[8,16]"), "batch_size=8, 16: growth compares runs"),
         (("growth", "lora.rank=8,16"), "one lora.rank. Ask for one at a time, such as lora.rank=8"),
     ],
 )

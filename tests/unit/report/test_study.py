@@ -341,8 +341,8 @@ def test_every_number_that_a_text_writes_out_is_one_of_its_rows(path, kept_rows)
         counts = [Counter((r.sweep, r.quantity) for r in of) for of in (near, used)]
         counts = (str(n) for count in counts for n in count.values())
         words = " ".join([*(r.at + r.data + r.base for r in near), *counts])
-        known |= set(re.findall(r"\d+(?:\.\d+)?", words.replace(",", "")))
-        known |= {f"{abs(v):g}" for r in near if r.verdict for v in r.verdict.margin}
+        known |= set(re.findall(r"\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", words)))
+        known |= {f"{abs(v):g}" for r in used if r.verdict for v in r.verdict.margin}
         known |= {str(len(outcomes)) for outcomes in text.get("rests", {}).values()}
         said = " ".join(str(text.get(k, "")) for k in ("lead", "set", "said", "where", "more"))
         # not numbers of rows: placeholders, commands, names, and what the next test looks up

@@ -96,7 +96,7 @@ def test_two_names_on_an_axis_mean_what_each_alone_means(monkeypatch, tmp_path):
             specs(f"dataset=dialect_smoke,{wrong}")
     path = tmp_path / "mine/method/fullft.yaml"
     path.write_text("scope: matrices\n")
-    with pytest.raises(SpecError, match="would be ignored"):
+    with pytest.raises(SpecError, match=r"would be ignored\. Rename it"):
         specs()
 
 
