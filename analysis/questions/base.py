@@ -455,10 +455,10 @@ class Question:
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
     """Columns; runs that differ in them are analysed separately, in separate sections."""
-    judged_by: tuple[str, ...] = TASK
+    judged_by: tuple[str, ...] = (*TASK, "batch_size", "steps")
     """If `split_by` is empty: columns; a claim has a verdict for each of their combinations."""
-    one_of: tuple[str, ...] = ()
-    """Settings of runs, or METHOD.FIELD, that must be equal: the plan refuses several values."""
+    cell: tuple[str, ...] = ()
+    """Columns, or `arm`; runs that agree in them must be of one curve. Empty: of any curves."""
     by_base: bool = False
     """Whether a claim may leave out base models (`except_models`)."""
     of_rates: bool = False

@@ -149,5 +149,5 @@ QUESTION = base.Question(
     base.whole(Schedules),
     report,
     split_by=base.TASK,
-    one_of=("batch_size", "lora.rank", "lora.alpha", "lora.layers"),
+    cell=(*base.TASK, "schedule", "steps", "method"),
 )

@@ -221,5 +221,5 @@ QUESTION = base.Question(
     conditions,
     report,
     judged_by=(),
-    one_of=("model", "steps", "batch_size", "lora.alpha", "lora.layers"),
+    cell=("dataset", "rank", "arm"),
 )

@@ -156,17 +156,35 @@ def check_claims(sweep: Sweep | None, points: Sequence[Point] = ()) -> Any:
                 f"claim {name!r}: except_models={claim.except_models}, but analysis "
                 f"{sweep.analysis!r} cannot leave out bases. Remove it."
             )
-    for key in asked.one_of:
-        method, _, field = key.rpartition(".")
-        specs = [p.spec for p in points if method in ("", p.spec.method.name)]
-        values = dict.fromkeys(getattr(s.method if method else s, field) for s in specs)
-        if len(values) > 1:
-            given = [str(getattr(v, "name", v)) for v in values]
+    cells: dict[tuple[Any, ...], Point] = {}
+    for p in points if asked.cell else ():
+        mine = _values(p)
+        first = cells.setdefault(tuple(mine.get(key) for key in asked.cell), p)
+        if curve_key(first)[1] != curve_key(p)[1]:
+            key = next(k for k, v in _values(first).items() if k not in VARY and v != mine.get(k))
+            a, b = (str(getattr(v := _values(q).get(key), "name", v)) for q in (first, p))
+            in_method = key in {f.name for f in dataclasses.fields(p.spec.method)}
+            name = f"{p.spec.method.name}.{key}" if in_method else key
+            grid = "" if in_method else f" (sweep.axes.{key}={a} where the grid sets it)"
             raise SpecError(
-                f"{key}={', '.join(given)}: {sweep.analysis} compares runs of one {key}. Ask for "
-                f"one at a time, such as {key}={given[0]}."
+                f"{name}={a}, {b}: {sweep.analysis} compares one curve of the arm {p.arm!r}, and "
+                f"cannot judge several. Ask for one value at a time: {name}={a}{grid}."
             )
     return asked
+
+
+VARY = ("arm", "lr", "seed", "method")
+"""Values of runs that may differ within a curve, or are compared part by part."""
+
+
+def _values(point: Point) -> dict[str, Any]:
+    """Return the arm of a run, its settings and those of its method, by name."""
+    settings = {
+        f.name: getattr(part, f.name)
+        for part in (point.spec, point.spec.method)
+        for f in dataclasses.fields(part)
+    }
+    return {**settings, "arm": point.arm, "method": point.spec.method.name}
 
 
 def refuse_claims(request: Request) -> None:
@@ -204,9 +222,10 @@ def outlooks(
     seeds, found = planned_seeds(points, sweep.replicate), []
     by, together = asked.split_by or asked.judged_by, 0
     for claim in (c for c in sweep.claims.values() if c.primary):
-        judged = (p.spec for p in points if p.spec.model.name not in claim.except_models)
+        judged = [p.spec for p in points if p.spec.model.name not in claim.except_models]
         tasks = len({tuple(getattr(spec, key) for key in by) for spec in judged})
-        together += claim.planned_at(scales[0]).conditions or tasks
+        of_a_base, bases = claim.planned_at(scales[0]).conditions, {spec.model for spec in judged}
+        together += max(of_a_base * len(bases) if of_a_base else tasks, 1)  # as the judge counts
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])
         stated, few = claim.planned_at(source), claim.underpowered

@@ -30,7 +30,7 @@ class Planning:
     units: Annotated[int | None, Is("", 1)] = None
     """Number of observations, if these are not seeds but bases or runs of a fit."""
     conditions: Annotated[int | None, Is("", 1)] = None
-    """Number of verdicts, if the claim is not judged on every model and data set."""
+    """Number of verdicts for each base, if the claim is not judged on every data set of it."""
 
 
 @dataclass

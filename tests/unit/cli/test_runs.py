@@ -599,23 +599,42 @@ def test_the_plan_corrects_for_each_verdict_of_a_primary_claim(compose):
         )
     )
     assert 1 - two[0].level == pytest.approx((1 - one[0].level) / 2)
+    for change in ("+sweep.axes.batch_size=[4,8]", "model=tiny64,tiny128"):
+        request = compose("+sweep=lr_ratio", change)
+        ratio = answer.outlooks(request.points, request.sweep, "tiny")[0][1]
+        assert 1 - ratio.level == pytest.approx((1 - decide.LOOK_LEVELS[request.sweep.rounds]) / 2)
+    request = compose("+sweep=rl", "model=tiny64-skills")  # both primary claims leave this base out
+    assert answer.outlooks(request.points, request.sweep, "tiny")
+
+
+def test_alpha_may_follow_the_rank_in_variants(compose):
+    arm = "{rank: %d, alpha: %d, lr: [1e-3]}"
+    cells = f"sweep.arms.lora.cell=[{arm % (4, 8)},{arm % (16, 32)}]"
+    request = compose("+sweep=variants", "~sweep.arms.lora.rank", cells)
+    assert answer.outlooks(request.points, request.sweep, "tiny")
 
 
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        (("variants", "+sweep.axes.batch_size=[8,16]"), "batch_size=8, 16: variants compares runs"),
-        (("variants", "model=tiny64,tiny128"), "model=tiny64, tiny128: variants"),
-        (("variants", "lora.alpha=16,32"), "lora.alpha=16.0, 32.0: variants"),
-        (("variants", "lora.layers=attention,mlp"), "lora.layers=attention, mlp: variants"),
-        (("growth", "+sweep.axes.batch_size=[8,16]"), "batch_size=8, 16: growth compares runs"),
-        (("growth", "lora.rank=8,16"), "one lora.rank. Ask for one at a time, such as lora.rank=8"),
+        ("variants +sweep.axes.batch_size=[8,16]", "batch_size=8, 16: variants compares one curve"),
+        ("variants model=tiny64,tiny128", "model=tiny64, tiny128: "),
+        ("variants sweep.axes.steps=[64,128]", "steps=64 (sweep.axes.steps=64 where the grid"),
+        (
+            "variants dora.alpha=32,16",
+            "dora.alpha=32.0, 16.0: variants compares one curve of the arm",
+        ),
+        ("variants sweep.arms.plus.lr_b_ratio=[8,16]", "lora.lr_b_ratio=8.0, 16.0: "),
+        ("growth +sweep.axes.batch_size=[8,16]", "batch_size=8, 16: growth compares one curve"),
+        ("growth +sweep.axes.weight_decay=[0,0.1]", "weight_decay=0.0, 0.1: "),
+        ("growth lora.rank=8,16", "lora.rank=8, 16: growth"),
     ],
 )
 def test_runs_that_a_question_cannot_judge_together_are_refused_before_they_are_trained(
     compose, asked, says
 ):
-    request = compose(f"+sweep={asked[0]}", asked[1])
+    sweep, change = asked.split()
+    request = compose(f"+sweep={sweep}", change)
     with pytest.raises(SpecError, match=re.escape(says)):
         answer.outlooks(request.points, request.sweep, "tiny")
     with pytest.raises(SpecError, match=re.escape(says)):
