@@ -219,6 +219,8 @@ SHOWN: dict[str, Show] = {
     "rate": (float, lambda v: f"{v:.1e}".replace("e-0", "e-"), ""),
     "needs": (lambda speed: 1 / speed, lambda v: fixed(v, 2), ""),
     "fourfold": (lambda power: 4**power, lambda v: fixed(v, 2), ""),
+    "ahead": (lambda lost: -lost, lambda v: fixed(v, 1), "%"),
+    "times off": (math.exp, lambda v: fixed(v, 2), ""),
     "fold": (math.exp, number, "-fold"),
     "rise": (lambda log: 100 * math.expm1(log), lambda v: f"{float(number(v, 2)):g}", "%"),
     "fall": (lambda log: -100 * math.expm1(log), lambda v: fixed(v, 1), "%"),
