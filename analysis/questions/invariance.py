@@ -24,7 +24,10 @@ from analysis.measures.ratio import lr_drift
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.curves import by_run
+from analysis.runs.table import CURVE_KEYS
 
+ADAM = ("eps", "weight_decay", "clip_norm")
+"""Settings in which pairs may differ: see `broken_by`."""
 RULES = {"rank": "alpha / rank", "sqrt_rank": "alpha / sqrt(rank)", "none": "alpha"}
 
 
@@ -41,12 +44,13 @@ class Twins:
         proofs = proofs[proofs.index.isin(list(learned))]  # others' tables may lack curves
         # what twins share, to 9 digits
         product = proofs["alpha"] * proofs["init_scale"] * proofs["lr"] * proofs["lr_b_ratio"]
-        same = (proofs[k] for k in ("rank", "seed", "steps"))
-        shared = [product, proofs["init_scale"] / proofs["lr"], *same]
+        shared = [product, proofs["init_scale"] / proofs["lr"]]
         keys = [values.map("{:.9g}".format) for values in shared]
+        free = {"alpha", "init_scale", "lr_b_ratio", *ADAM}
+        keys += [proofs[k] for k in ("seed", *CURVE_KEYS) if k in proofs and k not in free]
         pairs = [
             pair
-            for _, part in (proofs.groupby(keys) if len(proofs) else ())
+            for _, part in (proofs.groupby(keys, dropna=False) if len(proofs) else ())
             for pair in itertools.combinations((r for _, r in part.iterrows()), 2)
         ]
         for a, b in pairs:

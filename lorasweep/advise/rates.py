@@ -32,12 +32,18 @@ def outside(model: ModelSpec, method: Method, **more: str | int) -> str:
     return laws.outside({**method.plain(), "method": method.name, **experts, **more})
 
 
+def outside_of(spec: RunSpec) -> str:
+    """Return why the law does not cover a run; empty: it does."""
+    run = {"objective": spec.objective, "schedule": spec.schedule}
+    return outside(spec.model, spec.method, **run, warmup_steps=spec.warmup_steps)
+
+
 def law(of: RunSpec, known: RunSpec, lr: float) -> float | None:
     """Return the best learning rate of a run's arm, from LoRA's best `lr` in another arm.
 
     None outside the law's scope. Both runs have one model, data set, batch and number of updates.
     """
-    scopes = (outside(s.model, s.method, objective=s.objective) for s in (of, known))
+    scopes = (outside_of(s) for s in (of, known))
     if not isinstance(known.method, LoRA) or any(scopes):
         return None
     width, steps = of.model.hidden_size, of.steps
@@ -63,8 +69,7 @@ def predict(
     Raises SpecError outside the law's scope, with the reason.
     """
     method, width, steps = spec.method, spec.model.hidden_size, spec.steps
-    run = {"objective": spec.objective, "schedule": spec.schedule}
-    why = outside(spec.model, method, **run, warmup_steps=spec.warmup_steps)
+    why = outside_of(spec)
     if not isinstance(method, LoRA):
         why = why or "which rank of LoRA?"
     else:
@@ -79,7 +84,7 @@ def predict(
             why += f"{moving_alpha:.2g}) and the ratio depends on the rank: there only rank "
             why += f"{REST_RANK} was measured"
     if why or not isinstance(method, LoRA):
-        raise SpecError(f"action=rate: {why}. Search it: lorasweep tune MODEL ROWS")
+        raise SpecError(f"action=rate: {why}. Search it: lorasweep lr_ratio MODEL ROWS")
     alphas = (("alpha", value) for value in sorted({at, alpha}))
     adam = (("beta1", spec.beta1), ("beta2", spec.beta2), ("weight decay", spec.weight_decay))
     batch = ("batch", spec.batch_size)

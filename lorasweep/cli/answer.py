@@ -164,7 +164,9 @@ def check_claims(sweep: Sweep | None, points: Sequence[Point] = ()) -> Any:
             key = next(k for k, v in _values(first).items() if k not in VARY and v != mine.get(k))
             a, b = (str(getattr(v := _values(q).get(key), "name", v)) for q in (first, p))
             in_method = key in {f.name for f in dataclasses.fields(p.spec.method)}
-            name = f"{p.spec.method.name}.{key}" if in_method else key
+            of = p.spec.method.name  # a value of METHOD.KEY is that of all its arms
+            same = {q.arm for q in points if q.spec.method.name == of and str(_values(q)[key]) == a}
+            name = f"{of if len(same) > 1 else f'sweep.arms.{p.arm}'}.{key}" if in_method else key
             grid = "" if in_method else f" (sweep.axes.{key}={a} where the grid sets it)"
             raise SpecError(
                 f"{name}={a}, {b}: {sweep.analysis} compares one curve of the arm {p.arm!r}, and "

@@ -119,6 +119,22 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
     assert not failed, "\n\n".join(failed)
 
 
+def test_commands_that_the_table_recommends_are_understood(command, tmp_path):
+    settings = (ROOT / "analysis/report/study/settings.yaml").read_text()
+    (tmp_path / "rows.csv").write_text(
+        "question,answer\n" + "".join(f"So? {k},Yes {k}\n" for k in range(60))
+    )
+    base, known = str(make_base(tmp_path / "my-model")), "llama-3.1-8b"
+    found = [c.split()[1:] for c in re.findall(r"`(lorasweep [^` ]+ [^`]+)`", settings)]
+    for action, *words in found:
+        said = " ".join(words).replace("MODEL", known if action == "rate" else base)
+        typed = said.replace("ROWS", str(tmp_path / "rows.csv")).split()
+        more = {"rate": [action], "run": ["action=plan"]}.get(action, [action, "action=plan"])
+        done = command(*more, *typed)
+        assert done.returncode == 0, (action, typed, done.stderr)
+    assert len(found) > 7
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_commands_of_the_front_page_mean_the_same_in_every_shell(shell, tmp_path):
     """No word of them is a pattern, a variable or a subscript, so no quotes are needed."""

@@ -53,6 +53,7 @@ def test_one_arm_from_another():
     assert rates.law(other, known, lr) == pytest.approx(full * laws.ratio(width, 32, 256, full))
     assert rates.law(known, arm(FullFT()), full) is None  # only from LoRA
     assert rates.law(dataclasses.replace(known, objective="rl_is"), known, lr) is None
+    assert rates.law(dataclasses.replace(known, schedule="cosine"), known, lr) is None
     still = arm(LoRA(rank=4, alpha=1024))  # A hardly moves, and rank 4 was not measured there
     assert rates.law(arm(FullFT()), still, 3e-5) is None
     still = arm(LoRA(rank=8, alpha=1024))

@@ -624,7 +624,7 @@ def test_alpha_may_follow_the_rank_in_variants(compose):
             "variants dora.alpha=32,16",
             "dora.alpha=32.0, 16.0: variants compares one curve of the arm",
         ),
-        ("variants sweep.arms.plus.lr_b_ratio=[8,16]", "lora.lr_b_ratio=8.0, 16.0: "),
+        ("variants sweep.arms.plus.lr_b_ratio=[8,16]", "sweep.arms.plus.lr_b_ratio=8.0, 16.0: "),
         ("growth +sweep.axes.batch_size=[8,16]", "batch_size=8, 16: growth compares one curve"),
         ("growth +sweep.axes.weight_decay=[0,0.1]", "weight_decay=0.0, 0.1: "),
         ("growth lora.rank=8,16", "lora.rank=8, 16: growth"),

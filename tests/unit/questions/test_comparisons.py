@@ -7,6 +7,7 @@ import math
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis.measures import speed
@@ -334,6 +335,18 @@ def test_twins_are_compared_up_to_where_one_of_them_diverged_and_none_without_a_
         fewer = invariance.Twins(proofs)
         assert (len(fewer.held) == len(whole.held)) == (last > 0)
         assert fewer.broken == whole.broken or not last
+
+
+@pytest.mark.parametrize(("key", "value"), [("batch_size", 2), ("schedule", "cosine"), ("rank", 8)])
+def test_twins_agree_in_all_settings_that_are_not_theirs(key, value):
+    proofs = planted.planted_table(Rules(1e-3), twin_runs())
+    whole, other = invariance.Twins(proofs), proofs.assign(**{key: value})
+    other["run_id"] = other["run_id"] + "b"
+    assert (
+        len(invariance.Twins(pd.concat([proofs, other], ignore_index=True)).held)
+        == 2 * len(whole.held)
+        > 0
+    )
 
 
 READINGS = {
