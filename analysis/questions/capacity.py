@@ -234,4 +234,5 @@ def report(asked: base.Asked, c: Facts) -> tuple[dict[str, Any], list[base.Secti
     return {"cells": cells}, [loads]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",))
+CELL = (*base.TASK, "steps", "method")
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",), cell=CELL)

@@ -31,13 +31,16 @@ class Schedules(base.Condition):
     def gaps(self) -> dict[str, dict[int, Gap]]:
         """Schedule -> updates -> the gap; cells without both methods are left out."""
         found: dict[str, dict[int, Gap]] = {CONSTANT: {}, DECAYING: {}}
+        for method in ("fullft", "lora"):  # all else is equal at all lengths
+            curves = [o.curve for o in self.optima if o.curve.key["method"] == method]
+            kinds = {str(sorted({**c.key, "schedule": 0, "steps": 0}.items())): c for c in curves}
+            if len(kinds) > 1:
+                said = ", ".join(sorted(full_names([*kinds.values()])))
+                raise TableError(f"{said}: one arm of a method is compared. Analyse one.")
         for (schedule, steps), part in self.runs.groupby(["schedule", "steps"]):
             cell = {"schedule": schedule, "steps": steps}
             optima = [o for o in self.optima if cell.items() <= o.curve.key.items()]
             gaps = gaps_of(part, optima)
-            if len(gaps) > 1:
-                curves = ", ".join(full_names([g.lora.curve for g in gaps]))
-                raise TableError(f"{curves}: one LoRA arm is compared. Analyse one at a time.")
             found.setdefault(str(schedule), {}).update((int(steps), gap) for gap in gaps)
         return found
 

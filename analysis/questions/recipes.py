@@ -266,4 +266,5 @@ def report(asked: base.Asked, c: Recipes) -> tuple[dict[str, Any], list[base.Sec
     return {"shares": measures}, [costs, base.Section.of("What is forgotten", head, rows)]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",))
+CELL = (*base.TASK, "arm", "rank")
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",), cell=CELL)

@@ -628,6 +628,10 @@ def test_alpha_may_follow_the_rank_in_variants(compose):
         ("growth +sweep.axes.batch_size=[8,16]", "batch_size=8, 16: growth compares one curve"),
         ("growth +sweep.axes.weight_decay=[0,0.1]", "weight_decay=0.0, 0.1: "),
         ("growth lora.rank=8,16", "lora.rank=8, 16: growth"),
+        ("batch_size lora.alpha=16,32", "lora.alpha=16.0, 32.0: batch_size compares one curve"),
+        ("recipes lora.alpha=32,64", "alpha=32.0, 64.0: recipes compares one curve"),
+        ("recipes +sweep.axes.schedule=[constant,cosine]", "schedule=constant, cosine: recipes"),
+        ("capacity lora.alpha=16,32", "lora.alpha=16.0, 32.0: capacity compares one curve"),
     ],
 )
 def test_runs_that_a_question_cannot_judge_together_are_refused_before_they_are_trained(
