@@ -5,13 +5,12 @@ the claim's estimand applies. If an arm or all conditions are missing, the claim
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 
@@ -22,7 +21,7 @@ from analysis.measures.next_runs import lines, suggest
 from analysis.measures.ratio import MIN_RANK
 from analysis.measures.regret import Gap
 from analysis.optimum.fit import FEW_RATES, Optimum, fit_all, seeds_at_best
-from analysis.runs.curves import lr_curves, task_problems, variants
+from analysis.runs.curves import LrCurve, lr_curves, task_problems, variants
 from analysis.runs.table import TableError
 
 UNKNOWN = Estimate(None)
@@ -202,8 +201,8 @@ def by_variant(optima: Sequence[Optimum], group: str = "") -> dict[str, list[Opt
 
 
 def full_of(optima: Sequence[Optimum]) -> Optimum | None:
-    """Return the first curve of full fine-tuning of all weights, or None."""
-    return next((o for o in optima if o.curve.is_full), None)
+    """Return the first curve of full fine-tuning of all weights; TableError: a group has two."""
+    return next(iter(check_one([o for o in optima if o.curve.is_full])), None)
 
 
 def lora_of(optima: Sequence[Optimum], min_rank: int = 0) -> list[Optimum]:
@@ -217,17 +216,34 @@ def rank_of(o: Optimum) -> int:
     return int(o.curve.key["rank"]) if o.curve.key["method"] == "lora" else 0
 
 
-def check_ranks(optima: Sequence[Optimum]) -> Sequence[Optimum]:
-    """Return curves that are compared as one of each rank; TableError if two have one rank."""
-    for a, b in itertools.combinations(optima, 2):
-        if rank_of(a) == rank_of(b):
-            both = [a.curve, b.curve]
-            one, two = (f"{c.group}, {v}" for c, v in zip(both, variants(both)))
-            raise TableError(
-                f"two curves of {b.curve.name}, which are compared as one: {one}; {two}. Analyse "
-                "one setting at a time."
-            )
+def check_one(optima: Sequence[Optimum]) -> Sequence[Optimum]:
+    """Return the curves; TableError if two agree in group, method, rank and being controls."""
+    seen: dict[Any, Optimum] = {}
+    for o in optima:
+        c = o.curve
+        first = seen.setdefault((c.group, c.key["method"], str(c.key["rank"]), c.is_control), o)
+        if first is not o:
+            refuse(first.curve, c)
     return optima
+
+
+def check_same(curves: Iterable[LrCurve], *apart: str) -> None:
+    """Raise TableError if two curves of one method differ in other columns than `apart`."""
+    seen: dict[str, LrCurve] = {}
+    for c in curves:
+        first = seen.setdefault(c.key["method"], c)
+        if any(str(v) != str(first.key[k]) for k, v in c.key.items() if k not in apart):
+            refuse(first, c)
+
+
+def refuse(a: LrCurve, b: LrCurve) -> NoReturn:
+    """Raise TableError: two curves cannot be compared as one."""
+    one, two = (", ".join(filter(None, (c.name, v))) for c, v in zip((a, b), variants([a, b])))
+    elsewhere = "" if a.group == b.group else f" ({b.group})"
+    raise TableError(
+        f"{a.group}: {one}, and {two}{elsewhere}: only one of them can be compared. Ask for one "
+        "value at a time."
+    )
 
 
 def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
@@ -343,6 +359,7 @@ class Condition:
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
         """Rank -> curve. Rank 0 is the first curve of full fine-tuning."""
+        check_one(self.optima)
         full, lora = full_of(self.optima), {rank_of(o): o for o in lora_of(self.optima)}
         return lora if full is None else {0: full, **lora}
 
@@ -364,7 +381,7 @@ class Condition:
     @property
     def top(self) -> int:
         """The highest rank; 0 without any."""
-        return max(self.by_rank, default=0)
+        return max(map(rank_of, self.optima), default=0)
 
 
 def whole(cls: type[Condition]) -> Callable[[pd.DataFrame], list[Condition]]:
@@ -382,9 +399,6 @@ class TwoArms(Condition):
 
     note: str
     """A sentence about the update at which runs were cut; empty without a cut."""
-
-    def __post_init__(self) -> None:
-        check_ranks([o for o in self.optima if not o.curve.is_control])
 
     @property
     def missing(self) -> str:
@@ -455,10 +469,6 @@ class Question:
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
     """Columns; runs that differ in them are analysed separately, in separate sections."""
-    judged_by: tuple[str, ...] = (*TASK, "batch_size", "steps")
-    """If `split_by` is empty: columns; a claim has a verdict for each of their combinations."""
-    cell: tuple[str, ...] = ()
-    """Columns, or `arm`; runs that agree in them must be of one curve. Empty: of any curves."""
     by_base: bool = False
     """Whether a claim may leave out base models (`except_models`)."""
     of_rates: bool = False
@@ -473,6 +483,33 @@ class Question:
     def logs(self) -> list[str]:
         """Names of the estimands that are ratios."""
         return [e.name for e in self.estimands if e.log]
+
+    def parts(self, table: pd.DataFrame) -> dict[str, Sequence[Any]]:
+        """Return the conditions of a table by the values of `split_by`, in words."""
+        if not self.split_by:
+            return {"": self.conditions(table)}
+        split = table.groupby(list(self.split_by), sort=False)
+        return {" on ".join(map(str, of)): self.conditions(runs) for of, runs in split}
+
+    def judge(self, conditions: Sequence[Any], asked: Asked) -> list[Verdict]:
+        """Judge every claim on each condition that can answer it; `asked`: as in question.json."""
+        claims, estimands = asked["claims"], {e.name: e for e in self.estimands}
+        tests, level = [], level_of(asked)
+        for c in conditions:
+            model = c.optima[0].curve.key["model"] if c.optima else None
+            for name, claim in claims.items():
+                e = estimands[claim["estimand"]]
+                if e.applies(c) and model not in claim.get("except_models", ()):
+                    tests.append((c, e, name, claim))
+        tested = [test[2] for test in tests]
+        together = sum(max(tested.count(n), 1) for n, c in claims.items() if c.get("primary"))
+        verdicts = [_judged(*test, level, together) for test in tests]
+        for name, claim in claims.items():
+            e = estimands[claim["estimand"]]
+            if not any(map(e.applies, conditions)):
+                at, gates = (NO_CELL, UNKNOWN), [Gate(e.unanswered)]
+                verdicts.append(judge(name, claim, *at, gates, 0, e.log, level))
+        return holm(verdicts, 1 - level)
 
     def analyse(self, table: pd.DataFrame, asked: Asked, kept: Path | None = None) -> Analysis:
         """Fit and judge a sweep's runs; the metric is a loss.
@@ -492,11 +529,7 @@ class Question:
                     f"claim {name!r}: {asked['analysis']} measures {', '.join(estimands)}, not "
                     f"{claim['estimand']!r}."
                 )
-        tables = {"": table}
-        if self.split_by:
-            split = table.groupby(list(self.split_by), sort=False)
-            tables = {" on ".join(map(str, names)): runs for names, runs in split}
-        each = {name: self.conditions(runs) for name, runs in tables.items()}
+        each = self.parts(table)
         conditions = [c for found in each.values() for c in found]
         measures, sections = {}, []
         for k, (name, found) in enumerate(each.items(), 1):
@@ -509,28 +542,14 @@ class Question:
                     title = s.title + of_task
                     sections.append(dataclasses.replace(s, title=title, figure=figure or s.figure))
         values = {"tasks": measures} if len(each) > 1 else next(iter(measures.values()), {})
-        tests, read = [], {}
-        for c in conditions:
-            model = c.optima[0].curve.key["model"] if c.optima else None
-            for name, claim in claims.items():
-                e = estimands[claim["estimand"]]
-                if e.applies(c) and model not in claim.get("except_models", ()):
-                    tests.append((c, e, name, claim))
-        tested = [test[2] for test in tests]
-        together = sum(max(tested.count(n), 1) for n, c in claims.items() if c.get("primary"))
-        verdicts = [_judged(*test, level_of(asked), together) for test in tests]
-        for name, claim in claims.items():
-            e = estimands[claim["estimand"]]
-            mine = [c for c in conditions if e.applies(c)]
-            if not mine:
-                at, gates = (NO_CELL, UNKNOWN), [Gate(e.unanswered)]
-                verdicts.append(judge(name, claim, *at, gates, 0, e.log, level_of(asked)))
-            where = {e.read(c) for c in mine if not c.missing} - {""}
+        read = {}
+        for e in (estimands[claim["estimand"]] for claim in claims.values()):
+            where = {e.read(c) for c in conditions if e.applies(c) and not c.missing} - {""}
             if len(where) == 1:
                 (read[e.name],) = where
         answer = Analysis(
             optima=distinct(o for c in conditions for o in c.optima),
-            verdicts=holm(verdicts, 1 - level_of(asked)),
+            verdicts=self.judge(conditions, asked),
             sections=sections,
             measures=values | ({"read": read} if read else {}),
             members={c.name: c.rests for c in conditions if not c.missing},

@@ -265,5 +265,4 @@ def report(asked: base.Asked, c: Batches) -> tuple[dict[str, Any], list[base.Sec
     return measures, [equal_updates, equal_examples, figure]
 
 
-CELL = (*base.TASK, "batch_size", "steps", "method", "rank")
-QUESTION = base.Question(ESTIMANDS, base.whole(Batches), report, split_by=base.TASK, cell=CELL)
+QUESTION = base.Question(ESTIMANDS, base.whole(Batches), report, split_by=base.TASK)

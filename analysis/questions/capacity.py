@@ -17,7 +17,7 @@ import pandas as pd
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import AT_LEAST, Estimate, exactly, from_sample, rate
 from analysis.questions import base
-from analysis.runs.table import TableError
+from analysis.runs.curves import lr_curves
 
 SYMBOLS, VALUES, ROW = 4, 16, 8
 """Symbols per value, values per symbol, facts per row (lorasweep/data/synthetic/facts.py)."""
@@ -159,15 +159,8 @@ def most(loads: Sequence[Load]) -> Estimate | None:
 
 
 def conditions(table: pd.DataFrame) -> list[Facts]:
-    """Return the one condition of a model.
-
-    Raises:
-        TableError: LoRA has more than one rank, so that its parameters differ.
-    """
-    ranks = sorted(table.loc[table["method"] == "lora", "rank"].dropna().unique())
-    if len(ranks) > 1:
-        listed = ", ".join(f"{r:g}" for r in ranks)
-        raise TableError(f"LoRA has the ranks {listed}, but bits a parameter need one. Keep one.")
+    """Return the one condition of a model; TableError if curves of a method differ in rank, etc."""
+    base.check_same(lr_curves(table), "dataset", "steps")
     return [Facts(f"{table['model'].iloc[0]}, facts of 16 bits", table, [], loads_of(table))]
 
 
@@ -234,5 +227,4 @@ def report(asked: base.Asked, c: Facts) -> tuple[dict[str, Any], list[base.Secti
     return {"cells": cells}, [loads]
 
 
-CELL = (*base.TASK, "steps", "method")
-QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",), cell=CELL)
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",))

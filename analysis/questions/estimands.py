@@ -118,7 +118,7 @@ class Task(base.Condition):
         if isinstance(arm, str):
             control = arm == "control"
             found = [o for o in self.main if (o.curve.is_control if control else o.curve.is_full)]
-            return list(base.check_ranks(found))
+            return list(base.check_one(found))
         wanted = {"method": "lora", **arm}
         like, least = wanted.pop("like", ""), wanted.pop("min_rank", 0)
         among = [o for o in self.optima if not is_rewarded(o)] if "objective" in arm else self.main
@@ -133,7 +133,7 @@ class Task(base.Condition):
             found = [o for o in found if _n_layers(o) == size]
         if like and other is None:
             return []
-        base.check_ranks(found)
+        base.check_one(found)
         if like == "size":
             apart = {id(o): abs(math.log(self.size(o) / self.size(other))) for o in found}
             found = [o for o in found if apart[id(o)] <= math.log(1 + SIZES_AGREE)]

@@ -18,8 +18,7 @@ from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import Gap, gaps_of
 from analysis.questions import base
-from analysis.runs.curves import full_names, in_words
-from analysis.runs.table import TableError
+from analysis.runs.curves import in_words
 
 BOTH = CONSTANT, DECAYING = "constant", "cosine"
 
@@ -31,12 +30,7 @@ class Schedules(base.Condition):
     def gaps(self) -> dict[str, dict[int, Gap]]:
         """Schedule -> updates -> the gap; cells without both methods are left out."""
         found: dict[str, dict[int, Gap]] = {CONSTANT: {}, DECAYING: {}}
-        for method in ("fullft", "lora"):  # all else is equal at all lengths
-            curves = [o.curve for o in self.optima if o.curve.key["method"] == method]
-            kinds = {str(sorted({**c.key, "schedule": 0, "steps": 0}.items())): c for c in curves}
-            if len(kinds) > 1:
-                said = ", ".join(sorted(full_names([*kinds.values()])))
-                raise TableError(f"{said}: one arm of a method is compared. Analyse one.")
+        base.check_same((o.curve for o in self.optima), "schedule", "steps")
         for (schedule, steps), part in self.runs.groupby(["schedule", "steps"]):
             cell = {"schedule": schedule, "steps": steps}
             optima = [o for o in self.optima if cell.items() <= o.curve.key.items()]
@@ -152,5 +146,4 @@ QUESTION = base.Question(
     base.whole(Schedules),
     report,
     split_by=base.TASK,
-    cell=(*base.TASK, "schedule", "steps", "method"),
 )

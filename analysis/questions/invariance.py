@@ -102,7 +102,8 @@ class Settings(base.Condition):
     def rules(self) -> dict[str, list[Optimum]]:
         """The curves whose runs start with A random, by scaling rule."""
         of_a = [o for o in self.optima if o.curve.key["start"] == "a"]
-        return {r: [o for o in of_a if o.curve.key["scaling_by"] == r] for r in RULES}
+        by = {r: [o for o in of_a if o.curve.key["scaling_by"] == r] for r in RULES}
+        return {r: list(base.check_one(found)) for r, found in by.items()}
 
     @cached_property
     def drifts(self) -> dict[str, Estimate]:

@@ -346,6 +346,7 @@ def short_conditions(table: pd.DataFrame) -> list[Lengths]:
         full, lora = base.full_of(optima), base.lora_of(optima, MIN_RANK)
         ratio = ratio_of(lora, full) if full and lora else base.UNKNOWN
         horizons.append(Horizon(step, full, lora, ratio))
+    base.check_one(optima)
     short = next(h for h in horizons if h.step >= last / SHORT)
     ends = (short, horizons[-1])
     return [Lengths(optima[0].curve.group, part, optima, note, table, horizons, *ends)]

@@ -163,5 +163,4 @@ QUESTION = base.Question(
     ],
     scale_conditions,
     scale_report,
-    judged_by=(),
 )

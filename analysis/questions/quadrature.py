@@ -429,6 +429,5 @@ QUESTION = OverScales(
     conditions,
     report,
     ratios=lambda c: [(f"{x.unit}, alpha {x.alpha:g}", x.measured) for x in c.cells],
-    judged_by=(),
     of_rates=True,
 )

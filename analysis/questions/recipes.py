@@ -46,14 +46,14 @@ class Recipes(base.Condition):
         return [self.full, self.tuned]
 
     def one(self, **wanted: Any) -> Optimum | None:
-        """Return the curve with these settings that has the most runs, or None."""
+        """Return the curve with these settings, or None; TableError: several have them."""
 
         def setting(o: Optimum, k: str) -> Any:
             value = o.curve.key.get(k)
             return EVERY_LAYER if k == "layers" and value == "all" else value
 
         found = [o for o in self.main if all(setting(o, k) == v for k, v in wanted.items())]
-        return max(found, key=lambda o: len(o.curve.x), default=None)
+        return base.refuse(*(o.curve for o in found[:2])) if found[1:] else next(iter(found), None)
 
     @cached_property
     def full(self) -> Optimum | None:
@@ -74,10 +74,11 @@ class Recipes(base.Condition):
         one, rank = self.one, float(self.tuned.curve.key["rank"])
         of_full = at_best.best_and_draws(self.full, 1)
         of_tuned = at_best.best_and_draws(self.tuned, 0)
-        attention = one(method="lora", layers="attention", schedule="constant")
+        every = {"method": "lora", "schedule": "constant", "layers": EVERY_LAYER}
+        attention = one(**{**every, "layers": "attention"})
         arms: dict[str, tuple[Optimum | None, list[float]]] = {
             "attention_at_full_lr": (attention, of_full),
-            "alpha_twice_rank": (one(method="lora", alpha=2 * rank), of_tuned),
+            "alpha_twice_rank": (one(**every, alpha=2 * rank), of_tuned),
             "default_rate": (one(method="lora", layers="attention+mlp"), [2e-4]),
             "original": (one(method="lora", schedule="linear"), [2e-4]),
             "ten_times": (self.tuned, [10 * lr for lr in of_full]),
@@ -170,6 +171,7 @@ def conditions(table: pd.DataFrame) -> list[Recipes]:
     is_main = table["dataset"] == main
     optima = base.fit(table[is_main])
     few = [] if is_main.all() else base.fit(table[~is_main])
+    base.check_same((o.curve for o in few), "rank")
     return [Recipes(f"{table['model'].iloc[0]} on {main}", table, optima + few, optima, few)]
 
 
@@ -266,5 +268,4 @@ def report(asked: base.Asked, c: Recipes) -> tuple[dict[str, Any], list[base.Sec
     return {"shares": measures}, [costs, base.Section.of("What is forgotten", head, rows)]
 
 
-CELL = (*base.TASK, "arm", "rank")
-QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",), cell=CELL)
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",))

@@ -248,7 +248,7 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
 
 
 def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
-    base.check_ranks(base.lora_of(optima))
+    base.check_one(optima)
     return {g.rank: g for g in regret.gaps_of(runs, optima)}
 
 

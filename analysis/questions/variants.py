@@ -181,7 +181,7 @@ def conditions(table: pd.DataFrame) -> list[Variants]:
         gain = gain_from(starts_of(runs_of(table, full.curve)), losses[id(full)])
         cell = cells.setdefault(f"{o.curve.group}, {name}", Cell(name, full, {}, {}, gain))
         if method in cell.arms:
-            raise TableError(f"{name}: two curves of {METHODS[method]}. Analyse one at a time.")
+            base.refuse(cell.arms[method].curve, o.curve)
         cell.arms[method], cell.losses[method] = o, losses[id(o)]
     return [Variants("all data sets and ranks", table, optima, list(cells.values()))]
 
@@ -220,6 +220,4 @@ QUESTION = base.Question(
     [*map(_behind, [*METHODS][1:]), REVERSALS],
     conditions,
     report,
-    judged_by=(),
-    cell=("dataset", "rank", "arm"),
 )

@@ -23,7 +23,7 @@ from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.measures import laws
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import WITHIN, Optimum
-from analysis.questions.base import NO_CELL, Analysis, by_group, full_of, level_of
+from analysis.questions.base import NO_CELL, Analysis, by_group, level_of
 from analysis.questions.registry import analyse
 from analysis.report.sentences import lines_of, sentences_of, worded
 from analysis.report.text import aligned, check_installed, missing, plain, rendered, text_hash
@@ -331,7 +331,8 @@ def law_rows(optima: Sequence[Optimum], table: pd.DataFrame) -> list[list[str]]:
     hidden = dict(zip(table["model"], table["hidden_size"])) if "hidden_size" in table else {}
     groups, found = by_group(optima), []
     for o, name in zip(optima, full_names([o.curve for o in optima])):
-        full, key = full_of(groups[o.curve.group]), o.curve.key
+        key, of = o.curve.key, [v for v in groups[o.curve.group] if v.curve.is_full]
+        full = of[0] if len(of) == 1 else None
         width, steps, best = hidden.get(key["model"]), key.get("steps"), full and full.best_lr.value
         if key["method"] == "lora" and best and o.best_lr.value and width and steps:
             by_law = float(laws.ratio(width, laws.alpha_of(key), steps, best))

@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +22,7 @@ from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs
+from lorasweep.store.table import load_runs, table_row
 from lorasweep.sweep.grid import (
     Point,
     added_points,
@@ -36,7 +38,7 @@ from lorasweep.sweep.search import MIN_SEEDS, Look, is_short, search
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.inference.decide import Outlook
+    from analysis.inference.decide import Outlook, Verdict
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
 """The kept results of the repository. A report may show them beside the judged runs."""
@@ -133,8 +135,8 @@ def start_of(point: Point) -> Point:
 # ---------------------------------------------------------------- what the analysis says
 
 
-def check_claims(sweep: Sweep | None, points: Sequence[Point] = ()) -> Any:
-    """Return the analysis of a sweep; SpecError: it cannot judge one of the claims, or the runs."""
+def check_claims(sweep: Sweep | None) -> Any:
+    """Return the analysis of a sweep; SpecError: it cannot judge one of the claims."""
     if sweep is None:
         return None
     from analysis.questions.registry import question_named
@@ -156,37 +158,33 @@ def check_claims(sweep: Sweep | None, points: Sequence[Point] = ()) -> Any:
                 f"claim {name!r}: except_models={claim.except_models}, but analysis "
                 f"{sweep.analysis!r} cannot leave out bases. Remove it."
             )
-    cells: dict[tuple[Any, ...], Point] = {}
-    for p in points if asked.cell else ():
-        mine = _values(p)
-        first = cells.setdefault(tuple(mine.get(key) for key in asked.cell), p)
-        if curve_key(first)[1] != curve_key(p)[1]:
-            key = next(k for k, v in _values(first).items() if k not in VARY and v != mine.get(k))
-            a, b = (str(getattr(v := _values(q).get(key), "name", v)) for q in (first, p))
-            in_method = key in {f.name for f in dataclasses.fields(p.spec.method)}
-            of = p.spec.method.name  # a value of METHOD.KEY is that of all its arms
-            same = {q.arm for q in points if q.spec.method.name == of and str(_values(q)[key]) == a}
-            name = f"{of if len(same) > 1 else f'sweep.arms.{p.arm}'}.{key}" if in_method else key
-            grid = "" if in_method else f" (sweep.axes.{key}={a} where the grid sets it)"
-            raise SpecError(
-                f"{name}={a}, {b}: {sweep.analysis} compares one curve of the arm {p.arm!r}, and "
-                f"cannot judge several. Ask for one value at a time: {name}={a}{grid}."
-            )
     return asked
 
 
-VARY = ("arm", "lr", "seed", "method")
-"""Values of runs that may differ within a curve, or are compared part by part."""
+def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
+    """Judge planned runs as if one run of each curve had ended; SpecError: they cannot be judged.
 
+    All verdicts are UNDECIDED; as many as the analysis will give.
+    """
+    import pandas as pd
 
-def _values(point: Point) -> dict[str, Any]:
-    """Return the arm of a run, its settings and those of its method, by name."""
-    settings = {
-        f.name: getattr(part, f.name)
-        for part in (point.spec, point.spec.method)
-        for f in dataclasses.fields(part)
-    }
-    return {**settings, "arm": point.arm, "method": point.spec.method.name}
+    from analysis.runs.table import TableError
+
+    asked, rows = check_claims(sweep), []
+    ended = {"state": "done", "test_nll": 1.0, "nll_start": 2.0}
+    ended |= {"bits_generator": 0.1}  # the new bits of generated data, as if they fit every rank
+    for p in {curve_key(p)[1]: p for p in points}.values():
+        at = {1, math.ceil(p.spec.steps / 2), p.spec.steps}
+        curve = [{"step": step, "test_nll": 1.0, "test_nll_curve": 1.0} for step in sorted(at)]
+        ended |= {"run_id": p.id, "curve": curve}
+        ended |= {"n_trainable": p.spec.method.n_trainable(p.spec.model)}
+        rows.append(table_row(json.loads(p.spec.canonical), ended))
+    try:
+        parts = asked.parts(pd.DataFrame(rows))
+        return asked.judge([c for part in parts.values() for c in part], dataclasses.asdict(sweep))
+    except TableError as error:
+        said = f"{sweep.analysis} cannot judge these runs together: {error}"
+        raise SpecError(said) from None
 
 
 def refuse_claims(request: Request) -> None:
@@ -215,19 +213,15 @@ def outlooks(
     Each entry names a scale: the first of `scales` for which the claim states a standard deviation
     between seeds. `points`: the runs of the first stage.
     """
+    asked = check_claims(sweep)
     # a search ends when its claim is decided; all runs may need more GPUs than exec.max_gpus
     if sweep is None or sweep.search is not None or not points:
         return []
     from analysis.inference.decide import outlook
 
-    asked = check_claims(sweep, points)
     seeds, found = planned_seeds(points, sweep.replicate), []
-    by, together = asked.split_by or asked.judged_by, 0
-    for claim in (c for c in sweep.claims.values() if c.primary):
-        judged = [p.spec for p in points if p.spec.model.name not in claim.except_models]
-        tasks = len({tuple(getattr(spec, key) for key in by) for spec in judged})
-        of_a_base, bases = claim.planned_at(scales[0]).conditions, {spec.model for spec in judged}
-        together += max(of_a_base * len(bases) if of_a_base else tasks, 1)  # as the judge counts
+    counts = Counter(v.claim for v in rehearse(sweep, points))
+    together = sum(max(counts[name], 1) for name, c in sweep.claims.items() if c.primary)
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])
         stated, few = claim.planned_at(source), claim.underpowered

@@ -208,7 +208,7 @@ def check(request: Request) -> None:
     if request.hardware and (hardware := hardware_of(request)).has_speeds:
         Planner(hardware, request.exec).settings(request.points)
     check_available(request)
-    answer.check_claims(request.sweep, request.points)
+    answer.outlooks(request.points, request.sweep, request.scale)  # refuses what cannot be judged
 
 
 # ---------------------------------------------------------------- training

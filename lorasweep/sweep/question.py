@@ -29,8 +29,6 @@ class Planning:
     """Standard deviation between seeds (for a ratio: of its logarithm); 0 for exact counts."""
     units: Annotated[int | None, Is("", 1)] = None
     """Number of observations, if these are not seeds but bases or runs of a fit."""
-    conditions: Annotated[int | None, Is("", 1)] = None
-    """Number of verdicts for each base, if the claim is not judged on every data set of it."""
 
 
 @dataclass

@@ -614,31 +614,42 @@ def test_alpha_may_follow_the_rank_in_variants(compose):
     assert answer.outlooks(request.points, request.sweep, "tiny")
 
 
+ONE_ALPHA = ("batch_size", "capacity", "compute", "invariance", "layers", "rank", "recipes")
+ONE_ALPHA += ("regime", "rl", "short_runs")
+CUT = ("batch_size", "compute", "short_runs")
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ("variants +sweep.axes.batch_size=[8,16]", "batch_size=8, 16: variants compares one curve"),
-        ("variants model=tiny64,tiny128", "model=tiny64, tiny128: "),
-        ("variants sweep.axes.steps=[64,128]", "steps=64 (sweep.axes.steps=64 where the grid"),
+        ("variants +sweep.axes.batch_size=[8,16]", "batch_size 8, 16. Analyse one at a time"),
+        ("variants model=tiny64,tiny128", "model tiny64, tiny128. "),
+        ("variants sweep.axes.steps=[64,128]", "steps 64, 128. "),
+        ("variants dora.alpha=32,16", "dora r4, alpha 16, and dora r4, alpha 32: only one"),
+        ("variants sweep.arms.plus.lr_b_ratio=[8,16]", "lr_b_ratio 8, and lora r4, lr_b_ratio 16"),
         (
-            "variants dora.alpha=32,16",
-            "dora.alpha=32.0, 16.0: variants compares one curve of the arm",
+            "variants scale=smoke +sweep.arms.more={method:lora,lr_b_ratio:8,rank:4,lr:1e-3}",
+            "lr_b_ratio 8, and lora r4, lr_b_ratio 16",
         ),
-        ("variants sweep.arms.plus.lr_b_ratio=[8,16]", "sweep.arms.plus.lr_b_ratio=8.0, 16.0: "),
-        ("growth +sweep.axes.batch_size=[8,16]", "batch_size=8, 16: growth compares one curve"),
-        ("growth +sweep.axes.weight_decay=[0,0.1]", "weight_decay=0.0, 0.1: "),
-        ("growth lora.rank=8,16", "lora.rank=8, 16: growth"),
-        ("batch_size lora.alpha=16,32", "lora.alpha=16.0, 32.0: batch_size compares one curve"),
-        ("recipes lora.alpha=32,64", "alpha=32.0, 64.0: recipes compares one curve"),
-        ("recipes +sweep.axes.schedule=[constant,cosine]", "schedule=constant, cosine: recipes"),
-        ("capacity lora.alpha=16,32", "lora.alpha=16.0, 32.0: capacity compares one curve"),
+        (
+            "growth +sweep.axes.batch_size=[8,16]",
+            "batch 16, steps 1024: fullft, and fullft (tiny128 on",
+        ),
+        ("growth +sweep.axes.weight_decay=[0,0.1]", "fullft, weight_decay 0, and fullft, weight"),
+        (
+            "growth lora.rank=8,16",
+            "lora r8, and lora r16: only one of them can be compared. Ask for",
+        ),
+        *((f"{name} lora.alpha=16,32", "alpha 16, and lora r") for name in ONE_ALPHA),
+        ("recipes +sweep.axes.schedule=[constant,cosine]", "schedule constant, and lora r1, sche"),
+        ("lr_ratio +sweep.axes.weight_decay=[0,0.1]", "fullft, weight_decay 0, and fullft, "),
+        *((f"{name} schedule=cosine", "only runs with a constant") for name in CUT),
     ],
 )
 def test_runs_that_a_question_cannot_judge_together_are_refused_before_they_are_trained(
     compose, asked, says
 ):
-    sweep, change = asked.split()
-    request = compose(f"+sweep={sweep}", change)
+    request = compose(*f"+sweep={asked}".split())
     with pytest.raises(SpecError, match=re.escape(says)):
         answer.outlooks(request.points, request.sweep, "tiny")
     with pytest.raises(SpecError, match=re.escape(says)):

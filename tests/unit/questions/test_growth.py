@@ -70,7 +70,7 @@ def test_without_one_schedule_or_with_two_ranks_there_is_no_answer():
     _, found = ask("growth", Behind(SAME), left)  # not judged at shorter lengths than the others
     check(found, same=("UNDECIDED", "MISSING"), none_at_end=("UNDECIDED", "MISSING"))
     higher = [s for s in specs(rank=8) if not is_full(s)]
-    one_arm = "lora r4.*, lora r8.*: one arm of a method is compared"
+    one_arm = "lora r[48].*, and lora r[48].*: only one of them can be compared"
     with pytest.raises(TableError, match=one_arm):
         ask("growth", Behind(SAME), [*specs(), *higher])
     short = [s for s in specs() if is_full(s) or s.steps < 64]

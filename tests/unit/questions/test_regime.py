@@ -227,7 +227,7 @@ def test_two_curves_of_one_rank_are_refused():
     sweep, world, specs = rewarded(climbs, (1,))
     fewer = LoRA(rank=1, layers="attention+mlp")
     specs += [dataclasses.replace(s, method=fewer) for s in specs if not is_full(s)]
-    with pytest.raises(TableError, match=r"two curves of lora r1.*attention"):
+    with pytest.raises(TableError, match=r"lora r1, .*attention.*: only one"):
         ask(sweep, world, specs)
 
 

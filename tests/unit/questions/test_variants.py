@@ -127,8 +127,13 @@ def test_what_is_missing_or_not_shared_gets_no_verdict():
     check(found, pissa="FLAGGED", dora="SUPPORTED", reversed="FLAGGED")
     assert "PiSSA, " in found["pissa"]["why"] and "rank 4: at_edge" in found["pissa"]["why"]
     runs = planted_table(Methods(), [p.spec for p in REQUEST.points])
-    with pytest.raises(TableError, match=r"rank 4: two curves of DoRA\."):
-        analyse(pd.concat([runs, runs.assign(alpha=16.0)]), question(REQUEST))
+    for part, kind in (
+        (runs["method"] == "dora", "dora r4"),
+        (runs["method"] == "fullft", "fullft"),
+    ):
+        twice = pd.concat([runs, runs[part].assign(weight_decay=0.1)])
+        with pytest.raises(TableError, match=f"{kind}, weight_decay 0, and {kind}, weight_decay"):
+            analyse(twice, question(REQUEST))
     for key, other in (("model", "tiny64"), ("steps", 64), ("batch_size", 4)):
         with pytest.raises(TableError, match=f"{key} .*{other}. Analyse one at a time"):
             analyse(pd.concat([runs, runs.assign(**{key: other})]), question(REQUEST))
