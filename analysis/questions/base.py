@@ -22,7 +22,7 @@ from analysis.measures.ratio import MIN_RANK
 from analysis.measures.regret import Gap
 from analysis.optimum.fit import FEW_RATES, Optimum, fit_all, seeds_at_best
 from analysis.runs.curves import LrCurve, lr_curves, task_problems, variants
-from analysis.runs.table import TableError
+from analysis.runs.table import GROUP_KEYS, TableError
 
 UNKNOWN = Estimate(None)
 NO_CELL = "no cell"
@@ -202,7 +202,7 @@ def by_variant(optima: Sequence[Optimum], group: str = "") -> dict[str, list[Opt
 
 def full_of(optima: Sequence[Optimum]) -> Optimum | None:
     """Return the first curve of full fine-tuning of all weights; TableError: a group has two."""
-    return next(iter(check_one([o for o in optima if o.curve.is_full])), None)
+    return next(iter(check_one([o for o in optima if o.curve.is_full], *GROUP_KEYS)), None)
 
 
 def lora_of(optima: Sequence[Optimum], min_rank: int = 0) -> list[Optimum]:
@@ -216,29 +216,37 @@ def rank_of(o: Optimum) -> int:
     return int(o.curve.key["rank"]) if o.curve.key["method"] == "lora" else 0
 
 
-def check_one(optima: Sequence[Optimum]) -> Sequence[Optimum]:
-    """Return the curves; TableError if two agree in group, method, rank and being controls."""
+def check_one(optima: Sequence[Optimum], *by: str) -> Sequence[Optimum]:
+    """Return the curves; TableError if two agree in method, in being controls, and in `by`."""
     seen: dict[Any, Optimum] = {}
     for o in optima:
         c = o.curve
-        first = seen.setdefault((c.group, c.key["method"], str(c.key["rank"]), c.is_control), o)
-        if first is not o:
+        key = (c.key["method"], c.is_control, *(str(c.key.get(k)) for k in by))
+        if (first := seen.setdefault(key, o)) is not o:
             refuse(first.curve, c)
     return optima
 
 
 def check_same(curves: Iterable[LrCurve], *apart: str) -> None:
-    """Raise TableError if two curves of one method differ in other columns than `apart`."""
+    """Raise TableError if two curves of a method differ in more than `apart`; not of controls."""
     seen: dict[str, LrCurve] = {}
-    for c in curves:
+    for c in (c for c in curves if not c.is_control):
         first = seen.setdefault(c.key["method"], c)
         if any(str(v) != str(first.key[k]) for k, v in c.key.items() if k not in apart):
             refuse(first, c)
 
 
+def one_value(table: pd.DataFrame, *columns: str) -> None:
+    """Raise TableError if runs that are judged together differ in one of the columns."""
+    for key in columns:
+        if len(values := [*map(str, table[key].unique())]) > 1:
+            raise TableError(f"{key}={', '.join(values)}: only one can be judged. Ask for one.")
+
+
 def refuse(a: LrCurve, b: LrCurve) -> NoReturn:
     """Raise TableError: two curves cannot be compared as one."""
-    one, two = (", ".join(filter(None, (c.name, v))) for c, v in zip((a, b), variants([a, b])))
+    names = [c.name + " (scope=matrices)" * c.is_control for c in (a, b)]
+    one, two = (", ".join(filter(None, both)) for both in zip(names, variants([a, b])))
     elsewhere = "" if a.group == b.group else f" ({b.group})"
     raise TableError(
         f"{a.group}: {one}, and {two}{elsewhere}: only one of them can be compared. Ask for one "
@@ -359,7 +367,7 @@ class Condition:
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
         """Rank -> curve. Rank 0 is the first curve of full fine-tuning."""
-        check_one(self.optima)
+        check_one(self.optima, *GROUP_KEYS, "rank")
         full, lora = full_of(self.optima), {rank_of(o): o for o in lora_of(self.optima)}
         return lora if full is None else {0: full, **lora}
 
@@ -399,6 +407,9 @@ class TwoArms(Condition):
 
     note: str
     """A sentence about the update at which runs were cut; empty without a cut."""
+
+    def __post_init__(self) -> None:
+        check_one(self.optima, "rank")
 
     @property
     def missing(self) -> str:

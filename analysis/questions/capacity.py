@@ -18,6 +18,7 @@ from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import AT_LEAST, Estimate, exactly, from_sample, rate
 from analysis.questions import base
 from analysis.runs.curves import lr_curves
+from analysis.runs.table import TableError
 
 SYMBOLS, VALUES, ROW = 4, 16, 8
 """Symbols per value, values per symbol, facts per row (lorasweep/data/synthetic/facts.py)."""
@@ -161,6 +162,8 @@ def most(loads: Sequence[Load]) -> Estimate | None:
 def conditions(table: pd.DataFrame) -> list[Facts]:
     """Return the one condition of a model; TableError if curves of a method differ in rank, etc."""
     base.check_same(lr_curves(table), "dataset", "steps")
+    if any(json.loads(text)["dataset"]["location"] != "facts" for text in table["spec"]):
+        raise TableError("capacity counts the bits of facts: it needs dataset=facts.")
     return [Facts(f"{table['model'].iloc[0]}, facts of 16 bits", table, [], loads_of(table))]
 
 

@@ -48,7 +48,7 @@ from analysis.measures.speed import curves_at_best, log_rho, read_to, rho, stall
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.curves import Points, full_names, learning_curves, runs_of
-from analysis.runs.table import COLLAPSED_SHARE, CURVE_KEYS, TableError
+from analysis.runs.table import COLLAPSED_SHARE, CURVE_KEYS
 
 SIZES_AGREE = 0.1
 """Two arms are of equal size if their trained parameters differ by at most this share."""
@@ -133,7 +133,7 @@ class Task(base.Condition):
             found = [o for o in found if _n_layers(o) == size]
         if like and other is None:
             return []
-        base.check_one(found)
+        base.check_one(found, *["rank"] * (wanted["method"] == "lora"))
         if like == "size":
             apart = {id(o): abs(math.log(self.size(o) / self.size(other))) for o in found}
             found = [o for o in found if apart[id(o)] <= math.log(1 + SIZES_AGREE)]
@@ -567,10 +567,7 @@ def conditions(
         for name, keys in variants.items():  # a curve belongs to the first variant that it fits
             fit = [o for o in left if keys.items() <= o.curve.key.items()]
             if len(fit) > 1:
-                raise TableError(
-                    f"{g}: {len(fit)} curves are {name!r}, {dict(keys)}. Analyse one setting at a "
-                    "time."
-                )
+                base.refuse(fit[0].curve, fit[1].curve)
             for o in fit:
                 named[g][name], left = o, [other for other in left if other is not o]
     first = [o for g, mine in groups.items() for o in (base.full_of(mine), *named[g].values()) if o]

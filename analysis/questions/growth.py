@@ -30,11 +30,11 @@ class Schedules(base.Condition):
     def gaps(self) -> dict[str, dict[int, Gap]]:
         """Schedule -> updates -> the gap; cells without both methods are left out."""
         found: dict[str, dict[int, Gap]] = {CONSTANT: {}, DECAYING: {}}
-        base.check_same((o.curve for o in self.optima), "schedule", "steps")
+        base.check_same((o.curve for o in self.optima), "schedule", "steps", "warmup_steps")
         for (schedule, steps), part in self.runs.groupby(["schedule", "steps"]):
             cell = {"schedule": schedule, "steps": steps}
             optima = [o for o in self.optima if cell.items() <= o.curve.key.items()]
-            gaps = gaps_of(part, optima)
+            gaps = gaps_of(part, base.check_one(optima))
             found.setdefault(str(schedule), {}).update((int(steps), gap) for gap in gaps)
         return found
 
@@ -141,9 +141,4 @@ def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.S
     return {"regrets": regrets}, [section]
 
 
-QUESTION = base.Question(
-    ESTIMANDS,
-    base.whole(Schedules),
-    report,
-    split_by=base.TASK,
-)
+QUESTION = base.Question(ESTIMANDS, base.whole(Schedules), report, split_by=base.TASK)

@@ -103,7 +103,7 @@ class Settings(base.Condition):
         """The curves whose runs start with A random, by scaling rule."""
         of_a = [o for o in self.optima if o.curve.key["start"] == "a"]
         by = {r: [o for o in of_a if o.curve.key["scaling_by"] == r] for r in RULES}
-        return {r: list(base.check_one(found)) for r, found in by.items()}
+        return {r: list(base.check_one(found, "rank")) for r, found in by.items()}
 
     @cached_property
     def drifts(self) -> dict[str, Estimate]:
@@ -113,7 +113,8 @@ class Settings(base.Condition):
     @cached_property
     def starts(self) -> tuple[Optimum, Optimum] | None:
         """Curves of one rank that start with A, and with B, random; None if one is missing."""
-        b = next((o for o in self.optima if o.curve.key["start"] == "b"), None)
+        of_b = base.check_one([o for o in self.optima if o.curve.key["start"] == "b"])
+        b = next(iter(of_b), None)
         a = [o for o in self.rules["rank"] if b is not None and base.rank_of(o) == base.rank_of(b)]
         return (a[0], b) if a and b is not None else None
 

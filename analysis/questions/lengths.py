@@ -339,6 +339,7 @@ class Lengths(base.TwoArms):
 
 def short_conditions(table: pd.DataFrame) -> list[Lengths]:
     """Fit the optima at every step at which all runs were evaluated, and at the end."""
+    base.one_value(table, "batch_size", "steps")
     part, note = while_unsolved(table)
     last, horizons, optima = int(part["steps"].max()), [], []
     for step in [s for s in steps_seen(part) if s >= SHORTEST] + [last]:
@@ -346,7 +347,6 @@ def short_conditions(table: pd.DataFrame) -> list[Lengths]:
         full, lora = base.full_of(optima), base.lora_of(optima, MIN_RANK)
         ratio = ratio_of(lora, full) if full and lora else base.UNKNOWN
         horizons.append(Horizon(step, full, lora, ratio))
-    base.check_one(optima)
     short = next(h for h in horizons if h.step >= last / SHORT)
     ends = (short, horizons[-1])
     return [Lengths(optima[0].curve.group, part, optima, note, table, horizons, *ends)]

@@ -34,7 +34,7 @@ from analysis.inference.estimate import (
 from analysis.measures import laws
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.table import as_losses, read
+from analysis.runs.table import GROUP_KEYS, as_losses, read
 
 MIDDLE, ENDS = (0.5, 2.0), (0.2, 5.0)
 """Where the law and the linear law differ most: z in MIDDLE one way, z outside ENDS the other."""
@@ -298,6 +298,7 @@ def cells_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
 def conditions(table: pd.DataFrame, *others: pd.DataFrame) -> list[AllCells]:
     """Fit the curves of a table and of other scales' tables, and pair them."""
     optima, *elsewhere = map(base.fit, (table, *others))
+    base.check_one(base.lora_of(optima), *GROUP_KEYS, "alpha", "lr_b_ratio")
     own = cells_of(table, optima)
     cells = [*own, *(c for t, found in zip(others, elsewhere) for c in cells_of(t, found))]
     free = [c for c in cells if c.b_ratio == 1]

@@ -46,18 +46,18 @@ class Recipes(base.Condition):
         return [self.full, self.tuned]
 
     def one(self, **wanted: Any) -> Optimum | None:
-        """Return the curve with these settings, or None; TableError: several have them."""
+        """Return the curve with these settings that has the most runs; see `check_one`."""
 
         def setting(o: Optimum, k: str) -> Any:
             value = o.curve.key.get(k)
             return EVERY_LAYER if k == "layers" and value == "all" else value
 
         found = [o for o in self.main if all(setting(o, k) == v for k, v in wanted.items())]
-        return base.refuse(*(o.curve for o in found[:2])) if found[1:] else next(iter(found), None)
+        return max(base.check_one(found, "rank"), key=lambda o: len(o.curve.x), default=None)
 
     @cached_property
     def full(self) -> Optimum | None:
-        return self.one(method="fullft")
+        return base.full_of(self.main)
 
     @cached_property
     def tuned(self) -> Optimum | None:

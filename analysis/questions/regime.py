@@ -248,7 +248,7 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
 
 
 def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
-    base.check_one(optima)
+    base.check_one([o for o in optima if not o.curve.is_control], "rank")
     return {g.rank: g for g in regret.gaps_of(runs, optima)}
 
 

@@ -25,7 +25,6 @@ from analysis.measures.regret import gain_from, starts_of
 from analysis.optimum.fit import Optimum
 from analysis.questions import base, quadrature
 from analysis.runs.curves import in_words, runs_of
-from analysis.runs.table import TableError
 
 METHODS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA", "plus": "LoRA+"}
 PAIRS = [(b, a) for a, b in itertools.combinations(METHODS, 2)]
@@ -168,9 +167,7 @@ class Variants(base.Condition):
 
 def conditions(table: pd.DataFrame) -> list[Variants]:
     """Fit all curves, and sort them into cells; TableError: they cannot be judged together."""
-    for key in ("model", "steps", "batch_size"):
-        if len(values := [*map(str, table[key].unique())]) > 1:
-            raise TableError(f"variants: {key} {', '.join(values)}. Analyse one at a time.")
+    base.one_value(table, "model", "steps", "batch_size")
     optima, cells = base.fit(table), dict[str, Cell]()
     losses = dict(zip(map(id, optima), at_best.losses_at_best(optima)))
     for o in optima:
@@ -216,8 +213,4 @@ def _behind(m: str) -> base.Estimand:
 
 
 REVERSALS = base.Estimand("reversals", Variants.reversals, Variants.gates_on_reversals)
-QUESTION = base.Question(
-    [*map(_behind, [*METHODS][1:]), REVERSALS],
-    conditions,
-    report,
-)
+QUESTION = base.Question([*map(_behind, [*METHODS][1:]), REVERSALS], conditions, report)

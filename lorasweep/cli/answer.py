@@ -164,7 +164,8 @@ def check_claims(sweep: Sweep | None) -> Any:
 def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
     """Judge planned runs as if one run of each curve had ended; SpecError: they cannot be judged.
 
-    All verdicts are UNDECIDED; as many as the analysis will give.
+    All verdicts are UNDECIDED. Where the bits of the data decide which claims apply, they fit all
+    ranks.
     """
     import pandas as pd
 

@@ -607,6 +607,32 @@ def test_the_plan_corrects_for_each_verdict_of_a_primary_claim(compose):
     assert answer.outlooks(request.points, request.sweep, "tiny")
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "growth ~sweep.axes.schedule +sweep.axes.cell=[{schedule:constant},{schedule:cosine,warmup_steps:1}]",
+        "growth +sweep.arms.control={method:fullft,scope:matrices,lr:1e-3}",
+        "recipes +sweep.arms.control={method:fullft,scope:matrices,lr:1e-3}",
+        "regime +sweep.arms.control2={method:fullft,scope:matrices,layers:mlp,lr:1e-3}",
+        "rank +sweep.arms.dora={method:dora,rank:[4,8],lr:1e-3}",
+        "recipes dataset=dialect_shift",
+        "lr_ratio lora.alpha=16,32",
+        "batch_size ~sweep.arms.fullft",
+    ],
+)
+def test_what_a_question_can_judge_is_planned(compose, asked):
+    request = compose(*f"+sweep={asked}".split(), "scale=smoke")
+    found = answer.outlooks(request.points, request.sweep, "smoke")
+    assert len(found) == len(request.sweep.claims)
+
+
+def test_capacity_is_not_asked_of_rows(command, tmp_path):
+    rows = "".join(f"add 1 and {k},{k + 1}\n" for k in range(90))
+    (tmp_path / "rows.csv").write_text("prompt,completion\n" + rows)
+    plan = command("plan", "capacity", "tiny64", "rows.csv")
+    assert plan.returncode and "it needs dataset=facts" in plan.stderr, plan
+
+
 def test_alpha_may_follow_the_rank_in_variants(compose):
     arm = "{rank: %d, alpha: %d, lr: [1e-3]}"
     cells = f"sweep.arms.lora.cell=[{arm % (4, 8)},{arm % (16, 32)}]"
@@ -617,14 +643,15 @@ def test_alpha_may_follow_the_rank_in_variants(compose):
 ONE_ALPHA = ("batch_size", "capacity", "compute", "invariance", "layers", "rank", "recipes")
 ONE_ALPHA += ("regime", "rl", "short_runs")
 CUT = ("batch_size", "compute", "short_runs")
+BATCHES = "steps 256: fullft, and fullft (tiny128 on"
 
 
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ("variants +sweep.axes.batch_size=[8,16]", "batch_size 8, 16. Analyse one at a time"),
-        ("variants model=tiny64,tiny128", "model tiny64, tiny128. "),
-        ("variants sweep.axes.steps=[64,128]", "steps 64, 128. "),
+        ("variants +sweep.axes.batch_size=[8,16]", "batch_size=8, 16: only one can be judged"),
+        ("variants model=tiny64,tiny128", "model=tiny64, tiny128: "),
+        ("variants sweep.axes.steps=[64,128]", "steps=64, 128: "),
         ("variants dora.alpha=32,16", "dora r4, alpha 16, and dora r4, alpha 32: only one"),
         ("variants sweep.arms.plus.lr_b_ratio=[8,16]", "lr_b_ratio 8, and lora r4, lr_b_ratio 16"),
         (
@@ -644,6 +671,16 @@ CUT = ("batch_size", "compute", "short_runs")
         ("recipes +sweep.axes.schedule=[constant,cosine]", "schedule constant, and lora r1, sche"),
         ("lr_ratio +sweep.axes.weight_decay=[0,0.1]", "fullft, weight_decay 0, and fullft, "),
         *((f"{name} schedule=cosine", "only runs with a constant") for name in CUT),
+        *((f"{name} +sweep.axes.batch_size=[4,8]", BATCHES) for name in ("rank", "compute")),
+        ("invariance +sweep.axes.batch_size=[4,8]", "lora r1 (tiny128 on "),
+        ("short_runs +sweep.axes.batch_size=[4,8]", "batch_size=4, 8: only one can be judged"),
+        *((f"{name} sweep.axes.steps=[8,16]", "steps 16: fullft, and") for name in CUT[1:2]),
+        ("short_runs sweep.axes.steps=[8,16]", "steps=8, 16: only one can be judged"),
+        ("rl_unembedding scale=smoke sweep.arms.taught_lora.batch_size=[32,64]", "batch 64, steps"),
+        ("ties scale=smoke sweep.arms.dora.rank=[4,8]", "dora r4, and dora r8: only one"),
+        ("invariance sweep.arms.start_b.alpha=[16,32]", "alpha 16, and lora r4, alpha 32: only"),
+        ("quadrature lora.rank=4,8", "lora r4, and lora r8: only one"),
+        ("experts lora.alpha=16,32", "only one of them can be compared"),
     ],
 )
 def test_runs_that_a_question_cannot_judge_together_are_refused_before_they_are_trained(

@@ -135,7 +135,7 @@ def test_what_is_missing_or_not_shared_gets_no_verdict():
         with pytest.raises(TableError, match=f"{kind}, weight_decay 0, and {kind}, weight_decay"):
             analyse(twice, question(REQUEST))
     for key, other in (("model", "tiny64"), ("steps", 64), ("batch_size", 4)):
-        with pytest.raises(TableError, match=f"{key} .*{other}. Analyse one at a time"):
+        with pytest.raises(TableError, match=f"{key}=.*{other}: only one can be judged"):
             analyse(pd.concat([runs, runs.assign(**{key: other})]), question(REQUEST))
     _, found = answer(Methods(), one_seed)
     check(found, reversed="NOT_SHARED", dora="SUPPORTED")
