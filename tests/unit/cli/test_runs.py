@@ -643,7 +643,7 @@ def test_alpha_may_follow_the_rank_in_variants(compose):
 ONE_ALPHA = ("batch_size", "capacity", "compute", "invariance", "layers", "rank", "recipes")
 ONE_ALPHA += ("regime", "rl", "short_runs")
 CUT = ("batch_size", "compute", "short_runs")
-BATCHES = "steps 256: fullft, and fullft (tiny128 on"
+TWO_FULL = "steps 256: fullft, and fullft (tiny128 on"
 
 
 @pytest.mark.parametrize(
@@ -671,7 +671,7 @@ BATCHES = "steps 256: fullft, and fullft (tiny128 on"
         ("recipes +sweep.axes.schedule=[constant,cosine]", "schedule constant, and lora r1, sche"),
         ("lr_ratio +sweep.axes.weight_decay=[0,0.1]", "fullft, weight_decay 0, and fullft, "),
         *((f"{name} schedule=cosine", "only runs with a constant") for name in CUT),
-        *((f"{name} +sweep.axes.batch_size=[4,8]", BATCHES) for name in ("rank", "compute")),
+        *((f"{name} +sweep.axes.batch_size=[4,8]", TWO_FULL) for name in ("rank", "compute")),
         ("invariance +sweep.axes.batch_size=[4,8]", "lora r1 (tiny128 on "),
         ("short_runs +sweep.axes.batch_size=[4,8]", "batch_size=4, 8: only one can be judged"),
         *((f"{name} sweep.axes.steps=[8,16]", "steps 16: fullft, and") for name in CUT[1:2]),
