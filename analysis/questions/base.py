@@ -228,7 +228,7 @@ def check_one(optima: Sequence[Optimum], *by: str) -> Sequence[Optimum]:
 
 
 def check_same(curves: Iterable[LrCurve], *apart: str) -> None:
-    """Raise TableError if two curves of a method differ in more than `apart`; not of controls."""
+    """Raise TableError if two curves of a method differ in more than `apart`; controls may."""
     seen: dict[str, LrCurve] = {}
     for c in (c for c in curves if not c.is_control):
         first = seen.setdefault(c.key["method"], c)
@@ -366,7 +366,7 @@ class Condition:
 
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
-        """Rank -> curve. Rank 0 is the first curve of full fine-tuning."""
+        """Rank -> curve; 0: full fine-tuning, of several groups the first. See `check_one`."""
         check_one(self.optima, *GROUP_KEYS, "rank")
         full, lora = full_of(self.optima), {rank_of(o): o for o in lora_of(self.optima)}
         return lora if full is None else {0: full, **lora}

@@ -74,11 +74,11 @@ class Recipes(base.Condition):
         one, rank = self.one, float(self.tuned.curve.key["rank"])
         of_full = at_best.best_and_draws(self.full, 1)
         of_tuned = at_best.best_and_draws(self.tuned, 0)
-        every = {"method": "lora", "schedule": "constant", "layers": EVERY_LAYER}
-        attention = one(**{**every, "layers": "attention"})
+        every = {"layers": EVERY_LAYER, "schedule": "constant"}
+        attention = one(method="lora", layers="attention", schedule="constant")
         arms: dict[str, tuple[Optimum | None, list[float]]] = {
             "attention_at_full_lr": (attention, of_full),
-            "alpha_twice_rank": (one(**every, alpha=2 * rank), of_tuned),
+            "alpha_twice_rank": (one(method="lora", alpha=2 * rank, **every), of_tuned),
             "default_rate": (one(method="lora", layers="attention+mlp"), [2e-4]),
             "original": (one(method="lora", schedule="linear"), [2e-4]),
             "ten_times": (self.tuned, [10 * lr for lr in of_full]),

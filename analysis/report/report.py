@@ -332,8 +332,9 @@ def law_rows(optima: Sequence[Optimum], table: pd.DataFrame) -> list[list[str]]:
     groups, found = by_group(optima), []
     for o, name in zip(optima, full_names([o.curve for o in optima])):
         key, at = o.curve.key, o.curve.key.get("schedule")
-        same = [v for v in groups[o.curve.group] if v.curve.key.get("schedule") == at]
-        full = of[0] if len(of := [v for v in same if v.curve.is_full]) == 1 else None
+        of = [v for v in groups[o.curve.group] if v.curve.is_full]
+        of = [v for v in of if v.curve.key.get("schedule") == at]
+        full = of[0] if len(of) == 1 else None
         width, steps, best = hidden.get(key["model"]), key.get("steps"), full and full.best_lr.value
         if key["method"] == "lora" and best and o.best_lr.value and width and steps:
             by_law = float(laws.ratio(width, laws.alpha_of(key), steps, best))

@@ -164,8 +164,8 @@ def check_claims(sweep: Sweep | None) -> Any:
 def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
     """Judge planned runs as if one run of each curve had ended; SpecError: they cannot be judged.
 
-    All verdicts are UNDECIDED. Where the bits of the data decide which claims apply, they fit all
-    ranks.
+    All verdicts are UNDECIDED. Claims on data that fit an adapter are counted, others not: the bits
+    of the data are assumed to fit every rank.
     """
     import pandas as pd
 
