@@ -248,10 +248,8 @@ def refuse(a: LrCurve, b: LrCurve) -> NoReturn:
     names = [c.name + " (scope=matrices)" * c.is_control for c in (a, b)]
     one, two = (", ".join(filter(None, both)) for both in zip(names, variants([a, b])))
     elsewhere = "" if a.group == b.group else f" ({b.group})"
-    raise TableError(
-        f"{a.group}: {one}, and {two}{elsewhere}: only one of them can be compared. Ask for one "
-        "value at a time."
-    )
+    text = "only one of them can be compared. Ask for one value at a time."
+    raise TableError(f"{a.group}: {one}, and {two}{elsewhere}: {text}")
 
 
 def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
@@ -409,6 +407,7 @@ class TwoArms(Condition):
     """A sentence about the update at which runs were cut; empty without a cut."""
 
     def __post_init__(self) -> None:
+        one_value(self.runs, "batch_size", "steps")
         check_one(self.optima, "rank")
 
     @property

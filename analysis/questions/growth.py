@@ -30,6 +30,7 @@ class Schedules(base.Condition):
     def gaps(self) -> dict[str, dict[int, Gap]]:
         """Schedule -> updates -> the gap; cells without both methods are left out."""
         found: dict[str, dict[int, Gap]] = {CONSTANT: {}, DECAYING: {}}
+        base.one_value(self.runs, "batch_size")
         base.check_same((o.curve for o in self.optima), "schedule", "steps", "warmup_steps")
         for (schedule, steps), part in self.runs.groupby(["schedule", "steps"]):
             cell = {"schedule": schedule, "steps": steps}

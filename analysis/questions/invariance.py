@@ -113,7 +113,7 @@ class Settings(base.Condition):
     @cached_property
     def starts(self) -> tuple[Optimum, Optimum] | None:
         """Curves of one rank that start with A, and with B, random; None if one is missing."""
-        of_b = base.check_one([o for o in self.optima if o.curve.key["start"] == "b"])
+        of_b = base.check_one([o for o in self.optima if o.curve.key["start"] == "b"], "rank")
         b = next(iter(of_b), None)
         a = [o for o in self.rules["rank"] if b is not None and base.rank_of(o) == base.rank_of(b)]
         return (a[0], b) if a and b is not None else None

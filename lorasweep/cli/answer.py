@@ -164,8 +164,7 @@ def check_claims(sweep: Sweep | None) -> Any:
 def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
     """Judge planned runs as if one run of each curve had ended; SpecError: they cannot be judged.
 
-    All verdicts are UNDECIDED. Claims on data that fit an adapter are counted, others not: the bits
-    of the data are assumed to fit every rank.
+    Data are assumed to fit every rank, so claims on data that do not are not counted.
     """
     import pandas as pd
 
@@ -175,17 +174,18 @@ def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
     ended = {"state": "done", "test_nll": 1.0, "nll_start": 2.0}
     ended |= {"bits_generator": 0.1}  # the new bits of generated data, as if they fit every rank
     for p in {curve_key(p)[1]: p for p in points}.values():
-        at = {1, math.ceil(p.spec.steps / 2), p.spec.steps}
+        at = {1, min(64, p.spec.steps), math.ceil(p.spec.steps / 2), p.spec.steps}
         curve = [{"step": step, "test_nll": 1.0, "test_nll_curve": 1.0} for step in sorted(at)]
         ended |= {"run_id": p.id, "curve": curve}
         ended |= {"n_trainable": p.spec.method.n_trainable(p.spec.model)}
         rows.append(table_row(json.loads(p.spec.canonical), ended))
     try:
-        parts = asked.parts(pd.DataFrame(rows))
-        return asked.judge([c for part in parts.values() for c in part], dataclasses.asdict(sweep))
+        found = asked.analyse(pd.DataFrame(rows), dataclasses.asdict(sweep))
+        if found.verdicts and not found.members:
+            raise TableError(found.verdicts[0].why)
+        return found.verdicts
     except TableError as error:
-        said = f"{sweep.analysis} cannot judge these runs together: {error}"
-        raise SpecError(said) from None
+        raise SpecError(f"{sweep.analysis} cannot judge these runs together: {error}") from None
 
 
 def refuse_claims(request: Request) -> None:
