@@ -78,7 +78,8 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
         return [_make(o, math.log(lr), seeds, why) for lr in lrs]
     if (have := seeds_at_best(o)) < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
-    return _more_seeds(o, MIN_SEEDS, "curve too flat for its noise") if "flat" in o.flags else []
+    flat = "the LR curve is too flat for its noise"
+    return _more_seeds(o, MIN_SEEDS, flat) if "flat" in o.flags else []
 
 
 def missing_lrs(o: Optimum) -> tuple[list[float], str]:
@@ -107,11 +108,8 @@ def missing_lrs(o: Optimum) -> tuple[list[float], str]:
 
 
 def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
-    """Suggest n seeds around the optimum: first those that only some of the learning rates have."""
-    around, fresh = _around(o), int(o.curve.seed.max()) + 1 + np.arange(n)
-    tried = [set(o.curve.seed[np.abs(o.curve.x - x) < 2e-3]) for x in around]
-    seeds = [*sorted(set.union(*tried) - set.intersection(*tried)), *fresh][:n]
-    return [_make(o, x, seeds, why) for x in around]
+    fresh = int(o.curve.seed.max()) + 1 + np.arange(n)
+    return [_make(o, v, fresh, why) for v in _around(o)]
 
 
 def _around(o: Optimum) -> np.ndarray:
@@ -134,4 +132,5 @@ def rows(suggestions: Sequence[Suggestion]) -> list[list[str]]:
 
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
     """Format suggestions as lines of text, which say in what curves differ."""
-    return ["{1} ({0}): lr {2}, seeds {3}: {4}".format(*row) for row in rows(suggestions)]
+    text = "{1} ({0}): lr {2}, seeds {3}: {4}"
+    return [text.format(*row) for row in rows(suggestions)]

@@ -71,7 +71,7 @@ class Data(base.Condition):
 
     @property
     def missing(self) -> str:
-        return "" if self.last else "lora" if self.optima else "fullft"
+        return "" if self.last else "lora" if base.full_of(self.optima) else "fullft"
 
     @property
     def shown(self) -> bool:
