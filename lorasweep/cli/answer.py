@@ -181,8 +181,8 @@ def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
         rows.append(table_row(json.loads(p.spec.canonical), ended))
     try:
         found = asked.analyse(pd.DataFrame(rows), dataclasses.asdict(sweep))
-        lacking = [{"MISSING", "NO_CELL"} & {g.code.name for g in v.gates} for v in found.verdicts]
-        if lacking and all(lacking):
+        gates = [{(g.code.name, g.place) for g in v.gates} for v in found.verdicts]
+        if gates and (not found.members or all(("MISSING", "") in of for of in gates)):
             raise TableError(found.verdicts[0].why)
         return found.verdicts
     except TableError as error:
