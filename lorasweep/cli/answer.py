@@ -171,13 +171,13 @@ def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
     from analysis.runs.table import TableError
 
     asked, rows = check_claims(sweep), []
-    ended = {"state": "done", "test_nll": 1.0, "nll_start": 2.0}
-    ended |= {"bits_generator": 0.1}  # the new bits of generated data, as if they fit every rank
+    ended = {"state": "done", "test_nll": 1.0, "nll_start": 2.0, "bits_generator": 0.1}
     for p in {curve_key(p)[1]: p for p in points}.values():
         at = {1, min(64, p.spec.steps), math.ceil(p.spec.steps / 2), p.spec.steps}
         curve = [{"step": step, "test_nll": 1.0, "test_nll_curve": 1.0} for step in sorted(at)]
-        ended |= {"run_id": p.id, "curve": curve}
-        ended |= {"n_trainable": p.spec.method.n_trainable(p.spec.model)}
+        retained = 2.0 if p.spec.dataset.n_retain else None
+        ended |= {"curve": curve, "retain_nll": retained, "retain_start": retained}
+        ended |= {"run_id": p.id, "n_trainable": p.spec.method.n_trainable(p.spec.model)}
         rows.append(table_row(json.loads(p.spec.canonical), ended))
     try:
         found = asked.analyse(pd.DataFrame(rows), dataclasses.asdict(sweep))
