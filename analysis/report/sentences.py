@@ -135,7 +135,9 @@ def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str
     n = f"{'at least ' * (AT_LEAST in e.flags)}{write(to(e.value))}{unit}"
     n += f" [{', '.join(write(to(v)) for v in e.interval)}]" if e.low != e.high else ""
     of, over = _arm(said.get("of", {})), _arm(said.get("over", "full"))
-    words = {"times": said.get("times"), "measure": r.asked.get("measure") or r.quantity}
+    times = said.get("times")
+    times = "The law's ratio" if isinstance(times, Mapping) else f"{times}"
+    words = {"times": times, "measure": r.asked.get("measure") or r.quantity}
     at = f", on the task where this is {own['worst']}imal" if "worst" in own else ""
     return entry["says"].format(n=n, of=of, over=over, **words) + at, margin
 

@@ -72,6 +72,8 @@ SPEED = {"measure": "speed", "of": {"rank": "top"}, "over": "full"}
         ({"measure": "sped"}, r"estimands.a: unknown measure 'sped'. Use one of: speed, "),
         ({"over": "fullft"}, r"estimands.a.over: unknown arm 'fullft'. Use one of: full, control"),
         ({"of": {"layer": "mlp"}}, r"estimands.a.of: unknown setting 'layer'"),
+        ({"measure": "cost_at"}, r"estimands.a.times: None. Write a number, or law: \[g, k\]"),
+        ({"times": {"law": 0.9}}, r"estimands.a.times: {'law': 0.9}"),
         ({"marge": 1}, r"estimands.a: unknown key 'marge'"),
         ({"every_task": "b", "worst": "max"}, r"estimands.a: unknown"),
         (None, r"lr_ratio measures lr_ratio, .* not 'rho'"),  # a claim about an unknown estimand
