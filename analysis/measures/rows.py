@@ -221,6 +221,9 @@ class _Maker:
             e = estimate_of(r["regret_percent"])
             name = f"lora r{r['rank']}" + (f", {r['schedule']}" if "schedule" in r else "")
             yield self.row(whole, "regret_percent", e, arm=name, **place)
+            if r.get("since"):
+                e, place["at"] = estimate_of(r["growth_percent"]), f"since {r['since']} updates"
+                yield self.row(whole, "regret_growth_percent", e, arm=name, **place)
         for quantity in ("batch_effect", "batch_effect_at_equal_examples"):
             for rank, plain in (self.results.get(quantity) or {}).items():
                 arm = {"arm": f"lora r{rank}", "rank": int(rank)}

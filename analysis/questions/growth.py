@@ -62,9 +62,10 @@ class Schedules(base.Condition):
         """Return the gap under a decaying rate minus that at a constant one, by seed."""
         return self.percent(steps, DECAYING).minus(self.percent(steps, CONSTANT).reordered())
 
-    def growth(self, of: Any) -> Estimate:
-        """Return the change of a gap, `of` updates, from the fewest to the most, in points."""
-        return _minus(over_seeds(of(self.ends[1])), over_seeds(of(self.ends[0])))
+    def growth(self, of: Any, between: tuple[int, int] | None = None) -> Estimate:
+        """Return the change of a gap, `of` updates, in points; from the fewest to the most."""
+        first, last = between or self.ends
+        return _minus(over_seeds(of(last)), over_seeds(of(first)))
 
     def gates(self, schedules: Sequence[str], lengths: Sequence[int]) -> list[Gate]:
         """List the gates of the gaps of these schedules and lengths."""
@@ -120,22 +121,29 @@ ESTIMANDS = [
 def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.Section]]:
     """Return the gaps by schedule and length, as a table and a figure."""
     percent = {s: {n: of[n].percent() for n in sorted(of)} for s, of in c.gaps.items() if of}
+    # Growth may be the loss of an early lead alone, so it is measured from length to length, too.
+    since = {(s, b): a for s, of in percent.items() for a, b in itertools.pairwise(of)}
+    at = {k: functools.partial(c.percent, schedule=k[0]) for k in since}
+    grown = {k: c.growth(at[k], (first, k[1])) for k, first in since.items()}
     rows = [
         [s, n, *map(base.best_lr, (g.full, g.lora)), ratio_of([g.lora], g.full), percent[s][n]]
+        + [grown.get((s, n))]
         for s, of in c.gaps.items()
         for n, g in sorted(of.items())
     ]
     head = (
         "schedule | updates | FullFT's best LR [95%] | LoRA's [95%] | ratio [95%] | "
-        "regret, % of the gain [95%]"
+        "regret, % of the gain [95%] | growth since the length above [95%]"
     )
     panel = base.panel_over("updates", in_words(c.name), "regret, % of the gain", percent)
     figure = ("growth.png", [panel], "LoRA's regret over the updates, by schedule")
     section = base.Section.of("Growth of the gap", head, rows, (), *figure)
+    level = base.level_of(asked)
     regrets = [
         {"schedule": s, "updates": n, "rank": g.rank}
         | {"batch_size": g.lora.curve.key.get("batch_size")}
-        | {"regret_percent": at_level(percent[s][n], base.level_of(asked))}
+        | {"regret_percent": at_level(percent[s][n], level), "since": since.get((s, n))}
+        | {"growth_percent": at_level(e, level) if (e := grown.get((s, n))) else None}
         for s, of in c.gaps.items()
         for n, g in sorted(of.items())
     ]

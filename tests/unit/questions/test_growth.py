@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from analysis.measures.rows import pick, rows_of
 from analysis.questions import base
 from analysis.questions.growth import BOTH, Schedules
 from analysis.runs.table import TableError
@@ -40,8 +41,8 @@ class Noisy(Behind):
         return super().loss(spec, step) + own
 
 
-def specs(schedules=("constant", "cosine"), seeds=range(6), rank=4):
-    cells = [(s, n) for s in schedules for n in (8, 64)]
+def specs(schedules=("constant", "cosine"), seeds=range(6), rank=4, lengths=(8, 64)):
+    cells = [(s, n) for s in schedules for n in lengths]
     arms = ((FullFT(), FULL), (LoRA(rank=rank), LORA))
     more = [functools.partial(runs, smoke(), schedule=s, steps=n) for s, n in cells]
     return [spec for run in more for m, lr in arms for spec in run(m, around(lr, 5), seeds)]
@@ -54,6 +55,19 @@ def test_growth_by_schedule_is_measured_in_percent_of_the_gain():
     assert found["grows"]["estimate"]["value"] == pytest.approx(4, abs=0.3)
     check(found, none_at_end="SUPPORTED")
     assert "| cosine | 64 |" in out["page"]
+
+
+def test_growth_is_measured_from_length_to_length_so_that_a_lost_lead_is_told_from_later_losses():
+    lead = {(s, n): v for s in BOTH for n, v in ((8, -0.05), (16, 0.0), (64, 0.01))}
+    out, _ = ask("growth", Behind(lead), specs(lengths=(8, 16, 64)))
+    every = rows_of(out, {"claims": {}}, planted_table(Behind(lead), specs()))
+    found = {(r.arm, r.updates, r.at): r.estimate for r in pick(every, "regret_growth_percent")}
+    wanted = {(16, "since 8 updates"): 5, (64, "since 16 updates"): 1}
+    assert {k: pytest.approx(e.value, abs=0.3) for k, e in found.items()} == {
+        (f"lora r4, {s}", *k): v for s in BOTH for k, v in wanted.items()
+    }
+    last = next(line for line in out["page"].splitlines() if line.startswith("| cosine | 16 |"))
+    assert "growth since the length above" in out["page"] and last.split(" | ")[-1][0] in "45"
 
 
 def test_a_smaller_growth_under_a_decaying_rate_refutes_that_it_is_the_same():
