@@ -192,6 +192,18 @@ def test_the_tree_names_every_room():
         assert (ROOT / path).exists(), path
 
 
+def test_the_front_page_shows_a_search_whole_with_what_is_not_decided():
+    """Without the last two lines of the answer a choice looks settled that is not."""
+    front, page = (
+        re.search(r"```text\n(Use .*?)```", (ROOT / name).read_text(), re.DOTALL)[1]
+        for name in ("README.md", "docs/search.md")
+    )
+    assert front == page and re.findall(r"^(LoRA at rank|open:)", front, re.M) == [
+        "LoRA at rank",
+        "open:",
+    ]
+
+
 def test_front_pages_are_short_and_all_pages_of_results_are_of_the_kept_results():
     today = study_page.pages(answers.read_answers([KEPT]), KEPT / "README.md", kept=True)
     del today[study_page.TABLE]  # see test_freshness
