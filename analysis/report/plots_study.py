@@ -1,4 +1,4 @@
-"""Figures of the page over all answers: regret and claims; and the speed of each rank.
+"""Figures of the page over all answers: regret and claims; and what is measured for it alone.
 
 Each figure's values are computed from the answers' rows and runs by the function before it.
 """
@@ -13,8 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from analysis.inference.decide import FAR, Verdict, scale_of
 from analysis.inference.estimate import AT_LEAST, Estimate, with_interval
+from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import ALLOWED, novelty_of
 from analysis.measures.rows import Row, Setting, pick
 from analysis.measures.speed import EARLIEST, curves_at_best, rho
@@ -22,7 +25,7 @@ from analysis.optimum.fit import WITHIN, fit_all
 from analysis.questions.base import full_of, lora_of, rank_of
 from analysis.report.plots import COLOURS, LEGEND, MARKERS, drawn
 from analysis.report.study.answers import Answer, where, within
-from analysis.runs.curves import at_step, by_run, lr_curves, on_curve_rows
+from analysis.runs.curves import at_step, by_run, lr_curves, on_curve_rows, runs_of
 
 MARGIN = COLOURS[3]
 DASHES = {Setting.IN_REGIME: "-", Setting.BEYOND: "--", Setting.REAL: ":"}
@@ -251,4 +254,39 @@ def speed_rows(answers: Sequence[Answer]) -> list[Row]:
             rise = 100 * (times ** (1 / math.log2((high.rank or 1) / (low.rank or 1))) - 1)
             found.append(replace(high, quantity="speed_rise", estimate=Estimate(rise)))
         rows += found
+    return rows
+
+
+# ---------------------------------------------------------------- one ratio from several answers
+
+
+def joined_rows(answers: Sequence[Answer]) -> list[Row]:
+    """Measure each ratio of best learning rates that several answers on a real model have.
+
+    The rule, written before it was applied: the runs of all answers are joined, each run once, and
+    fitted as one table, so that runs which differ in learning rate and seed alone are one curve. No
+    run is left out. A ratio counts if LoRA's runs are of two or more answers without a common seed.
+    The rows are exploratory, and no claim is about them.
+    """
+    mine = [a for a in answers if any(r.setting == Setting.REAL for r in a.rows)]
+    tables = [a.runs[a.runs["objective"] == "sft"] for a in mine]
+    if not sum(map(len, tables)):
+        return []
+    runs = pd.concat(tables, ignore_index=True).drop_duplicates("run_id").reset_index(drop=True)
+    rows, optima = [], fit_all(lr_curves(runs))
+    for o in lora_of(optima):
+        full = full_of([f for f in optima if f.curve.group == o.curve.group])
+        seeds = [{*runs_of(t, o.curve)["seed"]} for t in tables]
+        have = [k for k, s in enumerate(seeds) if s]
+        apart = any(not seeds[a] & seeds[b] for a, b in itertools.combinations(have, 2))
+        if full is None or not apart:
+            continue
+        one = next(r for r in mine[have[0]].rows if r.task == o.curve.group)
+        place = {"arm": o.curve.name, "rank": rank_of(o), "alpha": o.curve.key["alpha"]}
+        one = replace(one, **place, at="", verdict=None, asked={})
+        rows.append(replace(one, quantity="lr_ratio, joined", estimate=ratio_of([o], full)))
+        gain = full.curve.nll_start - (full.best_nll or math.nan)
+        lost = o.regret(10 * (full.best_lr.value or math.nan))
+        e = Estimate(None if lost is None else 100 * lost / gain)
+        rows.append(replace(one, quantity="% of the gain lost at 10 x, joined", estimate=e))
     return rows

@@ -61,6 +61,7 @@ BASES = Path(__file__).with_name("bases.yaml")
 def rows_of(answers: Sequence[Answer]) -> list[Row]:
     """Return the rows of the answers, and those that only the pages measure."""
     rows = [*(r for a in answers for r in a.rows), *plots_study.speed_rows(answers)]
+    rows += plots_study.joined_rows(answers)
     return sorted(rows, key=lambda r: (r.sweep, r.scale))
 
 
