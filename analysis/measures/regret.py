@@ -309,5 +309,5 @@ def change_of_needed(
     first: AtBest[float], last: AtBest[float], doublings: float
 ) -> AtBest[float] | None:
     """Return the change of log2(needed rank) per doubling of updates; None if a seed has none."""
-    change = last.paired(first, lambda b, a: (b - a) / doublings)
+    change = last.paired(first.reordered(), lambda b, a: (b - a) / doublings)
     return change if is_finite(change) else None

@@ -232,6 +232,9 @@ class _Maker:
         for key, quantity in rules.items():
             for arm, plain in (self.results.get(key) or {}).items():
                 yield self.row(whole, quantity, estimate_of(plain), arm=arm)
+        for d in self.results.get("direct") or ():
+            place, e = self._at(d["of"], d["group"]), estimate_of(d["speed"])
+            yield self.row(d["group"], f"{d['of']}, counted directly", e, **place)
         for c in self.cells("law"):
             place = {"alpha": c["alpha"], "updates": c["steps"]}
             name = "measured_over_law" if c["b_ratio"] == 1 else "measured_over_law, A frozen"
@@ -259,19 +262,12 @@ class _Maker:
         if len(arms) < 2 <= len({int(c["rank"]) for c in lora}):  # ranks of one layer set
             arms = {}
         ranks = sorted({int(v) for k in known if (v := k.get("rank")) == v is not None})
-        if "rank_1" in quantity and "over" not in quantity:
-            ranks = [r for r in ranks if r == 1]
-        elif "top" in quantity:
-            ranks = ranks[-1:]
         ranks = sorted(set(arms.values())) or ranks
+        of = [c["about"].get(quantity) for c in self.cells("about") if c["cell"] == task]
+        ranks = [rank for rank in of if rank] or ranks
+        if compared and not lora:
+            ranks, said = [], said or "full fine-tuning"
         lengths = {self.updates[task]} if task in self.updates else {int(k["steps"]) for k in known}
-        if share := re.fullmatch(r"rank of ([\d.]+) of the width", said):
-            mine = self.runs["model"].isin(_parts(task, self.bases)[0])
-            most = float(share[1]) * self.runs[mine]["hidden_size"].max()
-            cells = (c["ranks"] for c in self.cells("ranks") if c["cell"] == task)
-            of = [r["rank"] for cell in cells for r in cell] or [most]  # the ranks that were tried
-            ranks = [round(min((r for r in of if r >= most), default=max(of)))]
-            said = f"rank {ranks[0]}"
         if len(ranks) > 1 and arms:
             said = " and ".join(f"{arm} at rank {r}" for arm, r in arms.items())
         rank = ranks[0] if len(ranks) == 1 else None

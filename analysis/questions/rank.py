@@ -220,7 +220,8 @@ def report(asked: base.Asked, c: Ranks) -> tuple[dict[str, Any], list[base.Secti
         r: [None if math.isinf(v.high) else v.high for v in d.best.values()]
         for r, d in c.departures.items()
     }
-    return {"departures": steps}, [behind, base.Section.of("The start", head, rows, [lr])]
+    found = {"departures": steps, "cells": [{"cell": c.name, "about": {"rho_top_rank": c.top}}]}
+    return found, [behind, base.Section.of("The start", head, rows, [lr])]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=base.TASK)

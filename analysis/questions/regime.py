@@ -284,7 +284,6 @@ ESTIMANDS = [
         lambda c: c.gap,
         applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
         gates=Data.gates_at_eighth,
-        read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
     ),
     _regret(
         lambda c: c.is_new and not c.is_low,
@@ -407,6 +406,8 @@ def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.S
         "whose next-symbol probabilities are new (changed), and of the others."
     ]
     growth = []
+    at_eighth = "gap_low gap_nothing unchanged_minus_changed over_allowed_low over_allowed_beyond "
+    at_eighth += "over_allowed_real"
     for c in found:
         name, steps, ranks = c.name, int(c.of("steps")), []
         for r, g in c.last.items():
@@ -437,6 +438,11 @@ def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.S
                 "cell": name,
                 "batch_size": int(c.of("batch_size")),
                 "updates": steps,
+                "about": {
+                    **dict.fromkeys(at_eighth.split(), c.eighth),
+                    "over_allowed_fitting": c.fitting,
+                    "over_allowed_overfull": c.overfull,
+                },
                 "bits": c.bits,
                 "rank_interpolated": rank,
                 "loads_needed": loads_needed,
@@ -458,7 +464,10 @@ def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.S
         "gaps are on the same held-out rows."
     ]
     head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
-    return {"cells": cells}, [over_rank, base.Section.of("Speed or capacity", head, growth, text)]
+    return {"cells": cells}, [
+        over_rank,
+        base.Section.of("Speed or capacity", head, growth, text),
+    ]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, report)
