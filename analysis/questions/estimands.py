@@ -667,7 +667,8 @@ def against_full(t: Task) -> list[tuple[Optimum, str, Estimate, dict[str, float 
 def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.Section]]:
     """Return the arms' comparisons, and a table of every task.
 
-    `compared`: the curves that each estimand compares; `ratios`: every arm's ratio of learning
+    `compared`: the curves that each estimand compares; `direct`: where that is a ratio of speeds,
+    the second arm's updates over the first's to one loss; `ratios`: every arm's ratio of learning
     rates. A curve is an index of the analysis' optima; a ratio over several ranks has none.
     """
     place = {id(o): k for k, o in enumerate(base.distinct(o for t in tasks for o in t.optima))}
@@ -716,7 +717,13 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
         for t in tasks
     }
     found = pooled and {"ratio": pooled[0], "spread": pooled[1]}
-    return {"ratios": ratios, "compared": compared, "pooled": found}, out
+    direct = [
+        {"group": t.name, "of": e, "speed": rho(t.points()[id(p.one)], t.points()[id(p.over)])}
+        for t in tasks
+        for e, p in t.pairs.items()
+        if t.estimands[e]["measure"] == "speed" and p.over is not t.whole
+    ]
+    return {"ratios": ratios, "compared": compared, "pooled": found, "direct": direct}, out
 
 
 # ---------------------------------------------------------------- rewards

@@ -1,4 +1,4 @@
-"""Figures of the page over all answers: regret and claims; and what is measured for it alone.
+"""Figures of the page over all answers: regret and claims; and rows that it alone has.
 
 Each figure's values are computed from the answers' rows and runs by the function before it.
 """
@@ -25,7 +25,7 @@ from analysis.optimum.fit import WITHIN, fit_all
 from analysis.questions.base import full_of, lora_of, rank_of
 from analysis.report.plots import COLOURS, LEGEND, MARKERS, drawn
 from analysis.report.study.answers import Answer, where, within
-from analysis.runs.curves import at_step, by_run, lr_curves, on_curve_rows, runs_of
+from analysis.runs.curves import at_step, by_run, lr_curves, on_curve_rows
 
 MARGIN = COLOURS[3]
 DASHES = {Setting.IN_REGIME: "-", Setting.BEYOND: "--", Setting.REAL: ":"}
@@ -216,7 +216,7 @@ def forest(rows: Sequence[Placed], path: Path, inputs: str = "") -> None:
         )
 
 
-# ---------------------------------------------------------------- speed of each rank
+# ---------------------------------------------------------------- measured for the page alone
 
 
 def speed_rows(answers: Sequence[Answer]) -> list[Row]:
@@ -257,36 +257,23 @@ def speed_rows(answers: Sequence[Answer]) -> list[Row]:
     return rows
 
 
-# ---------------------------------------------------------------- one ratio from several answers
-
-
 def joined_rows(answers: Sequence[Answer]) -> list[Row]:
-    """Measure each ratio of best learning rates that several answers on a real model have.
+    """Measure the ratio of `lr_ratio` on a real model from the runs of all kept answers.
 
-    The rule, written before it was applied: the runs of all answers are joined, each run once, and
-    fitted as one table, so that runs which differ in learning rate and seed alone are one curve. No
-    run is left out. A ratio counts if LoRA's runs are of two or more answers without a common seed.
-    The rows are exploratory, and no claim is about them.
+    The rule, written before it was applied: join them, each run once, and fit them as one table, in
+    which runs that differ in learning rate and seed alone are one curve. No run is left out. The
+    arms are those with the most runs.
     """
-    mine = [a for a in answers if any(r.setting == Setting.REAL for r in a.rows)]
-    tables = [a.runs[a.runs["objective"] == "sft"] for a in mine]
-    if not sum(map(len, tables)):
+    kept = Path(__file__).resolve().parents[1] / "results"
+    mine = [a for a in answers if a.folder.resolve().parent == kept and "objective" not in a.runs]
+    rows = (r for a in mine for r in pick(a.rows, "lr_ratio", setting=Setting.REAL))
+    if (one := next(rows, None)) is None:
         return []
-    runs = pd.concat(tables, ignore_index=True).drop_duplicates("run_id").reset_index(drop=True)
-    rows, optima = [], fit_all(lr_curves(runs))
-    for o in lora_of(optima):
-        full = full_of([f for f in optima if f.curve.group == o.curve.group])
-        seeds = [{*runs_of(t, o.curve)["seed"]} for t in tables]
-        have = [k for k, s in enumerate(seeds) if s]
-        apart = any(not seeds[a] & seeds[b] for a, b in itertools.combinations(have, 2))
-        if full is None or not apart:
-            continue
-        one = next(r for r in mine[have[0]].rows if r.task == o.curve.group)
-        place = {"arm": o.curve.name, "rank": rank_of(o), "alpha": o.curve.key["alpha"]}
-        one = replace(one, **place, at="", verdict=None, asked={})
-        rows.append(replace(one, quantity="lr_ratio, joined", estimate=ratio_of([o], full)))
-        gain = full.curve.nll_start - (full.best_nll or math.nan)
-        lost = o.regret(10 * (full.best_lr.value or math.nan))
-        e = Estimate(None if lost is None else 100 * lost / gain)
-        rows.append(replace(one, quantity="% of the gain lost at 10 x, joined", estimate=e))
-    return rows
+    runs = pd.concat([a.runs[a.runs["model"] == one.base] for a in mine], ignore_index=True)
+    fits = fit_all(lr_curves(runs.drop_duplicates("run_id").reset_index(drop=True)))
+    fits = sorted((o for o in fits if o.curve.group == one.task), key=lambda o: o.best_lr.n)
+    full, lora = next(o for o in fits[::-1] if o.curve.is_full), lora_of(fits)[-1]
+    gain = full.curve.nll_start - (full.best_nll or math.nan)
+    cost = 100 * (lora.regret(10 * (full.best_lr.value or math.nan)) or math.nan) / gain
+    found = {"lr_ratio": ratio_of([lora], full), "% lost at ten times": Estimate(cost)}
+    return [replace(one, quantity=f"{k}, all runs", estimate=e) for k, e in found.items()]

@@ -120,6 +120,7 @@ def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str
     own, gain, e = declared.get(r.quantity, {}), _gain(found, r.task), r.estimate
     said = declared.get(own.get("every_task"), own)
     kind = said.get("measure", "" if own else r.quantity)
+    kind = "speed of two arms" if kind == "speed" and said.get("over") != "full" else kind
     if kind.startswith("over_allowed") and not (gain and gain > 0):
         kind = "over_allowed in nats"
     key = max((k for k in QUANTITIES if kind.startswith(k)), key=len, default="")
