@@ -262,11 +262,10 @@ class _Maker:
         if len(arms) < 2 <= len({int(c["rank"]) for c in lora}):  # ranks of one layer set
             arms = {}
         ranks = sorted({int(v) for k in known if (v := k.get("rank")) == v is not None})
-        ranks = sorted(set(arms.values())) or ranks
+        ranks = sorted(set(arms.values())) or (ranks if lora or not compared else [])
         of = [c["about"].get(quantity) for c in self.cells("about") if c["cell"] == task]
         ranks = [rank for rank in of if rank] or ranks
-        if compared and not lora:
-            ranks, said = [], said or "full fine-tuning"
+        said = said or "full fine-tuning" * (bool(compared) and not lora)
         lengths = {self.updates[task]} if task in self.updates else {int(k["steps"]) for k in known}
         if len(ranks) > 1 and arms:
             said = " and ".join(f"{arm} at rank {r}" for arm, r in arms.items())

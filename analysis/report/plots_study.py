@@ -260,8 +260,8 @@ def speed_rows(answers: Sequence[Answer]) -> list[Row]:
 def joined_rows(answers: Sequence[Answer]) -> list[Row]:
     """Measure the ratio of `lr_ratio` on a real model from the runs of all kept answers.
 
-    The rule, written before it was applied: all are fitted as one table, each run once, so runs that
-    differ in learning rate and seed alone are one curve. The arms are those with the most runs.
+    The rule, written before it was applied: fit all as one table, each run once, so that runs
+    which differ in learning rate and seed alone are one curve. The arms have the most runs.
     """
     kept = Path(__file__).resolve().parents[1] / "results"
     mine = [a for a in answers if a.folder.resolve().parent == kept and "objective" not in a.runs]
