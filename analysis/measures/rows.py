@@ -256,13 +256,14 @@ class _Maker:
         # The curves of a task, which may name less than a group, more, or several.
         tasks = [f"{p.partition(';')[0]}, " for p in task.split(" and ")]
         known = [c.key for _, c in self.curves if f"{c.group}, ".startswith(tuple(tasks))]
-        compared = (self.results.get("compared") or {}).get(task, {}).get(quantity, ())
+        every = (self.results.get("compared") or {}).get(task)  # without estimands that lack an arm
+        compared = (every or {}).get(quantity, ())
         lora = [c for c in (self.results["curves"][k] for k in compared) if c["method"] == "lora"]
         arms = {c["layers"]: int(c["rank"]) for c in lora}
         if len(arms) < 2 <= len({int(c["rank"]) for c in lora}):  # ranks of one layer set
             arms = {}
         ranks = sorted({int(v) for k in known if (v := k.get("rank")) == v is not None})
-        ranks = sorted(set(arms.values())) or (ranks if lora or not compared else [])
+        ranks = sorted(set(arms.values())) or (ranks if lora or every is None else [])
         of = [c["about"].get(quantity) for c in self.cells("about") if c["cell"] == task]
         ranks = [rank for rank in of if rank] or ranks
         said = said or "full fine-tuning" * (bool(compared) and not lora)

@@ -158,8 +158,8 @@ def rms(cells: Cells, law: str = laws.LAW, noise: bool = True) -> float:
     return max(mean(squares), 0.0) ** 0.5
 
 
-def refitted(cells: Cells, law: str) -> float:
-    """Return the rms error of ln(ratio) where g and k are fitted to the other bases, in turn."""
+def refitted(cells: Cells, law: str) -> float | None:
+    """Return the rms error of ln(ratio) where g and k are fitted to the other bases, if any."""
 
     def off(logs: Sequence[float], of: Cells) -> list[float]:
         g, k = np.exp(logs)  # factors: g acts as 1 / alpha does, k as full fine-tuning's rate
@@ -171,7 +171,7 @@ def refitted(cells: Cells, law: str) -> float:
         rest, mine = ([c for c in cells if (c.base != left) == other] for other in (True, False))
         fit = optimize.least_squares(off, [0.0, 0.0], args=(rest,)).x if rest else [math.nan] * 2
         squares += [e * e for e in off(fit, mine)]
-    return mean(squares) ** 0.5
+    return None if math.isnan(square := mean(squares)) else square**0.5
 
 
 def form(cells: Cells) -> float:

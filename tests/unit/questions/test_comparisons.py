@@ -167,6 +167,20 @@ def attention_worse(attention, outcome):
     return found | {"attention_loses": (outcome, gap)}
 
 
+def test_two_arms_are_also_compared_by_their_own_updates_to_one_loss():
+    """All adapters slow down as t^-0.3: where attention's speed is 0.4 of the MLP's, the MLP is at
+    attention's last loss (update 64) after a share of 0.4^(1 / 0.7) of the updates."""
+    sweep, world, specs = layer_sets(0.32)
+    world.falls = lambda t: t**-0.3 if t else 1.0
+    out, found = ask(sweep, world, specs)
+    speed = found["attention_worse"]["estimate"]["value"]
+    direct = {d["of"]: d["speed"] for d in out["direct"]}
+    assert speed == pytest.approx(0.4, rel=0.1)
+    assert direct["attention_over_mlp"]["value"] == pytest.approx(0.4 ** (1 / 0.7), rel=0.1)
+    assert direct["attention_over_mlp"]["high"] < speed
+    assert direct.keys() == {"attention_over_mlp", "mlp_over_both"}
+
+
 LENGTH, RANK = 96, 8
 
 

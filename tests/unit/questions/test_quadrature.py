@@ -195,7 +195,7 @@ SWEEP = compose_request(["+sweep=quadrature", "scale=smoke"]).sweep
 @pytest.mark.parametrize(
     ("truth", "least"),
     [
-        ({}, {"predicts": 0.7, "form": 0.65, "frozen": 0.8}),
+        ({}, {"predicts": 0.45, "form": 0.65, "frozen": 0.8}),
         ({"law": laws.LINEAR_LAW}, {"predicts": -0.35, "form": -0.0}),
         ({"base_sd": 0.15, "off": 0.05}, {"predicts": -0.1}),
         ({"off": 0.2}, {"predicts": -0.0, "frozen": -0.1}),
@@ -228,6 +228,26 @@ def test_intervals_leave_out_one_base_with_all_of_its_conditions():
     assert e.spread.of == "bases" and e.n == len(bases)
     one = quadrature.over_bases([c for c in cells if c.base == "256"], quadrature.form)
     assert one.value is None and one.draws is None  # one base, and no condition at rest
+
+
+def test_the_interval_of_an_rms_error_holds_the_truth_as_often_as_it_says():
+    """Also where bases differ more than conditions: Student's with all degrees of freedom held 90%."""
+    rng, truth = np.random.default_rng(2), {"base_sd": 0.15, "off": 0.05}
+    many = [planted_cells(rng, **truth).cells for _ in range(250)]
+    true = np.mean([quadrature.rms(cells) ** 2 for cells in many]) ** 0.5
+    found = (quadrature.over_bases(cells, quadrature.rms, log=True) for cells in many)
+    ends = [np.quantile(e.draws, [0.0145, 0.9855]) for e in found]
+    assert np.mean([low <= true <= high for low, high in ends]) >= 0.955
+
+
+def test_constants_are_fitted_to_the_other_bases():
+    """An error that all bases share is fitted; one base that alone is off by a factor is not."""
+    exact = {"base_sd": 0, "unit_sd": 0, "cell_sd": 0, "noise": 0}
+    of = planted_cells(np.random.default_rng(3), **exact, off=0.3).cells
+    assert quadrature.rms(of) == pytest.approx(0.3)
+    assert quadrature.refitted(of, laws.LAW) < 0.03
+    assert quadrature.refitted(of, laws.LINEAR_LAW) > 0.06
+    assert quadrature.refitted(of[:5], laws.LAW) is None  # one base
 
 
 def test_the_scope_of_a_table():

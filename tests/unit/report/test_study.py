@@ -377,6 +377,21 @@ def found_elsewhere():
     )
 
 
+def test_the_ratio_on_the_real_model_is_of_every_kept_run_once(kept_rows, tmp_path):
+    """14.2 [13.1, 15.3] by least squares with an intercept for each seed; ten is outside."""
+    found, rows = kept_rows
+    (one,) = pick(rows, "lr_ratio, all runs")
+    real = [a.runs for a in found if a.scale == "small" and "objective" not in a.runs]
+    runs = pd.concat(real).drop_duplicates("run_id")
+    same = (runs["rank"] == 16) & (runs["alpha"] == 32) & (runs["method"] == "lora")
+    same |= (runs["method"] == "fullft") & (runs["scope"] == "all")
+    usable = same & (runs["layers"] == "attention+mlp+unembedding") & (runs["status"] == "done")
+    assert one.estimate.n <= usable.sum() <= one.estimate.n + 3  # at collapsed learning rates
+    assert 10 < one.estimate.low < 13.1 < 15.3 < one.estimate.high
+    moved = [dataclasses.replace(a, folder=tmp_path / a.folder.name) for a in found]
+    assert not plots_study.joined_rows(moved)  # somebody's own reports
+
+
 def test_the_table_states_each_outcome_and_no_other(kept_rows):
     """In brackets stands a claim with its outcome, and nothing else is marked as judged."""
     found, rows = kept_rows
@@ -562,9 +577,16 @@ def test_every_kept_verdict_has_one_row_and_says_where_it_was_measured():
         ("large_batches", "at_512", "tiny64", "rank 8, after 12,288 examples", regime),
         ("rl_matrices", "top_rank", "tiny64-skilled", "rank 16, 100 updates", beyond),
         ("layers", "attention_everywhere", both, "128 to 256 updates", beyond),
+        ("regime", "fits", "tiny128", "rank 1, 256 updates", regime),
+        ("regime", "beyond", "tiny128", "rank 16, 256 updates", beyond),
+        ("rl_bits", "one_bit", "tiny64-knows", "full fine-tuning, 200 updates", beyond),
     ):
         row = pick(rows, sweep=sweep, claim=claim, scale="tiny")[0]
         assert [row.base, row.at, row.setting] == where
+    asked = (r for r in rows if r.sweep in ("regime", "rank", "rl_bits") and r.task != NO_CELL)
+    ranks = {r.claim: r.rank for r in asked}
+    known = [ranks[c] for c in ("beyond", "overfull", "better", "real", "parity", "one_bit")]
+    assert known == [16, 1, 16, 64, 32, None]
 
 
 def test_arms_of_one_rank_have_each_their_own_ratio():
