@@ -353,7 +353,8 @@ class _Attempt:
 
     def _write_env(self, **more: Any) -> None:
         env = {**provenance.environment(), "pack": self.ids, **self.circumstances, **more}
-        env |= {name: getattr(self.exec, name) for name in ("models_dir", "data_dir")}
+        asked = ("models_dir", "data_dir", "trainer_files", "prune_weights")
+        env |= {name: getattr(self.exec, name) for name in asked}
         env["gpu"] = next((gpu.name for gpu in detect.gpus()), None)
         for i, spec in zip(self.ids, self.runs):
             env["offered_by"] = provenance.packages_of(spec)

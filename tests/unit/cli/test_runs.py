@@ -33,7 +33,9 @@ from lorasweep.spec.metric import METRICS
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import table_row
+from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import question
+from lorasweep.sweep.search import arm_key
 from tests.conftest import SMOKE, FakeTrainer
 from tests.planted import FULL_BEST, Rewards, Valley, analysed
 from tests.world import ROOT, compose_request, planted_end
@@ -223,11 +225,11 @@ TUNE = ("+sweep=tune", "scale=smoke", "steps=64")
 
 @pytest.fixture
 def tune(compose, capsys):
-    def run(world, *arguments, trainer=None):
+    def run(world, *arguments, trainer=None, status=0):
         request = compose(*TUNE, *arguments)
         trainer = trainer or FakeTrainer(world.nll)
         capsys.readouterr()
-        assert act(request, trainer) == 0
+        assert act(request, trainer) == status
         store = RunStore(request.exec.runs_dir)
         out = capsys.readouterr()
         return out.out, out.err, all_points(request, store), trainer
@@ -246,7 +248,8 @@ def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(
     use, exact, _, base, full, lora, gap, left = text.splitlines()
     names = ("base", "full fine-tuning", "LoRA rank 8")
     assert all(line.startswith(name) for name, line in zip(names, (base, full, lora)))
-    assert gap.startswith("LoRA at rank 8 gives up ") and gap.endswith("less than 5%")
+    assert gap.startswith("LoRA rank 8 on attention+mlp gives up ")
+    assert gap.endswith("less than 5%")
     assert use.startswith("Use LoRA rank 8 on attention+mlp, learning rate 1.")
     assert left == "open: nothing" and exact.startswith("exact answers: not counted: the test ro")
     assert max(p.spec.seed for p in points) < 6  # decided before the last seed
@@ -309,12 +312,109 @@ def test_an_arm_with_a_learning_rate_of_its_own_starts_there(tune):
 )
 def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budget):
     arguments = (f"budget={budget}runs", "arms=[]", f"out={tmp_path}/flat")
-    text = tune(world, *arguments)[0]
+    text = tune(world, *arguments, status=1)[0]
     assert "no learning rate trains" in text and text.startswith("Use the base as it is")
     assert f"nothing is written to {tmp_path}/flat" in text  # `flat` is a doubt elsewhere
-    found = json.loads(tune(world, *arguments, "format=json")[0])["answer"]
+    found = json.loads(tune(world, *arguments, "format=json", status=1)[0])["answer"]
     assert found["method"] is found["rank"] is found["lr"] is None
-    assert not (tmp_path / "best").exists()
+    assert not (tmp_path / "flat").exists()
+
+
+DORA = "+sweep.arms.dora={method: dora, rank: 8, layers: attention+mlp}"
+PISSA = "+sweep.arms.pissa={method: pissa, rank: 8, layers: attention+mlp}"
+OTHER_ALPHA = "+sweep.arms.more={method: lora, rank: 8, layers: attention+mlp, alpha: 128}"
+OTHER_DECAY = "+sweep.arms.more={method: lora, rank: 8, layers: attention+mlp, weight_decay: 0.1}"
+MATRICES = "+sweep.arms.more={method: fullft, scope: matrices, layers: attention+mlp}"
+ON = " on attention+mlp"
+
+
+class Unequal(Valley):
+    """The arms' losses are a tenth of the gain apart: the first arm's is the lowest."""
+
+    def __init__(self, starts):
+        super().__init__(10, noise=2e-4)
+        self.keys = [arm_key(p)[1] for p in starts]
+
+    def nll(self, spec):
+        more = 0.1 * self.keys.index(arm_key(Point("", spec))[1])
+        return super().nll(spec) + more + (0.3 if spec.steps < 64 else 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ((DORA,), ("full fine-tuning", f"LoRA rank 8{ON}", f"DoRA rank 8{ON}")),
+        ((DORA, PISSA, "arms=[dora,pissa]"), (f"DoRA rank 8{ON}", f"PiSSA rank 8{ON}")),
+        (("sweep.arms.lora.method=dora",), ("full fine-tuning", f"DoRA rank 8{ON}")),
+        ((OTHER_ALPHA,), ("full fine-tuning", *(f"LoRA rank 8{ON}, alpha {a}" for a in (32, 128)))),
+        (
+            (OTHER_DECAY, "arms=[lora,more]"),
+            (f"LoRA rank 8{ON}, weight_decay 0", f"LoRA rank 8{ON}, weight_decay 0.1"),
+        ),
+        (
+            ("lora.layers=attention,mlp", "lora.rank=8", "arms=lora"),
+            ("LoRA rank 8 on attention", "LoRA rank 8 on mlp"),
+        ),
+        (
+            ("fullft.scope=matrices", "fullft.layers=attention+mlp"),
+            (f"full fine-tuning{ON}", f"LoRA rank 8{ON}"),
+        ),
+        ((MATRICES,), ("full fine-tuning", f"LoRA rank 8{ON}", f"full fine-tuning{ON}")),
+    ],
+)  # fmt: skip
+def test_each_run_counts_in_the_line_of_its_arm_and_the_best_arm_is_named_and_written(
+    tune, compose, tmp_path, monkeypatch, asked, names
+):
+    """Two methods of one rank, or two settings of one method, were one arm or none."""
+    written = []
+    monkeypatch.setattr(runs, "write_adapter", lambda folder, spec, *_: written.append(spec))
+    starts = compose(*TUNE, *asked).points
+    for k, best in enumerate(starts):
+        places = (f"exec.runs_dir={tmp_path}/{k}", f"out={tmp_path}/best{k}", "format=json")
+        world = Unequal([best, *(p for p in starts if p is not best)])
+        out, _, points, _ = tune(world, *asked, *places)
+        found, full = json.loads(out), {p.id: p for p in points if p.spec.steps == 64}
+        assert sorted(names) == sorted(arm["arm"] for arm in found["arms"])
+        of_arm = {arm["arm"]: {arm_key(full[rid]) for rid in arm["runs"]} for arm in found["arms"]}
+        assert all(len(keys) == 1 for keys in of_arm.values())
+        assert sorted(full) == sorted(rid for arm in found["arms"] for rid in arm["runs"])
+        answer = found["answer"]
+        assert answer["arm"] == names[k] and of_arm[names[k]] == {arm_key(best)}
+        assert answer["method"] == best.spec.method.name
+        assert written[-1].method == best.spec.method and not answer["open"]
+        assert written[-1].weight_decay == best.spec.weight_decay
+
+
+def test_a_search_that_the_analysis_cannot_divide_into_arms_is_refused_in_the_plan(compose):
+    asked = ("+sweep=lr_ratio", "scale=smoke", "steps=64", "sweep.search={}", "sweep.rounds=5")
+    request = compose(*asked, *(f"sweep.arms.{arm}.lr=1e-3" for arm in ("fullft", "lora")))
+    with pytest.raises(SpecError, match=r"lr_ratio cannot judge .* not each has its own line"):
+        runs.check(request)
+
+
+@pytest.mark.parametrize(
+    "method, advised",
+    [
+        ("dora", "+sweep.arms.dora={method: dora, rank: [8, 32], layers: attention+mlp}"),
+        ("lora", "arms=lora"),
+    ],
+)
+def test_what_is_advised_instead_of_one_method_for_a_search_is_planned(compose, method, advised):
+    with pytest.raises(SpecError) as refused:
+        compose(*TUNE, f"method={method}")
+    assert advised in str(refused.value)
+    assert method in {p.spec.method.name for p in compose(*TUNE, advised).points}
+
+
+def test_a_search_deletes_no_weights_that_the_user_asked_to_keep(tune, compose):
+    """Runs record who asked, so a later search without the setting keeps them, too."""
+    asked, world = ("arms=lora", "budget=14runs"), Valley(10, noise=2e-4)
+    root = RunStore(compose(*TUNE).exec.runs_dir).root
+    for more in (("exec.keep_weights=true",), ()):
+        _, _, points, _ = tune(world, *asked, *more)
+        kept = {path.parent.name for path in root.glob(f"*/{checkpoint.WEIGHTS}")}
+        assert kept == {p.id for p in points} and len(kept) > 9
 
 
 def test_a_rewarded_search_is_answered_in_rewards_and_a_plan_says_what_one_takes(
@@ -384,8 +484,12 @@ def test_what_is_used_is_what_was_measured(compose, losses, outcome, lowest, met
     known = {"best_tried": 1e-3, "flags": [], "best_lr": rate, "known": True}
     known |= {"gap_percent": None, "regret_percent": 0.5}
     methods = {None: "fullft", 8: "lora", 32: "lora"}
+    names = {r: f"LoRA rank {r} on attention+mlp" for r in (8, 32)} | {None: "full fine-tuning"}
     arms = [{**known, "method": methods[r], "rank": r, "loss": x} for r, x in losses.items()]
-    results = {"arms": arms, "best_rank": 8 if losses else None}
+    arms = [{**arm, "arm": names[arm["rank"]]} for arm in arms]
+    top = names[max(filter(None, losses))] if None in losses else None
+    results = {"arms": arms, "best": names[8] if losses else None, "judged": top}
+    results |= {"reference": names[None] if None in losses else None}
     results |= {"start": 2.0, "allowed": 0.05, "verdicts": verdicts, "chosen_on": "validation"}
     found = runs.conclude(compose(*TUNE), results, lowest)
     assert (found["method"], found["lr"] is None) == (method, method is None)

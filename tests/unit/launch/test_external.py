@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from analysis.runs.curves import lr_curves
 from analysis.runs.table import TableError
+from lorasweep.cli.actions import act
 from lorasweep.data.handed import write_rows
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch import external
@@ -31,7 +33,9 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs, table_row
 from lorasweep.train.loop import attached
 from lorasweep.train.referee import read_weights
+from tests.conftest import FakeTrainer
 from tests.customers import make_base
+from tests.planted import Valley
 from tests.unit.launch.trainers import train
 from tests.world import compose_request, tiny_spec, wait_for, write_json
 
@@ -573,3 +577,29 @@ def test_one_command_trains_by_a_foreign_command_and_answers_and_repeated_trains
     first, again = command(*given), command(*given)
     assert first.returncode == 0 and "[  6/6]" in first.stderr + first.stdout
     assert "UNDECIDED" in again.stdout and "[  1/" not in again.stderr + again.stdout
+
+
+def test_the_command_that_tune_names_trains_a_run_without_weights_again(
+    command, compose, tmp_path, capsys
+):
+    """Losses are planted, so that the weights of no run were kept."""
+    words = [*foreign().trainer.command, "rank={rank}", "alpha={alpha}", "layers={layers}"]
+    given = ("+sweep=tune", "scale=smoke", "arms=lora", "steps=3", "budget=9runs")
+    given += ("trainer=command", f"trainer.command={json.dumps(words)}", f"out={tmp_path}/best")
+    no = {"data_sha256": None, "base_sha256": None}
+    planted = FakeTrainer(Valley(10).nll, more=lambda s: {**no, "weights_sha256": s.id})
+    request = compose(*given, "exec.world_size=1")
+    request.exec = dataclasses.replace(request.exec, keep_weights=False)
+    assert act(request, planted) == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "not written to" in first
+    named = shlex.split(first.partition("To train it again: lorasweep ")[2])
+    done = command(*named, "max_difference=99")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"best-{named[1]}/adapter_config.json").exists()
+    bare = command("adapter", named[1], "out=b", f"exec.runs_dir={request.exec.runs_dir}")
+    assert bare.returncode == 0 or "max_difference=" in bare.stderr  # it knows the trainer's files
+    (env,) = RunStore(request.exec.runs_dir).folder(named[1]).glob("attempts/*/env.json")
+    env.unlink()  # as if it was imported
+    bare = command("adapter", named[1], "out=b", f"exec.runs_dir={request.exec.runs_dir}")
+    assert bare.returncode == 2 and "add exec.trainer_files=[PATH, ...]" in bare.stderr

@@ -9,7 +9,9 @@ import pytest
 from analysis.questions.registry import question_named
 from lorasweep.cli.answer import look, open_questions
 from lorasweep.config.compose import compose_request
+from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import question
+from lorasweep.sweep.search import arm_key, arm_names
 from tests.planted import FULL, LORA, World, analysed, arms, base, is_full, planted_table
 
 ASKED = question(compose_request(["+sweep=tune", "scale=smoke"]))
@@ -43,8 +45,15 @@ def specs(**changes):
     return arms(dataclasses.replace(spec, dataset=data, steps=64, **changes), ranks=(2, 8))
 
 
+def table_of(world, runs):
+    """The table of a search, with the names of its arms."""
+    points = [Point(s.method.name, s) for s in runs]
+    names = arm_names([*{arm_key(p): p for p in points}.values()])
+    return planted_table(world, runs).assign(arm=[names[arm_key(p)] for p in points])
+
+
 def results(world, runs):
-    return json.loads(analysed(planted_table(world, runs), ASKED, None, True))
+    return json.loads(analysed(table_of(world, runs), ASKED, None, True))
 
 
 def by_rank(found):
@@ -80,18 +89,19 @@ def test_what_lora_gives_up_is_a_share_of_the_gain_on_test_rows():
 
 def test_a_look_decides_or_says_what_is_open_and_asks_for_rates_at_an_edge():
     world = Shifted()
-    decided, lrs = look(planted_table(world, specs()), ASKED)
+    decided, lrs = look(table_of(world, specs()), ASKED)
     assert decided and not any(lrs.values())
     low = [s for s in specs() if not is_full(s) or s.lr <= FULL / 4]
-    table = planted_table(world, low)
+    table = table_of(world, low)
     decided, lrs = look(table, ASKED)
     full = set(table[table["method"] == "fullft"]["run_id"])
     assert not decided and [min(v) > FULL / 4 for k, v in lrs.items() if k in full] == [True]
     found = open_questions(results(world, low))
     assert found[0].startswith("the learning rate of full fine-tuning (")
-    assert found[-1].startswith("LoRA against full fine-tuning (needed: ")
+    pair = "LoRA rank 8 on attention+mlp+unembedding against full fine-tuning"
+    assert found[-1].startswith(f"{pair} (needed: ")
     one = [s for s in specs() if s.seed == 0]  # its missing variance asks for no rates
-    decided, lrs = look(planted_table(world, one), ASKED)
+    decided, lrs = look(table_of(world, one), ASKED)
     assert not decided and not any(lrs.values())
 
 
@@ -107,7 +117,7 @@ def test_three_seeds_of_two_arms_decide_with_three_rates_in_the_arm_that_the_law
 
     runs = [s for s in specs() if is_tried(s)]
     assert len(runs) == 3 + 5 + 2 * 6
-    decided, lrs = look(planted_table(Shifted(), runs), ASKED)
+    decided, lrs = look(table_of(Shifted(), runs), ASKED)
     assert decided and not any(lrs.values())
 
 

@@ -561,9 +561,10 @@ def test_a_search_is_about_one_model_and_file_at_a_constant_rate_and_arms_differ
     check_search([lora(2), lora(4)])
     other = dataclasses.replace(tiny_spec().dataset, name="mine")
     for runs, words in (
-        ([lora(2), lora(4, dataset=other)], "one model and one data set.*mine"),
+        ([lora(2), lora(4, dataset=other)], "one model and one data set.*mine together"),
         ([lora(2, schedule="linear")], "schedule=linear.*beginnings of longer ones"),
-        ([lora(2), lora(2, batch_size=2)], "arms of lora with rank 2 .*layers"),
+        ([lora(2), lora(4, batch_size=2)], r"batch_size=\d+, 2 together\. Give batch_size one"),
+        ([lora(2), lora(2, lr=0.1)], r"lora \(lr=0.001\) and lora \(lr=0.1\) .* alone"),
     ):
         with pytest.raises(SpecError, match=words):
             check_search(runs)
