@@ -18,7 +18,7 @@ from analysis.measures import at_best
 from analysis.measures.regret import ALLOWED, Gap, gain_from, starts_of
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.curves import on_curve_rows, runs_of
+from analysis.runs.curves import full_names, on_curve_rows, runs_of
 
 FEW = 3
 """Learning rates that an arm needs: so many has one whose best one the law predicts."""
@@ -28,62 +28,93 @@ KNOWN_PERCENT = 1.0
 
 @dataclass(frozen=True)
 class Arms(base.Condition):
-    """Full fine-tuning and ranks of LoRA; one of the two methods may be missing."""
+    """Full fine-tuning, LoRA and other methods, each curve an arm, by its index in `optima`."""
 
     chosen_on: str
     """Rows that choose the learning rates: validation or test."""
 
     @property
     def missing(self) -> str:
-        return "fullft" if 0 not in self.by_rank else "" if self.lora else "lora"
+        return "fullft" if self.reference is None else "lora" if self.judged is None else ""
 
     @property
     def shown(self) -> bool:
         return bool(self.optima)
 
     @cached_property
-    def losses(self) -> dict[int, at_best.AtBest[float]]:
-        """Rank -> test losses at the optimal learning rate, in nats, by seed."""
+    def members(self) -> list[pd.DataFrame]:
+        """The runs of each arm."""
+        return [runs_of(self.runs, o.curve) for o in self.optima]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The arms' names: of the column `arm`, if a search wrote the table."""
+        if "arm" in self.runs:
+            return [str(runs["arm"].iloc[0]) for runs in self.members]
+        return full_names([o.curve for o in self.optima])
+
+    @cached_property
+    def reference(self) -> int | None:
+        """Full fine-tuning, of all weights if there is such an arm; others are compared with it."""
+        full = [k for k, o in enumerate(self.optima) if o.curve.key["method"] == "fullft"]
+        return min(full, key=lambda k: self.optima[k].curve.is_control, default=None)
+
+    @cached_property
+    def judged(self) -> int | None:
+        """LoRA's highest rank, if several the best one on the rows that choose; else another's."""
+
+        def order(k: int) -> tuple[bool, float, float]:
+            key, nll = self.optima[k].curve.key, self.optima[k].best_nll
+            return key["method"] == "lora", _rank(key) or 0, -math.inf if nll is None else -nll
+
+        adapters = (k for k, o in enumerate(self.optima) if o.curve.key["method"] != "fullft")
+        return max(adapters, key=order, default=None)
+
+    @cached_property
+    def losses(self) -> list[at_best.AtBest[float]]:
+        """Test losses at the optimal learning rate, in nats, by seed."""
 
         def read(run: pd.Series) -> dict[str, float]:
             return {"test": float(run["test_nll"])}
 
-        ranks, optima = zip(*self.by_rank.items())
-        found = at_best.values_at_best(self.runs, optima, read, parts=True)
-        return {r: losses.map(lambda v: v["test"]) for r, losses in zip(ranks, found)}
+        found = at_best.values_at_best(self.runs, self.optima, read, parts=True)
+        return [losses.map(lambda v: v["test"]) for losses in found]
 
     @cached_property
-    def gains(self) -> dict[int, at_best.AtBest[float]]:
-        """Rank -> how much training lowers the test loss, in nats, by seed."""
+    def gains(self) -> list[at_best.AtBest[float]]:
+        """How much training lowers the test loss, in nats, by seed."""
         start = starts_of(self.runs)
-        return {r: gain_from(start, losses) for r, losses in self.losses.items()}
+        return [gain_from(start, losses) for losses in self.losses]
 
     @cached_property
     def gaps(self) -> dict[int, Gap]:
-        """Rank -> LoRA compared with full fine-tuning on test rows."""
-        nats = {r: self.losses[r].minus(self.losses[0]) for r in self.lora}
+        """Arm -> it compared with the reference on test rows."""
+        if (of := self.reference) is None:
+            return {}
+        nats = {k: v.minus(self.losses[of]) for k, v in enumerate(self.losses) if k != of}
         pooled = at_best.pooled_over(nats.values())
-        return {
-            r: Gap(r, o, self.full, nats[r], self.gains[0], None, pooled)
-            for r, o in self.lora.items()
-        }
+        full, gain = self.optima[of], self.gains[of]
+        return {k: Gap(0, self.optima[k], full, v, gain, None, pooled) for k, v in nats.items()}
 
-    def loss(self, rank: int) -> float | None:
+    def loss(self, arm: int) -> float | None:
         """Return the mean test loss at the optimal learning rate, else at the best one tried."""
-        if self.losses[rank].best:
-            return _known(at_best.mean_of(self.losses[rank]))
-        runs, lr = runs_of(self.runs, self.by_rank[rank].curve), _best_tried(self.by_rank[rank])
+        if self.losses[arm].best:
+            return _known(at_best.mean_of(self.losses[arm]))
+        runs, lr = self.members[arm], _best_tried(self.optima[arm])
         at_lr = runs[np.isclose(runs["lr"], lr or math.nan) & (runs["status"] == "done")]
         return _known(float(at_lr["test_nll"].mean()))
 
     @property
-    def best_rank(self) -> int | None:
-        """The smallest rank within KNOWN_PERCENT of the gain of the best one."""
-        known = {r: loss for r in self.lora if (loss := self.loss(r)) is not None}
+    def best(self) -> int | None:
+        """The fewest trained weights within KNOWN_PERCENT of the best gain, without `reference`."""
+        arms = (k for k in range(len(self.optima)) if k != self.reference)
+        known = {k: loss for k in arms if (loss := self.loss(k)) is not None}
         best = min(known.values(), default=math.nan)
         gain = float(np.mean(list(starts_of(self.runs).values()))) - best
         allowed = best + (KNOWN_PERCENT / 100 * gain if gain > 0 else 0.0)  # NaN: not known
-        return min((r for r, loss in known.items() if loss <= allowed), default=None)
+        size = [float(runs["n_trainable"].iloc[0] or math.nan) for runs in self.members]
+        within = (k for k in known if known[k] <= allowed)
+        return min(within, key=lambda k: (size[k], known[k]), default=None)
 
 
 def conditions(table: pd.DataFrame) -> list[Arms]:
@@ -97,48 +128,52 @@ def conditions(table: pd.DataFrame) -> list[Arms]:
 def report(asked: base.Asked, c: Arms) -> tuple[dict[str, Any], list[base.Section]]:
     """Return for each arm the learning rate and its range, the loss, and the cost of a run.
 
-    `gap_percent`: LoRA's gap in percent of full fine-tuning's gain. `start`: the test loss before
-    training. `allowed`: the share of the gain up to which LoRA has no regret.
+    `gap_percent`: the gap in percent of the reference's gain. `start`: the test loss before
+    training. `allowed`: the share of the gain up to which LoRA has no regret. `best`, `reference`,
+    and `judged` if it was compared: names of arms.
     """
     arms, rows = [], []
-    for rank, o in c.by_rank.items():
-        gain = at_best.mean_of(c.gains[rank])
-        runs = runs_of(c.runs, o.curve)
+    for k, (o, runs) in enumerate(zip(c.optima, c.members)):
+        gain = at_best.mean_of(c.gains[k])
         done = [json.loads(text) for text in runs.loc[runs["status"] == "done", "result"]]
         times = [r["wall_s"] for r in done if r.get("wall_s")]
         band = o.band(KNOWN_PERCENT / 100 * gain) if gain > 0 else None
-        gap = c.gaps[rank].percent() if c.missing == "" and rank else None
+        gap = c.gaps[k].percent() if k in c.gaps else None
         # the regret of choosing this learning rate, in percent of the gain, at most
         nats = o.regret_of_best(base.level_of(asked)) if gain > 0 else None
         regret = None if nats is None else 100 * nats / gain
         arm = {
-            "method": "lora" if rank else "fullft",
-            "rank": rank or None,
+            "arm": c.names[k],
+            "method": o.curve.key["method"],
+            "rank": _rank(o.curve.key),
+            "runs": runs["run_id"].tolist(),
             "best_lr": o.best_lr,
             "best_tried": _best_tried(o),
             "good": band,
-            "loss": c.loss(rank),
+            "loss": c.loss(k),
             "gain": _known(gain),
             "regret_percent": regret,
             "known": regret is not None and regret <= KNOWN_PERCENT,
             "gap_percent": gap,
             "seconds": float(np.median(times)) if times else None,
-            "seeds": len(c.losses[rank].best),
+            "seeds": len(c.losses[k].best),
             "flags": list(o.flags),
         }
         arms.append(arm)
         of_band = "-" if not band else " to ".join(map(rate, band))
-        numbers = [number(c.loss(rank), 5), regret, gap, arm["seconds"]]
-        rows.append([o.curve.name, base.best_lr(o), of_band, *numbers])
+        numbers = [number(c.loss(k), 5), regret, gap, arm["seconds"]]
+        rows.append([c.names[k], base.best_lr(o), of_band, *numbers])
     head = (
         "arm | best LR [95%] | within 1% of the gain | test NLL | regret of the LR, at most, % | "
         "gap, % of FullFT's gain [95%] | seconds a run"
     )
     notes = [f"Learning rates are chosen on {c.chosen_on} rows, losses are on test rows."]
+    named = {"best": c.best, "reference": c.reference, "judged": None if c.missing else c.judged}
     measures = {
         "arms": arms,
         "chosen_on": c.chosen_on,
-        "best_rank": c.best_rank,
+        "best_rank": None if c.best is None else arms[c.best]["rank"],
+        **{name: None if k is None else c.names[k] for name, k in named.items()},
         "start": _known(float(np.mean(list(starts_of(c.runs).values())))),
         "allowed": ALLOWED,
         "n_test": json.loads(c.runs["result"].iloc[0]).get("n_test"),
@@ -148,6 +183,10 @@ def report(asked: base.Asked, c: Arms) -> tuple[dict[str, Any], list[base.Sectio
 
 def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _rank(key: dict[str, Any]) -> int | None:
+    return int(key["rank"]) if key["rank"] == key["rank"] and key["rank"] else None
 
 
 def _best_tried(o: Optimum) -> float | None:
@@ -161,9 +200,9 @@ QUESTION = base.Question(
     [
         base.over_allowed(
             "over_allowed_top_rank",
-            lambda c: c.gaps[c.top],
-            seeds=lambda c: base.fewest_seeds([c.full, c.by_rank[c.top]]),
-            read=lambda c: f"rank {c.top}",
+            lambda c: c.gaps[c.judged],
+            seeds=lambda c: base.fewest_seeds([c.optima[c.reference], c.optima[c.judged]]),
+            read=lambda c: c.names[c.judged],
         )
     ],
     conditions,

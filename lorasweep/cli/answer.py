@@ -33,7 +33,7 @@ from lorasweep.sweep.grid import (
 )
 from lorasweep.sweep.question import Sweep, axes_of
 from lorasweep.sweep.request import Request, question
-from lorasweep.sweep.search import MIN_SEEDS, Look, is_short, search
+from lorasweep.sweep.search import MIN_SEEDS, Look, arm_key, arm_names, is_short, search
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,6 +81,15 @@ def judged(request: Request, points: Sequence[Point]) -> list[Point]:
     return [p for p in points if not (is_search(request) and is_short(p, request.points))]
 
 
+def table_of(request: Request, store: RunStore, points: Sequence[Point]) -> "pd.DataFrame":
+    """Return the finished ones of these runs as a table; of a search with the names of its arms."""
+    found, of = load_runs(store.root, [p.id for p in points]), {p.id: arm_key(p) for p in points}
+    if is_search(request) and len(found):
+        names = arm_names(request.points)
+        found["arm"] = [names[of[rid]] for rid in found["run_id"]]
+    return found
+
+
 def is_search(request: Request) -> bool:
     """Return whether the sweep searches learning rates."""
     return request.sweep is not None and request.sweep.search is not None
@@ -102,10 +111,10 @@ def _searched(request: Request, store: RunStore) -> list[Point]:
         return budget is None or budget.allows(new, known, store)
 
     def look_at(points: Sequence[Point]) -> Look:
-        ids = tuple(p.id for p in judged(request, points))
-        key = (request.title, *ids)
+        full = judged(request, points)
+        key = (request.title, *(p.id for p in full))
         if key not in _LOOKS:
-            _LOOKS[key] = look(load_runs(store.root, ids), question(request))
+            _LOOKS[key] = look(table_of(request, store, full), question(request))
         return _LOOKS[key]
 
     arms = request.sweep.arms
@@ -125,7 +134,7 @@ _LOOKS: dict[tuple[str, ...], Look] = {}
 def start_of(point: Point) -> Point:
     """Return the run at the published learning rate for its method and width."""
     spec = point.spec
-    kind = "lora" if spec.method.name == "lora" else "full"
+    kind = "full" if spec.method.name == "fullft" else "lora"
     families = [family_of(spec.model)] if family_of(spec.model) else ["llama", "qwen"]
     laws = [law_rate(texts("published"), str(f), spec.model.hidden_size, kind) for f in families]
     lr = math.prod(law for law in laws if law) ** (1 / len(laws))
@@ -164,13 +173,14 @@ def check_claims(sweep: Sweep | None) -> Any:
 def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
     """Judge planned runs as if one run of each curve had ended; SpecError: they cannot be judged.
 
-    Data are assumed to fit every rank, so claims on data that do not are not counted.
+    Data are assumed to fit every rank, so claims on data that do not are not counted. A search can
+    be answered without a comparison, but each of its arms needs a line of the answer.
     """
     import pandas as pd
 
     from analysis.runs.table import TableError
 
-    asked, rows = check_claims(sweep), []
+    asked, rows, arms = check_claims(sweep), [], sweep.search and arm_names(points)
     ended = {"state": "done", "test_nll": 1.0, "nll_start": 2.0, "bits_generator": 0.1}
     for p in {curve_key(p)[1]: p for p in points}.values():
         at = {1, min(64, p.spec.steps), math.ceil(p.spec.steps / 2), p.spec.steps}
@@ -179,8 +189,14 @@ def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
         ended |= {"curve": curve, "retain_nll": retained, "retain_start": retained}
         ended |= {"run_id": p.id, "n_trainable": p.spec.method.n_trainable(p.spec.model)}
         rows.append(table_row(json.loads(p.spec.canonical), ended))
+        rows[-1] |= {"arm": arms[arm_key(p)]} if arms else {}
     try:
         found = asked.analyse(pd.DataFrame(rows), dataclasses.asdict(sweep))
+        if arms:
+            lines = [a["arm"] for a in found.measures.get("arms", ())]
+            if sorted(lines) != sorted(arms.values()):
+                raise TableError(f"arms {', '.join(arms.values())}: not each has its own line.")
+            return []
         gates = [{(g.code.name, g.place) for g in v.gates} for v in found.verdicts]
         if gates and (not found.members or all(("MISSING", "") in of for of in gates)):
             raise TableError(found.verdicts[0].why)
@@ -216,8 +232,10 @@ def outlooks(
     between seeds. `points`: the runs of the first stage.
     """
     asked = check_claims(sweep)
-    # a search ends when its claim is decided; all runs may need more GPUs than exec.max_gpus
-    if sweep is None or sweep.search is not None or not points:
+    if sweep is None or not points:  # all runs may need more GPUs than exec.max_gpus
+        return []
+    if sweep.search is not None:  # it ends when its claim is decided
+        rehearse(sweep, points)
         return []
     from analysis.inference.decide import outlook
 
@@ -277,17 +295,15 @@ def look(table: "pd.DataFrame", question: dict[str, Any]) -> Look:
     """
     from analysis.measures.next_runs import missing_lrs
     from analysis.optimum.fit import FEW_RATES
-    from analysis.questions.base import rank_of
     from analysis.questions.registry import analyse
     from analysis.report.report import results_of
     from analysis.runs.curves import runs_of
 
     found, lrs = analyse(table, question), {}
     results, seeds = results_of(found, question, table), table["seed"].nunique()
-    unknown = {arm["rank"] or 0 for arm in results["arms"] if not arm["known"]}
-    for o in found.optima:
+    for o, arm in zip(found.optima, results["arms"], strict=True):
         few = len({*o.curve.x[o.curve.usable]}) < FEW_RATES and seeds >= MIN_SEEDS
-        if few and rank_of(o) in unknown:
+        if few and not arm["known"]:
             o = dataclasses.replace(o, flags=(*o.flags, "few_points"))
         if "no_variance" not in o.flags or (seeds > 1 and o.open_side):
             run = str(runs_of(table, o.curve)["run_id"].iloc[0])
@@ -300,20 +316,16 @@ def open_questions(results: dict[str, Any]) -> list[str]:
     found = []
     arms = [arm for arm in results["arms"] if arm["best_tried"] is not None]  # others do not train
     for arm in arms:
-        name, regret = arm_name(arm["rank"]), arm["regret_percent"]
+        name, regret = arm["arm"], arm["regret_percent"]
         if regret is None:
             found.append(f"the learning rate of {name} ({', '.join(arm['flags']) or 'no seeds'})")
         elif not arm["known"]:
             found.append(f"the learning rate of {name} (it may cost {regret:.2g}% of the gain)")
-    if len({arm["method"] for arm in arms}) > 1:
+    pair = [results["judged"], results["reference"]]
+    if {*pair} <= {arm["arm"] for arm in arms}:
         for v in (v for v in results["verdicts"] if v["outcome"] == "UNDECIDED"):
-            found.append(f"LoRA against full fine-tuning (needed: {v['needed'] or v['why']})")
+            found.append(f"{' against '.join(pair)} (needed: {v['needed'] or v['why']})")
     return found
-
-
-def arm_name(rank: int | None) -> str:
-    """Name an arm of a search in words; None: full fine-tuning."""
-    return f"LoRA rank {rank}" if rank else "full fine-tuning"
 
 
 def claims_hash(question: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point, trained_by_set
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
-from lorasweep.sweep.search import MIN_SEEDS
+from lorasweep.sweep.search import MIN_SEEDS, arm_key
 
 BASIS = {"measured": "from finished runs", "assumed": "from an assumed speed"}
 """Basis of the expected time."""
@@ -69,8 +69,8 @@ def show(request: Request, store: RunStore) -> Answer:
     if request.hardware and hardware.has_speeds:
         return _on_gpus(request, store, hardware, about)
     plan = make_plan(points := all_points(request, store), store, request.exec, hardware)
-    queue, begun = difference(request, store, plan), {(p.arm, p.spec.method) for p in points}
-    if later := [p for p in request.points if (p.arm, p.spec.method) not in begun]:
+    queue, begun = difference(request, store, plan), {arm_key(p) for p in points}
+    if later := [p for p in request.points if arm_key(p) not in begun]:
         plan = make_plan([*points, *later], store, request.exec, hardware)  # arms that yet wait
     outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}

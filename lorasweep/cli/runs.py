@@ -8,11 +8,13 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
@@ -26,6 +28,8 @@ from lorasweep.cli.plans import (
 )
 from lorasweep.cli.printed import Answer, Display, duration, notifier, table
 from lorasweep.config.catalogue import conf_dir
+from lorasweep.config.compose import quoted
+from lorasweep.config.folders import exec_of
 from lorasweep.data import text
 from lorasweep.errors import (
     GaveUp,
@@ -62,7 +66,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs, read_exported
 from lorasweep.sweep.grid import Point, curve_key, lrs_around_optimum, run_names
 from lorasweep.sweep.request import Request, question
-from lorasweep.sweep.search import LOWEST, is_short
+from lorasweep.sweep.search import LOWEST, WORDS, arm_key, arm_names, is_short
 from lorasweep.tracking import provenance, wandb
 
 if TYPE_CHECKING:
@@ -83,8 +87,8 @@ FLAGS = {
     "no_variance": "too few seeds",
     "mixed_versions": "of several versions of the trainer",
     "flat": "several are equally good",
-    "fullft": "full fine-tuning",
-    r"lora r(\d+)": r"LoRA rank \1",
+    **{rf"{name} r(\d+)": rf"{words} rank \1" for name, words in WORDS.items()},
+    "fullft": WORDS["fullft"],
 }
 """Doubts about a best learning rate, and names of arms, in words."""
 NO_FLOOR_NATS = 0.01
@@ -121,7 +125,7 @@ def answered(request: Request, store: RunStore, points: Sequence[Point], status:
         if request.budget:
             why = f"budget={request.budget} ended before a full run; a larger one continues"
         warn(f"{why}, so there is no answer yet")
-        return Answer(status=status)
+        return Answer(status=max(status, int(bool(request.out and is_search(request)))))
     if request.sweep_name is None:
         (rid,), names = finished, run_names(points)
         result = store.result(rid) or {}
@@ -139,10 +143,11 @@ def answered(request: Request, store: RunStore, points: Sequence[Point], status:
             earlier = claim.get("exploratory") or {}
             claim["exploratory"] = {request.scale: CHANGED_CLAIMS, **earlier}
     as_json = request.format == "json"
-    text = answer.judge(load_runs(store.root, finished), asked, folder, as_json or searched)
+    runs = answer.table_of(request, store, [p for p in points if p.id in {*finished}])
+    text = answer.judge(runs, asked, folder, as_json or searched)
     looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
     if searched:
-        return Answer(*finish(request, store, points, json.loads(text)), status)
+        return finish(request, store, points, json.loads(text), status)
     return Answer(json.loads(text) if as_json else None, text, status)
 
 
@@ -418,19 +423,26 @@ def train_again(
     run), the state at the end, and the result with the folders that were used, `models_dir`.
 
     Raises:
+        SpecError: files of a foreign trainer are not given.
         TrainingError: the data or the base have changed.
     """
-    if spec.trainer.command:
-        raise SpecError(f"run {spec.id} was trained by {spec.trainer.name}: see its folder out.")
     before, env = store.result(spec.id) or {}, store.env(spec.id)  # no env: imported
     layout: dict[str, Any] = {k: env[k] for k in ("threads", "micro_batch_size") if env}
     # the folders of the command, then those of the run
     dirs: dict[str, Any] = {
         k: [*getattr(exec_, k), *env.get(k, [])] for k in ("models_dir", "data_dir")
     }
-    events = trainer([spec], dataclasses.replace(exec_, **layout, **dirs), None)
-    last = next(event for event in events if spec.id in event.ended)
-    state, final = last.ended[spec.id]
+    program = exec_.trainer_files or env.get("trainer_files", [])
+    if len(program) != len(spec.trainer.files):
+        by = f"run {spec.id} was trained by {spec.trainer.name}"
+        raise SpecError(f"{by}: add exec.trainer_files=[PATH, ...], its script and other files.")
+    with TemporaryDirectory() if spec.trainer.command else nullcontext(exec_.runs_dir) as folder:
+        if spec.trainer.command:
+            RunStore(folder).claim(spec)  # its attempt needs a folder
+        dirs |= {"runs_dir": folder, "trainer_files": program}
+        events = trainer([spec], dataclasses.replace(exec_, **layout, **dirs), None)
+        last = next(event for event in events if spec.id in event.ended)
+        (state, final), weights = last.ended[spec.id], last.snapshot()[spec.id]
     for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
         then, here = before.get(key), final.get(key)
         if then and here and then != here:
@@ -450,7 +462,7 @@ def train_again(
         "same_state": state == before["state"],
         "curve_difference": max(gaps, default=None) if done else None,
     }
-    return comparison, last.snapshot()[spec.id], {**final, **dirs}
+    return comparison, weights, {**final, **dirs}
 
 
 def _is_within(c: dict[str, Any], bound: float | None) -> bool:
@@ -601,9 +613,9 @@ def extend(request: Request, store: RunStore) -> Answer:
 def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     """Delete states and weights that no later run and no export needs.
 
-    Kept: the weights of the best run at each of the learning rates around the best one, of each arm
-    and rank, for the best one may still change; and the final states of short runs until
-    full runs have begun from them.
+    Kept: the weights of the best run at each of the learning rates around the best one, of each
+    arm, for the best one may still change; weights that the user asked to keep; and the final
+    states of short runs until full runs have begun from them.
     """
     fresh = any(p.spec.seed != request.points[0].spec.seed for p in points)
     full = {p.id for p in judged(request, points) if store.result(p.id)}
@@ -614,14 +626,14 @@ def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
             if fresh or dataclasses.replace(p.spec, steps=steps).id in full:
                 shutil.rmtree(store.folder(p.id) / END, ignore_errors=True)
         elif p.id in full:
-            curves.setdefault(curve_key(p), []).append(p)
+            curves.setdefault(arm_key(p), []).append(p)
     for mine in curves.values():
         by_lr = _by_lr(mine, store)
         means = {lr: sum(losses.values()) / len(losses) for lr, losses in by_lr.items()}
         near = lrs_around_optimum(means, request.sweep.search.n_lrs)
         kept = {min(by_lr[lr], key=by_lr[lr].__getitem__) for lr in near}
         for p in mine:
-            if p not in kept:
+            if p not in kept and store.env(p.id).get("prune_weights"):  # else the user keeps them
                 (store.folder(p.id) / checkpoint.WEIGHTS).unlink(missing_ok=True)
 
 
@@ -665,14 +677,15 @@ def _served(request: Request) -> tuple[Any, dict[str, Any]]:
 
 
 def finish(
-    request: Request, store: RunStore, points: Sequence[Point], results: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the answer as JSON values and in lines, and write the best run into request.out."""
+    request: Request, store: RunStore, points: Sequence[Point], results: dict[str, Any], status: int
+) -> Answer:
+    """Return the answer, and write the best run into request.out; if not, with exit status 1."""
     prune(request, store, points)
-    rates: dict[int | None, list[float]] = {}
+    names, arms = arm_names(request.points), dict[str, list[Point]]()
     for p in judged(request, points):
-        rates.setdefault(_rank(p), []).append(p.spec.lr)
-    conclusion = conclude(request, results, max(map(min, rates.values()), default=math.inf))
+        arms.setdefault(names[arm_key(p)], []).append(p)
+    lowest = max((min(p.spec.lr for p in own) for own in arms.values()), default=math.inf)
+    conclusion, written = conclude(request, results, lowest), not request.out
     n_seeds = len({p.spec.seed for p in points})
     if conclusion["open"] and n_seeds > request.sweep.search.seeds:
         conclusion["open"].append(f"all {n_seeds} seeds are used")
@@ -684,8 +697,8 @@ def finish(
     if request.out and conclusion["method"] is None:
         conclusion["out"] = f"nothing is written to {request.out}"
     if conclusion["method"] is not None:
-        arm = next(a for a in results["arms"] if a["rank"] == conclusion["rank"])
-        by_lr = _by_lr([p for p in judged(request, points) if _rank(p) == arm["rank"]], store)
+        arm = next(a for a in results["arms"] if a["arm"] == conclusion["arm"])
+        by_lr = _by_lr(arms[arm["arm"]], store)
         tried = arm["best_tried"] or conclusion["lr"]
         # of the seeds at the learning rate that the answer chose
         lr = min(by_lr, key=lambda lr: abs(math.log(lr / tried)))
@@ -699,8 +712,8 @@ def finish(
             if weights is None:
                 raise StoreError(
                     f"the weights of run {best.id} were not kept (another command trained it, "
-                    "several processes did, or the disk was nearly full): python -m lorasweep "
-                    f"action=adapter run={best.id} out=FOLDER"
+                    "several processes did, or the disk was nearly full). To train it again: "
+                    + _command_of(best.id, request)
                 )
             with folders.replaced(out, ANSWER) as partial:
                 commit = (store.result(best.id) or {}).get("base_commit")
@@ -710,9 +723,25 @@ def finish(
                 content = {k: v for k, v in conclusion.items() if k != "out"}
                 content = {**results, "answer": content, "prompt_form": form}
                 (partial / ANSWER).write_text(json.dumps(content, indent=1))
+            written = True
         except LorasweepError as error:
             conclusion["out"] = f"not written to {request.out}: {error}"
-    return {**results, "answer": conclusion}, _lines(request, results, conclusion)
+    value, lines = {**results, "answer": conclusion}, _lines(request, results, conclusion)
+    return Answer(value, lines, status if written else max(status, 1))
+
+
+def _command_of(rid: str, request: Request) -> str:
+    """Return the command that trains a run again and writes its weights, as a shell takes it."""
+
+    def said(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{','.join(map(said, value))}]"
+        return value if re.fullmatch(r"[\w./-]+", value) else quoted(value)
+
+    words = ["lorasweep", "adapter", rid, f"out={said(f'{request.out}-{rid}')}"]
+    keys = ("runs_dir", "models_dir", "data_dir", "trainer_files")
+    given = {k: v for k in keys if (v := getattr(request.exec, k)) != getattr(exec_of({}), k)}
+    return shlex.join([*words, *(f"exec.{k}={said(v)}" for k, v in given.items())])
 
 
 def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) -> dict[str, Any]:
@@ -720,21 +749,26 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
 
     `lowest`: the learning rate down to which all arms had full runs.
     """
-    arms = {arm["rank"]: arm for arm in results["arms"]}
-    rank, spec, start = results["best_rank"], request.points[0].spec, results["start"]
+    arms = {arm["arm"]: arm for arm in results["arms"]}
+    best, spec, start = results["best"], request.points[0].spec, results["start"]
     outcome = next((v["outcome"] for v in results["verdicts"]), "")
-    methods = {_rank(p): p.spec.method.plain() for p in request.points}
-    absent = [answer.arm_name(r) for r in methods if r not in arms]
-    full, lora = (arms[r]["loss"] if r in arms else None for r in (None, rank))
-    refuted = outcome == "REFUTED" and rank == max(filter(None, arms), default=None)  # of the top
-    lost = 0.0  # share of full fine-tuning's gain that LoRA gives up, as measured
+    names = arm_names(request.points)
+    methods = {names[arm_key(p)]: p.spec.method.plain() for p in request.points}
+    absent = [name for name in methods if name not in arms]
+    chosen, reference = (arms.get(results[k]) for k in ("best", "reference"))
+    full, lora = (arm and arm["loss"] for arm in (reference, chosen))
+    refuted = outcome == "REFUTED" and best == results["judged"]
+    lost = 0.0  # share of full fine-tuning's gain that the best of the others gives up, as measured
     if None not in (full, lora, start) and start > full:
         lost = (lora - full) / (start - full)
-    chosen, why = arms.get(rank), "the smallest rank within 1% of the gain of the best one"
-    if rank is None:
-        why = "the only method that trains"
-    elif None in arms and (refuted or (outcome != "SUPPORTED" and lost > results["allowed"])):
-        chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
+    others = [(a["method"], a["rank"]) for a in arms.values() if a is not reference]
+    by_rank = len({method for method, _ in others}) == 1 and len({*others}) == len(others)
+    why = "the smallest rank" if by_rank else "the fewest trained weights"
+    why += " within 1% of the gain of the best one"
+    if chosen is None:
+        chosen, why = reference, "the only method that trains"
+    elif reference and (refuted or (outcome != "SUPPORTED" and lost > results["allowed"])):
+        chosen, why = reference, f"{best} gives up {100 * lost:.0f}% of the gain"
         why += ", not decided" * (outcome == "UNDECIDED")
     lr = chosen and (chosen["best_lr"]["value"] or chosen["best_tried"])
     end, more, loss = LOWEST * request.sweep.search.wide, list[str](), chosen and chosen["loss"]
@@ -747,12 +781,11 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
         why += f"{results['chosen_on']} and test rows"
         if not trains and lowest >= end:
             more += ["lower learning rates, which the budget did not allow"]
-        chosen, lr = {"method": None, "rank": None}, None
+        chosen, lr = dict.fromkeys(("arm", "method", "rank")), None
     more += [f"{name}, of which no run of full length has finished" for name in absent]
     return {
-        "method": chosen["method"],
-        "rank": chosen["rank"],
-        "layers": methods[chosen["rank"]]["layers"] if lr else None,
+        **{k: chosen[k] for k in ("arm", "method", "rank")},
+        "layers": methods[chosen["arm"]].get("layers") if lr else None,
         "lr": lr,
         "steps": spec.steps,
         "batch_size": spec.batch_size,
@@ -764,28 +797,26 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
 def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -> list[str]:
     """Return the answer: the setting, a table of the arms, the gap, and what is open."""
     metric = METRICS[request.points[0].spec.objective]
-    losses = {"base": results["start"]} | {a["rank"]: a["loss"] for a in results["arms"]}
+    losses = {"base": results["start"]} | {a["arm"]: a["loss"] for a in results["arms"]}
     shown = {k: None if v is None else f"{metric.loss(v):.4f}" for k, v in losses.items()}
     arms: list[dict[str, Any]] = [{"arm": "base", metric.label: shown["base"]}]
-    layers = {_rank(p): p.spec.method.plain()["layers"] for p in request.points if _rank(p)}
     for a in results["arms"]:
         best, notes = a["best_lr"], ", ".join(a["flags"])
-        on = f" on {layers[a['rank']]}" if a["rank"] in layers else ""
         arms.append(
             {
-                "arm": answer.arm_name(a["rank"]) + on,
+                "arm": a["arm"],
                 "best learning rate": best["value"] or a["best_tried"],
                 "interval": [best["low"], best["high"]],
                 "good": a["good"],
-                metric.label: shown[a["rank"]],
+                metric.label: shown[a["arm"]],
                 "seconds": a["seconds"],
                 "notes": notes if a["best_tried"] else "no learning rate trains",
             }
         )
     use = "the base as it is"
     if c["method"] is not None:
-        use = answer.arm_name(c["rank"]) + (f" on {c['layers']}" if c["rank"] else "")
-        use += f", learning rate {c['lr']:.1e}, {c['steps']} updates of {c['batch_size']} rows"
+        use = f"{c['arm']}, learning rate {c['lr']:.1e}"
+        use += f", {c['steps']} updates of {c['batch_size']} rows"
     use = "; ".join([f"Use {use} ({c['why']})", *filter(None, [c.get("out")])])
     used = ["used {used} of {given}".format(**c["budget"])] if "budget" in c else []
     last = "; ".join([f"open: {'; '.join(c['open']) or 'nothing'}", *used])
@@ -797,27 +828,22 @@ def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -
 
 
 def gap_line(results: Mapping[str, Any]) -> str:
-    """Say what LoRA gives up at the highest rank, with the interval that decides the claim.
+    """Say what the judged arm gives up, with the interval that decides the claim.
 
     It is wider than 95%, as the claim is judged several times.
     """
-    arms, verdicts = {arm["rank"]: arm for arm in results["arms"]}, results["verdicts"]
-    top = max((rank for rank in arms if rank), default=None)
+    arms, verdicts = {arm["arm"]: arm for arm in results["arms"]}, results["verdicts"]
+    top, of = results["judged"], results["reference"]
     if top is None or not arms[top]["gap_percent"] or not verdicts:
-        return "LoRA against full fine-tuning: not compared"
-    gain, verdict = arms[None]["gain"], verdicts[0]
+        return "against full fine-tuning: not compared"
+    gain, verdict = arms[of]["gain"], verdicts[0]
     nats = [verdict["estimate"][k] for k in ("value", "low", "high")]
     if not gain or None in nats:
-        return f"LoRA at rank {top} gives up: no interval ({verdict['why']})"
+        return f"{top} gives up: no interval ({verdict['why']})"
     gap, low, high = (100 * (results["allowed"] + value / gain) for value in nats)
     said = {"SUPPORTED": ": less than 5%", "REFUTED": ": more than 5%"}
     return (
-        f"LoRA at rank {top} gives up {gap:.1f}% [{low:.1f}%, {high:.1f}%] of full fine-tuning's "
-        f"gain on {results['n_test']} test rows"
+        f"{top} gives up {gap:.1f}% [{low:.1f}%, {high:.1f}%] of the gain of {of} "
+        f"on {results['n_test']} test rows"
         + said.get(verdict["outcome"], f": not decided at 5% ({verdict['why']})")
     )
-
-
-def _rank(point: Point) -> int | None:
-    """Return the rank of a LoRA run, None for full fine-tuning."""
-    return getattr(point.spec.method, "rank", None)

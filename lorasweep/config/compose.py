@@ -489,9 +489,11 @@ class Composer:
             Point(p.arm, dataclasses.replace(p.spec, **changes)) for p in request.points
         ]
         steps = request.points[0].spec.steps
+        asked = request.exec.keep_weights
         keep = request.exec.world_size == 1  # else every process holds a part of the weights
+        kept: Any = {"keep_weights": asked or keep, "prune_weights": keep and not asked}
         short = how.short_steps(steps) if how.prefix > 1 else None
-        request.exec = dataclasses.replace(request.exec, short_steps=short, keep_weights=keep)
+        request.exec = dataclasses.replace(request.exec, short_steps=short, **kept)
         parse_budget(request.budget, steps)
 
 
@@ -711,6 +713,12 @@ def _refuse_overwritten(typed: Sequence[str], name: str, sweep: Sweep) -> None:
             parts = [part for part in parts if f"{part}.{axis}" in keys]
         elif axis in fields_of(sweep.axes):
             parts = ["sweep.axes"]
+        if key == "method" and sweep.search:
+            like: Any = next((a for a in sweep.arms.values() if "rank" in a), {})
+            arm = json.dumps(like | {"method": value}).replace('"', "")
+            has = [f"arms={arm}" for arm, axes in sweep.arms.items() if axes["method"] == value]
+            hint = " or ".join(has) or f"'+sweep.arms.{value}={arm}', an arm more"
+            raise SpecError(f"{text!r} has no effect: {name!r} has several methods. Write {hint}.")
         if parts:
             if key.startswith("method.") and parts != ["sweep.axes"]:
                 parts = sorted({sweep.arms[part.split(".")[2]]["method"] for part in parts})

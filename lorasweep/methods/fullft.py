@@ -42,7 +42,8 @@ class FullFT(Method):
             if model.tied and "unembedding" in layers:
                 raise SpecError(
                     f"method.scope=matrices with the unembedding on {model.name!r}: it is tied to "
-                    "the embedding and cannot be trained alone. Use method.layers=attention+mlp."
+                    "the embedding and cannot be trained alone. Use method.layers=attention+mlp, "
+                    "or fullft.layers=attention+mlp for the arms of a sweep."
                 )
 
     def n_trainable(self, model: ModelSpec) -> int:

@@ -243,14 +243,19 @@ def added_points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> li
 # ---------------------------------------------------------------- names, tables, counts
 
 
+def settings_of(point: Point) -> dict[str, Any]:
+    """Return all settings of a run, those of its method too, by name; model and data by theirs."""
+    method = point.spec.method
+    own = {f.key: getattr(method, f.name) for f in fields(type(method))}
+    named = {"model": point.spec.model.name, "dataset": point.spec.dataset.name}
+    return {**own, **dict(point.spec.values()), **named}
+
+
 def run_names(points: Sequence[Point]) -> dict[str, str]:
     """Return the name of each run id: arm, the fields in which the runs differ, learning rate."""
-    rows, found = [], dict[str, set[Any]]()
-    for p in points:
-        method = {f.key: getattr(p.spec.method, f.name) for f in fields(type(p.spec.method))}
-        named = {"model": p.spec.model.name, "dataset": p.spec.dataset.name}
-        rows.append({**method, **dict(p.spec.values()), **named})
-        for key, value in rows[-1].items():
+    rows, found = [settings_of(p) for p in points], dict[str, set[Any]]()
+    for row in rows:
+        for key, value in row.items():
             if key not in ("lr", "method", "name", "config", "fields"):  # the arm says these
                 found.setdefault(key, set()).add(value)
     varied = [k for k in dict.fromkeys((*FIRST, *found)) if len(found.get(k, ())) > 1]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.run import RunSpec, snap_lr
-from lorasweep.sweep.grid import Point, around, curve_key, lrs_around_optimum
+from lorasweep.sweep.grid import Point, around, curve_key, lrs_around_optimum, settings_of
 from lorasweep.sweep.question import FINEST, MIN_SHORT, Search
 
 LOWEST, HIGHEST = 1e-8, 10.0
@@ -43,7 +43,7 @@ def search(
     so, or if the best of twice as many is at an end.
 
     Args:
-        starts: a run of full length for each arm and rank, at the learning rate to start from.
+        starts: a run of full length for each arm, at the learning rate to start from.
         loss: run id -> loss, infinity if the run diverged, None if it has not finished.
         may_begin: whether the budget allows runs (second argument) after others (first argument).
         look: judges finished runs, once the range of all arms is known.
@@ -73,14 +73,13 @@ def search(
             by_lr.setdefault(p.spec.lr, []).append(found)
         return {lr: sum(found) / len(found) for lr, found in by_lr.items()}
 
-    def is_of(p: Point, start: Point) -> bool:  # an arm and rank, at any length
-        same = dataclasses.replace(p.spec, steps=start.spec.steps)
-        return p.arm == start.arm and curve_key(Point(p.arm, same)) == curve_key(start)
-
     while True:
-        arms = [(start, [p for p in points if is_of(p, start)]) for start in starts]
+        by_arm: dict[tuple[str, str], list[Point]] = {}
+        for p in points:
+            by_arm.setdefault(arm_key(p), []).append(p)
+        arms = [(start, by_arm.get(arm_key(start), [])) for start in starts]
         seeds, new = {p.spec.seed for p in points}, list[Point]()
-        first = [p for p in points if is_of(p, anchor) and p.spec.seed == anchor.spec.seed]
+        first = [p for p in by_arm.get(arm_key(anchor), []) if p.spec.seed == anchor.spec.seed]
         known = losses(first)
         unsettled = next_lrs(anchor.spec.lr, losses(first, False), known, how)[0]
         best = None if unsettled else vertex(known)
@@ -131,22 +130,58 @@ MIN_SEEDS = 3
 """Seeds without which no claim is judged."""
 
 
+SHARED = ("model", "dataset", "objective", "batch_size", "steps", "seed", "precision", "trainer")
+"""Settings in which the arms of a search agree: losses are compared, and seeds paired."""
+WORDS = {"fullft": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}
+WORDS |= {"olora": "OLoRA", "vera": "VeRA", "oft": "OFT"}
+"""Methods in words."""
+
+
+def arm_key(point: Point) -> tuple[str, str]:
+    """Return the key of a run's arm: its name, and all settings but LR, updates and seed."""
+    return curve_key(Point(point.arm, dataclasses.replace(point.spec, steps=1)))
+
+
+def arm_names(starts: Sequence[Point]) -> dict[tuple[str, str], str]:
+    """Name arms, by `arm_key`: method, rank, layers, and settings that tell equal names apart."""
+    names, settings = dict[tuple[str, str], str](), {arm_key(p): settings_of(p) for p in starts}
+    for p in starts:
+        m, rank = p.spec.method, getattr(p.spec.method, "rank", None)
+        layers = "+".join(m.target_layers())
+        name = WORDS.get(m.name, m.name) + f" rank {rank}" * bool(rank)
+        names[arm_key(p)] = name + f" on {layers}" * bool(layers)
+    for name in dict.fromkeys(names.values()):
+        same = [key for key, of in names.items() if of == name]
+        for k in (k for k in settings[same[0]] if k not in ("lr", "method")):
+            values = {key: settings[key].get(k) for key in same}
+            said = {i: f"{v:g}" if isinstance(v, float) else v for i, v in values.items()}
+            more = {key: f"{names[key]}, {k} {said[key]}" for key in same}
+            if len({*more.values()}) > len({names[key] for key in same}):
+                names |= more
+    return names
+
+
 def check_search(points: Sequence[Point]) -> None:
     """Raise SpecError unless a search can start from these runs.
 
-    The runs have one model and data set, and differ in method and rank only. A short run is the
-    beginning of the long one only at a constant learning rate.
+    Arms differ in more than the learning rate, and agree in SHARED. A short run is the beginning of
+    the long one only at a constant learning rate.
     """
     specs = [p.spec for p in points]
-    pairs = sorted({f"model={s.model.name} dataset={s.dataset.name}" for s in specs})
-    arms = [(s.method.name, getattr(s.method, "rank", None)) for s in specs]
-    twice = {" with rank ".join(map(str, arm)) for arm in arms if arms.count(arm) > 1}
-    if len(pairs) > 1 or twice:
-        raise SpecError(
-            "a search is about one model and one data set, and compares full fine-tuning with "
-            f"ranks of LoRA: not {', '.join(pairs[1:] and pairs) or f'arms of {min(twice)}'} "
-            "together. Give every setting, such as layers, alpha, batch_size or seed, one value."
-        )
+    for key in SHARED:
+        if len(values := dict.fromkeys(getattr(s, key) for s in specs)) > 1:
+            shown = ", ".join(str(getattr(v, "name", v)) for v in values)
+            raise SpecError(
+                "a search is about one model and one data set, and compares methods at "
+                f"equal settings: not {key}={shown} together. Give {key} one value."
+            )
+    arms: dict[str, Point] = {}
+    for p in points:
+        if (first := arms.setdefault(arm_key(p)[1], p)) is not p:
+            raise SpecError(
+                f"arms {first.arm} (lr={first.spec.lr:g}) and {p.arm} (lr={p.spec.lr:g}) of a "
+                "search differ in the learning rate alone, which it finds itself. Leave one out."
+            )
     for s in specs:
         if not s.trainer.command and (s.schedule != "constant" or s.warmup_steps):
             raise SpecError(
