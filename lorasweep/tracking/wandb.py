@@ -133,8 +133,8 @@ def _begin(store: RunStore, rid: str, home: Path, group: str, words: Iterable[st
     return wandb.init(
         **given,
         dir=partial if mode == "offline" else None,
-        name=f"{spec['method']['name']} lr={spec['lr']:g} {rid}",
-        group=group if group in words else _hash(group),
+        name=f"{_said(spec['method']['name'], words)} lr={spec['lr']:g} {rid}",
+        group=_said(group, words),
         project=os.environ.get("WANDB_PROJECT", "lorasweep"),
         config=public(spec, words),
         settings=wandb.Settings(**OFF),
@@ -145,12 +145,24 @@ def _hash(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
+def _said(name: str, words: Iterable[str]) -> str:
+    """Return a shipped name; of the user's own names a hash, to tell runs apart."""
+    return name if name in words else _hash(name)
+
+
 def public(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
-    """Return numbers, the texts in `words`, and a hash of the model and the data set (key id)."""
+    """Return numbers, the texts in `words`, and a hash of the model and the data set (key id).
+
+    A method or generator of another package names its own settings: of these only rank and alpha.
+    """
     found = _numbers(values)
     for key, value in values.items():
         if isinstance(value, dict):
-            found[key] = public(value, words)
+            code = value.get("name") if key == "method" else values.get("location")
+            code = values.get("dataset", code) if key == "knobs" else code
+            own = key in ("method", "knobs") and code not in words and "config" not in value
+            part = {k: v for k, v in value.items() if k in ("rank", "alpha")} if own else value
+            found[key] = public(part, words)
             found[key] |= {"id": _hash(value)} if key in ("model", "dataset") else {}
         elif isinstance(value, str) and (key in KEPT or value in words):
             found[key] = value

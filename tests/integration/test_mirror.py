@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import getpass
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import time
 import pytest
 
 from lorasweep.errors import SpecError, StoreError
+from lorasweep.methods.peft import PEFT
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.store.run_store import RunStore
 from lorasweep.tracking import wandb
@@ -175,7 +177,7 @@ SECRET = "acme-clinic"
 
 
 def test_names_paths_and_rows_stay_here(tmp_path, monkeypatch):
-    """A secret in the paths, the names of model, data set and customer, and in texts of records."""
+    """A secret in the paths, the names of model, data set, method and customer, and in texts of records."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "copies"))
     texts = {
@@ -187,7 +189,8 @@ def test_names_paths_and_rows_stay_here(tmp_path, monkeypatch):
     model = dataclasses.replace(
         tiny_spec().model, name=f"{SECRET}-base", location=f"/{SECRET}/base"
     )
-    spec = tiny_spec(dataset=data, model=model)
+    method = PEFT(name=SECRET, config="LoHaConfig", rank=4)
+    spec = tiny_spec(dataset=data, model=model, method=method)
     store = RunStore(tmp_path / SECRET / "runs")
     store.prepare()
     store.claim(spec)
@@ -204,3 +207,16 @@ def test_names_paths_and_rows_stay_here(tmp_path, monkeypatch):
         assert text.encode() not in content, text
     host = re.escape(socket.gethostname().encode())  # two letters may lie in a random id
     assert not re.search(rb"(?<!\w)" + host + rb"(?!\w)", content)
+
+
+def test_settings_that_a_users_code_names_stay_here():
+    """Of a method and a generator of the user's package; those of shipped code are sent."""
+    words = ["lora", "dialect", "tiny64"]
+    shipped = json.loads(tiny_spec().canonical)
+    sent = wandb.public(shipped, words)
+    assert sent["method"]["name"] == "lora" and sent["dataset"]["knobs"]["rule_shift"] == 0.5
+    assert sent["model"]["recipe"]["knobs"]
+    own = {"name": SECRET, "rank": 4, f"{SECRET}_decay": 0.5, "layers": SECRET}
+    data = {**shipped["dataset"], "location": SECRET, "knobs": {SECRET: 1}}
+    sent = wandb.public({**shipped, "method": own, "dataset": data}, words)
+    assert SECRET not in json.dumps(sent) and sent["method"] == {"rank": 4}
