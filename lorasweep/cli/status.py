@@ -99,7 +99,8 @@ def status(request: Request, store: RunStore) -> Answer:
     }
     lines = [
         f"{request.sweep_name or 'single run'} at scale {request.scale}: "
-        f"{', '.join(f'{runs[s]} {s}' for s in columns)}; about {duration(left_s)} left",
+        f"{', '.join(f'{runs[s]} {s}' for s in columns)}; "
+        + ("time left unknown" if left_s is None else f"about {duration(left_s)} left"),
         *([counts_line(found["customers"])] if customers else []),
     ]
     jobs = found["jobs"]
@@ -139,8 +140,13 @@ def watch(request: Request, store: RunStore, show: Callable[[], int]) -> int:
         time.sleep(min(found[0], 86400.0))  # a clock holds no 1e11 hours
 
 
-def _left_s(plan: Plan, steps: dict[str, int], ended: dict[str, Entry], store: RunStore) -> float:
-    """Return the seconds that are left at the recent speed, else by the plan; `steps`: running."""
+def _left_s(
+    plan: Plan, steps: dict[str, int], ended: dict[str, Entry], store: RunStore
+) -> float | None:
+    """Return the seconds that are left at the recent speed, else by the plan; `steps`: running.
+
+    None: unknown, as before the first run of a foreign trainer.
+    """
     runs = {p.id: p.spec for p in plan.points}
     now = {i: step / runs[i].steps for i, step in steps.items()} | dict.fromkeys(ended, 1.0)
     saved = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
@@ -158,4 +164,7 @@ def _left_s(plan: Plan, steps: dict[str, int], ended: dict[str, Entry], store: R
     work = {i: run_flops(runs[i]) for i in (*before, *(p.id for p in plan.todo))}
     left = time_left(work, before, now, union_s(spans))
     todo = sum(work[p.id] * (1 - now.get(p.id, 0.0)) for p in plan.todo)
-    return plan.hours * 3600 * todo / plan.flops if math.isnan(left) else left
+    if not math.isnan(left):
+        return left
+    known = plan.speeds or not plan.points[0].spec.trainer.command
+    return plan.hours * 3600 * todo / plan.flops if known else None

@@ -558,6 +558,9 @@ def test_claims_that_need_more_than_final_losses_are_refused_in_the_plan_by_name
     plain = json.loads(command("plan", "lr_ratio", *more, claim, "format=json").stdout)
     assert plain["refused"] == ["speed"]
     assert plain["cost"]["basis"] == "unknown" and plain["cost"]["hours"] is None
+    assert "6 missing; time left unknown" in command("status", "lr_ratio", *more).stdout
+    plain = json.loads(command("status", "lr_ratio", *more, "format=json").stdout)
+    assert plain["left_s"] is None
     absent = command(
         "plan", "lr_ratio", *more, "trainer.command=[absent,'{lr}','{seed}','{out}/run.json']"
     )
