@@ -28,7 +28,7 @@ from analysis.questions.registry import analyse
 from analysis.report.sentences import lines_of, sentences_of, worded
 from analysis.report.text import aligned, check_installed, missing, plain, rendered, text_hash
 from analysis.runs.curves import by_run, full_names, in_words, learning_curves, runs_of
-from analysis.runs.table import NLL, as_losses, whole, write
+from analysis.runs.table import NLL, as_losses, own, whole, write
 
 NOT_JUDGED = (
     *("text", "source", "measure", "note", "planning", "underpowered", "better"),
@@ -389,7 +389,7 @@ def write_html(
         question: the question of the verdicts.
 
     Raises:
-        TableError: plotly or jinja2 is not installed.
+        TableError: plotly or jinja2 is not installed, or `path` is a file of the user's.
     """
     check_installed("the interactive page", "plotly", "jinja2")
     learned = learning_curves(table).query("step >= 1").dropna(subset="test_nll")
@@ -466,4 +466,4 @@ def write_html(
         "report.html", answer=answer, data=data, style=style, code=code, library=library
     )
     with whole(path) as part:
-        part.write_text(page)
+        part.write_bytes(own(path, page))

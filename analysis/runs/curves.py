@@ -168,7 +168,7 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
             float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan
             for v in (start, floor)
         )
-        updates = np.nanmax([0.0, *cut_from])
+        updates = np.nanmax([0.0, *cut_from]) if "steps" in part else 0.0
         found.append(
             LrCurve(
                 key=dict(zip(keys, key)),

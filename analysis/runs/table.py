@@ -4,6 +4,7 @@ Tables of any program are read with `read_any`: its errors name the row and the 
 """
 
 import difflib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -94,6 +95,29 @@ def whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def own(path: Path, text: str, comment: str = "<!-- {} -->", option: str = "--out ") -> bytes:
+    """Return what to write to a file, ending in a comment with the SHA-256 of the lines before it.
+
+    So a page is known in any folder. JSON has no comments ('' then): only the same text is written.
+    Raises TableError: lorasweep did not write the file that is there, or it was changed since.
+    """
+
+    def marked(lines: bytes) -> bytes:
+        mark = f"written by lorasweep, sha256 {hashlib.sha256(lines).hexdigest()}"
+        return lines + f"{comment.format(mark)}\n".encode() if comment else lines
+
+    new = marked(f"{text}\n".encode())
+    if os.path.lexists(path):
+        there = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        lines = there[: there.rstrip(b"\n").rfind(b"\n") + 1]
+        if there != (marked(lines) if comment else new):
+            raise TableError(
+                f"{path} has other content, and nothing shows that lorasweep wrote it and nobody "
+                f"changed it since. It stays: move it away, or name another with {option}FILE."
+            )
+    return new
+
+
 def write(table: pd.DataFrame, path: Path) -> None:
     """Write a table of runs as strongly compressed parquet: results are long, similar JSON."""
     with whole(path) as part:
@@ -111,10 +135,10 @@ def check(table: pd.DataFrame) -> None:
     if unranked:
         raise TableError(f"{unranked} lora run(s) have no rank. Fill it in, or drop the runs.")
     keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
-    if "weights_sha256" in table.columns:  # of diverged runs all may be NaN
+    if {"weights_sha256", "trainer"} <= {*table.columns}:  # of diverged runs all may be NaN
         equal = table[table["status"] == "done"].groupby(["trainer", "weights_sha256"])
         for (trainer, _), part in equal:
-            for key in ("lr", "steps", "batch_size"):
+            for key in part.columns.intersection(["lr", "steps", "batch_size"]):
                 if len(values := sorted(part[key].unique())) > 1:
                     raise TableError(
                         f"trainer {trainer} left equal weights at {key} {values[0]:g} and "
@@ -306,13 +330,15 @@ def read_any(
     table["_row"] = np.arange(1, len(table) + 1)
     notes: list[str] = []
     many = (list, dict, np.ndarray)
+    table = table.loc[:, ~table.columns.duplicated()]  # those that are read were refused
+    for column in [
+        c for c in table if table[c].dtype == object
+    ]:  # a list of data sets, for example
+        table[column] = table[column].map(lambda v: str(v) if isinstance(v, many) else v)
     for column in table.columns.intersection(NUMBERS):
         table[column] = _numbers(table, column)
     for column in table.columns.intersection(TEXTS):
         table[column] = _words(table[column]).replace("", np.nan)
-    for column in table.columns.intersection(CURVE_KEYS):
-        if table[column].dtype == object:  # a list of data sets, for example
-            table[column] = table[column].map(lambda v: str(v) if isinstance(v, many) else v)
     if "rank" not in table.columns:
         table["rank"] = np.nan
     blank = pd.Series("", table.index)
@@ -360,6 +386,17 @@ def read_any(
     sign = -1 if higher else 1
     table["test_nll"] = table["test_nll"] * sign
     table = _with_seeds(table, notes)
+    point = table.groupby([c for c in ("lr", *CURVE_KEYS) if c in table], dropna=False).ngroup()
+    unread = table.columns.difference([*KNOWN, *CURVE_KEYS, "block", "_row"])
+    varied = {
+        c: table[c].nunique() for c in unread if table.groupby(point)[c].nunique(False).gt(1).any()
+    }
+    if varied and not {"spec", "result"} <= {*unread}:  # our own exports: all settings are read
+        notes.append(
+            f"not read: {', '.join(sorted(varied, key=lambda c: varied[c]))}, which differ in runs "
+            "of one curve and learning rate. Is one a setting? These runs are merged: name it "
+            "(--map lora_alpha=alpha), or keep one value per table."
+        )
     if "dataset" not in table.columns:
         table["dataset"] = "data"
     if not len(table):
@@ -407,6 +444,9 @@ def _with_seeds(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """
     keys = [c for c in ("lr", *CURVE_KEYS) if c in table.columns]
     if "seed" not in table.columns or table["seed"].isna().all():
+        if (repeated := table.duplicated(keys, keep=False)).any():
+            rows = _rows_of(table, repeated)
+            notes.append(f"{repeated.sum()} rows are repeats without a column seed (row {rows}).")
         return table.assign(block=0, seed=table.groupby(keys, dropna=False).cumcount())
     why = "empty, though other rows have one. Fill it in, or drop the column: repeats are then "
     _refuse(table, table["seed"].isna(), "seed", f"{why}numbered as seeds.")

@@ -22,6 +22,7 @@ from analysis.questions.registry import read_question
 from analysis.report.report import judge_and_report, write_html
 from analysis.report.study import answers
 from analysis.report.text import aligned, check_installed, plain
+from analysis.runs import table as runs_table
 from analysis.runs.curves import lr_curves
 from analysis.runs.table import CURVE_KEYS, LOSS, NLL, Reading, Shown, TableError, read, read_any
 
@@ -115,8 +116,6 @@ def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
     for note in reading.notes:
         print(f"note: {note}", file=sys.stderr)
     out = args.out or (args.name.with_suffix(".html") if args.command == "html" else None)
-    if out and out.resolve() == args.name.resolve():
-        raise TableError(f"{out} is the table itself: name another file with --out")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.command == "html":
@@ -133,7 +132,7 @@ def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
     result = COMMANDS[args.of](reading) if args.of else fit(reading, args.within)
     text = json.dumps(result, indent=1)
     if args.out:
-        args.out.write_text(text + "\n")
+        args.out.write_bytes(runs_table.own(args.out, text, comment=""))
     print(text if args.json else "\n".join(lines(result)))
 
 

@@ -370,6 +370,14 @@ def fit_table(path: Path) -> tuple[list[dict[str, Any]], list[str], Sequence[str
     return (found := fit(reading)), lines(found), reading.notes
 
 
+@_table_errors("nothing was written")
+def own_file(path: Path, text: str, comment: str = "<!-- {} -->") -> bytes:
+    """Return what to write to a file, with a mark; StoreError: the file there is the user's."""
+    from analysis.runs.table import own
+
+    return own(path, text, comment, "out=")
+
+
 def code_length(
     base: Sequence[float], code: Sequence[float], tokens: Sequence[int], left: int | None
 ) -> list[dict[str, float | None]]:

@@ -90,10 +90,9 @@ def advise(request: Request, store: RunStore) -> Answer:
     path = Path(request.out or Path(request.exec.reports_dir) / f"advice-{title}.html")
     if path.suffix != ".html":
         raise SpecError(f"out={path}: expected a file that ends in .html.")
-    if path.exists() and b"<title>LoRA or full fine-tuning" not in path.read_bytes():
-        raise SpecError(f"out={path} is no page of advice, so it is not replaced. Name another.")
+    content = answer.own_file(path, pages.html(found, title))
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, pages.html(found, title).encode())
+    files.write_atomic(path, content)
     errors = [f"error in {a.error}" for a in found if isinstance(a, RowError)]
     summary = pages.render("summary.txt", t=totals(found))
     lines = table([dict(zip(pages.HEAD, pages.cells(a))) for a in found], *pages.HEAD)

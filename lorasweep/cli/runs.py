@@ -63,7 +63,7 @@ from lorasweep.spec.streams import stream
 from lorasweep.store import checkpoint, files, folders, looks
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import import_table, load_runs, read_exported
+from lorasweep.store.table import import_table, load_runs, read_exported, refuse_loss
 from lorasweep.sweep.grid import Point, curve_key, lrs_around_optimum, run_names
 from lorasweep.sweep.request import Request, question
 from lorasweep.sweep.search import LOWEST, WORDS, arm_key, arm_names, is_short
@@ -174,14 +174,13 @@ def fit(request: Request, store: RunStore) -> Answer:
     if not request.table:
         raise SpecError("action=fit needs table=FILE: one run per row, .csv, .parquet or .jsonl.")
     path = Path(request.out).expanduser() if request.out else None
-    if path and (path.suffix != ".json" or path.exists()):
-        raise SpecError(f"out={path}: expected a new file that ends in .json.")
     fits, lines, notes = answer.fit_table(Path(request.table).expanduser())
     for note in notes:
         notifier(request)(f"note: {note}")
     if path:
+        content = answer.own_file(path, json.dumps(fits, indent=1), comment="")
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(path, json.dumps(fits, indent=1).encode())
+        files.write_atomic(path, content)
     return Answer(fits, lines)
 
 
@@ -378,12 +377,13 @@ def export(request: Request, store: RunStore) -> Answer:
     path = Path(request.out).expanduser()
     if path.suffix not in (".parquet", ".csv"):
         raise SpecError(f"out={request.out!r}: expected a file name in .parquet or .csv.")
-    if path.exists():  # only an earlier export is replaced
-        read_exported(path)
+    earlier = read_exported(path) if path.exists() else None
     ids = [p.id for p in judged(request, all_points(request, store))] if request.sweep else None
     found = load_runs(store.root, ids)
     if found.empty:
         raise SpecError(f"no finished runs in {store.root}. Run a sweep, or set exec.runs_dir.")
+    if earlier is not None:
+        refuse_loss(path, earlier, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         content = found.to_parquet(index=False, compression="zstd", compression_level=12)

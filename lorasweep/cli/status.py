@@ -143,10 +143,7 @@ def watch(request: Request, store: RunStore, show: Callable[[], int]) -> int:
 def _left_s(
     plan: Plan, steps: dict[str, int], ended: dict[str, Entry], store: RunStore
 ) -> float | None:
-    """Return the seconds that are left at the recent speed, else by the plan; `steps`: running.
-
-    None: unknown, as before the first run of a foreign trainer.
-    """
+    """Return the seconds that are left at the recent speed, else by the plan; None: unknown."""
     runs = {p.id: p.spec for p in plan.points}
     now = {i: step / runs[i].steps for i, step in steps.items()} | dict.fromkeys(ended, 1.0)
     saved = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
@@ -164,7 +161,6 @@ def _left_s(
     work = {i: run_flops(runs[i]) for i in (*before, *(p.id for p in plan.todo))}
     left = time_left(work, before, now, union_s(spans))
     todo = sum(work[p.id] * (1 - now.get(p.id, 0.0)) for p in plan.todo)
-    if not math.isnan(left):
-        return left
-    known = plan.speeds or not plan.points[0].spec.trainer.command
-    return plan.hours * 3600 * todo / plan.flops if known else None
+    if math.isnan(left) and plan.points[0].spec.trainer.command and not plan.speeds:
+        return None
+    return plan.hours * 3600 * todo / plan.flops if math.isnan(left) else left

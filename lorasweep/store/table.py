@@ -1,6 +1,7 @@
 """Export finished runs as a table, and import such a table into a store."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,18 +79,36 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def read_exported(path: Path) -> list[tuple[str, str]]:
-    """Return spec and result of each row; StoreError: the file is not an exported table."""
+def read_exported(path: Path) -> "pd.DataFrame":
+    """Return an exported table, cells of CSV as text; StoreError: the file is none."""
     import pandas as pd
 
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-        return list(zip(table["spec"], table["result"], strict=True))
+        as_text: Any = {"dtype": str, "keep_default_na": False}
+        is_csv = path.suffix != ".parquet"
+        table = pd.read_csv(path, **as_text) if is_csv else pd.read_parquet(path)
+        return table.astype({"spec": object, "result": object})
     except (OSError, ValueError, KeyError) as error:  # errors of pandas and pyarrow are ValueErrors
         raise StoreError(
             f"{path} is no exported table, with columns spec and result ({error}). Name another, "
             "or write it with action=export."
         ) from None
+
+
+def refuse_loss(path: Path, earlier: "pd.DataFrame", new: "pd.DataFrame") -> None:
+    """Raise StoreError if a table lacks a column, run or cell of the earlier one in its file."""
+    lost = [f"column {c}" for c in earlier.columns if c not in new.columns]
+
+    def lines(table: "pd.DataFrame") -> list[str]:  # of whole numbers as of floats, beside a gap
+        text = table[[*earlier.columns]].to_csv(index=False)
+        return re.sub(r"(?m)(^|,)(-?\d+)\.0(?=,|$)", r"\1\2", text).splitlines()
+
+    if lost or (lost := sorted({*lines(earlier)} - {*lines(new)})):
+        raise StoreError(
+            f"{path} has what this export would lose, {len(lost)} column(s) of yours, runs of "
+            f"another folder or changed rows, such as: {lost[0][:60]}. It is not replaced: name "
+            "another file with out=, or move it away."
+        )
 
 
 def import_table(runs_dir: str | Path, path: str | Path) -> int:
@@ -100,7 +119,8 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     """
     path = Path(path)
     rows: dict[str, tuple[RunSpec, dict[str, Any]]] = {}
-    for number, (spec_text, result_text) in enumerate(read_exported(path), start=1):
+    table = read_exported(path)
+    for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
         try:
             spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
             validate(spec)

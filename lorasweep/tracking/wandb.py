@@ -129,12 +129,13 @@ def _begin(store: RunStore, rid: str, home: Path, group: str, words: Iterable[st
     if mode == "offline" and any(home.glob(f"offline-run-*-{rid}")):  # killed before the mark
         return write_atomic(_mark(store, rid), b"{}\n")
     spec = store.spec(rid)
+    method = spec["method"]["name"]
     given: dict[str, Any] = {"id": rid, "mode": mode, "resume": "allow", "reinit": "create_new"}
     return wandb.init(
         **given,
         dir=partial if mode == "offline" else None,
-        name=f"{_said(spec['method']['name'], words)} lr={spec['lr']:g} {rid}",
-        group=_said(group, words),
+        name=f"{method if method in words else _hash(method)} lr={spec['lr']:g} {rid}",
+        group=group if group in words else _hash(group),
         project=os.environ.get("WANDB_PROJECT", "lorasweep"),
         config=public(spec, words),
         settings=wandb.Settings(**OFF),
@@ -145,11 +146,6 @@ def _hash(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
-def _said(name: str, words: Iterable[str]) -> str:
-    """Return a shipped name; of the user's own names a hash, to tell runs apart."""
-    return name if name in words else _hash(name)
-
-
 def public(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     """Return numbers, the texts in `words`, and a hash of the model and the data set (key id).
 
@@ -158,10 +154,10 @@ def public(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     found = _numbers(values)
     for key, value in values.items():
         if isinstance(value, dict):
-            code = value.get("name") if key == "method" else values.get("location")
-            code = values.get("dataset", code) if key == "knobs" else code
-            own = key in ("method", "knobs") and code not in words and "config" not in value
-            part = {k: v for k, v in value.items() if k in ("rank", "alpha")} if own else value
+            place = values.get("location", values.get("dataset"))  # of a data set, of a recipe
+            of = value.get("name") if key == "method" else place
+            own = key in ("knobs", "method") and str(of) not in words and "config" not in value
+            part = {k: v for k, v in value.items() if not own or k in ("rank", "alpha")}
             found[key] = public(part, words)
             found[key] |= {"id": _hash(value)} if key in ("model", "dataset") else {}
         elif isinstance(value, str) and (key in KEPT or value in words):

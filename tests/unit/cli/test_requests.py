@@ -10,6 +10,7 @@ import sys
 from pkgutil import resolve_name
 from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 
 from analysis.__main__ import main as analysis
@@ -21,7 +22,7 @@ from lorasweep.cli.actions import ACTIONS, VERBS, act, as_overrides
 from lorasweep.cli.answer import all_points
 from lorasweep.cli.plans import understood
 from lorasweep.data import load, sources
-from lorasweep.errors import ClusterError, DataError, SpecError
+from lorasweep.errors import ClusterError, DataError, SpecError, StoreError
 from lorasweep.launch import local
 from lorasweep.models.describe import describe_model
 from lorasweep.spec.dataset import DatasetSpec
@@ -75,7 +76,6 @@ def refused(done, *words):
         ("export lr_ratio table=x.csv", "table is only for action=fit and action=import"),
         ("export lr_ratio out=customers.csv", "no exported table"),
         ("fit customers.csv", "no column 'lr'"),
-        ("fit customers.csv out=customers.csv", "a new file"),
         ("report lr_ratio", "no run of this command has finished"),
         ("+sweep=lr_ratio scale.name=small", "scale=NAME"),
         ("steps", "steps"),
@@ -92,7 +92,7 @@ def refused(done, *words):
         ("action=advise +sweep=rank customers=c.csv", "Leave +sweep=rank out"),
         ("action=advise customers=customers.csv why=acne", "Did you mean 'acme'"),
         ("action=advise customers=customers.csv out=page.pdf", ".html"),
-        ("advise customers.csv out=mine.html", "no page of advice"),
+        ("advise customers.csv out=mine.html", "mine.html has other content"),
         ("action=measure data=no.jsonl", "no file"),
         ("action=measure cluster=slurm", "srun python -m"),
         ("action=measure dataset=facts model=tiny64-facts batch_size=1000", "has 64 rows"),
@@ -466,6 +466,40 @@ def test_a_full_disk_leaves_an_earlier_table_and_is_named(compose, tmp_path, mon
     with pytest.raises(OSError, match=r"runs\.csv"):
         act(compose(*SMOKE, *RATES, "action=export", "out='~/runs.csv'"))
     assert (tmp_path / "runs.csv").read_text() == earlier
+
+
+@pytest.mark.parametrize("end", ["csv", "parquet"])
+def test_an_export_that_would_lose_runs_columns_or_cells_is_refused(compose, tmp_path, end):
+    def export(*more):
+        act(compose(*SMOKE, *RATES, "action=export", f"out={path}", *more))
+        return path.read_bytes()
+
+    path, alone = tmp_path / f"runs.{end}", ("arms=lora",)
+    assert act(compose(*SMOKE, *RATES), FakeTrainer(VALLEY.nll)) == 0
+    few = export(*alone)  # a column of whole numbers, which has gaps beside full fine-tuning
+    assert len(export()) > len(few)
+    with pytest.raises(StoreError, match="runs of another folder"):
+        export(*alone)
+    load = (lambda: pd.read_csv(path)) if end == "csv" else (lambda: pd.read_parquet(path))
+    for change in ({"my_notes": "an hour"}, {"status": "hand-made"}):
+        table, before = load().assign(**change), path.read_bytes()
+        table.to_csv(path, index=False) if end == "csv" else table.to_parquet(path)
+        changed = path.read_bytes()
+        with pytest.raises(StoreError, match=rf"runs\.{end} has what this export would lose"):
+            export()
+        assert path.read_bytes() == changed
+        path.write_bytes(before)
+
+
+def test_a_page_of_advice_that_was_changed_stays(command, tmp_path):
+    (tmp_path / "customers.csv").write_text(ROWS)
+    page = tmp_path / "page.html"
+    advise = ("advise", "customers.csv", f"out={page}")
+    assert command(*advise).returncode == command(*advise).returncode != 2
+    page.write_text(changed := page.read_text().replace("</h1>", ": my notes</h1>"))
+    refused = command(*advise)
+    assert refused.returncode == 2 and "page.html has other content" in refused.stderr
+    assert "out=FILE" in refused.stderr and page.read_text() == changed
 
 
 @pytest.mark.slow

@@ -177,6 +177,12 @@ def test_what_is_left_out_or_taken_otherwise_is_noted_with_its_rows(tmp_path, ca
         (again, ("row 9, 64", "taken as repeats", "repeat another row", "row 65")),
         (broken("test_nll", "", 2).drop(columns="status"), ("row 3", "column test_nll")),
         (crashed, ("1 run(s)", "row 6")),
+        # settings of names that are not ours, in a curve and at one learning rate
+        (
+            table.assign(peft_alpha=np.where(table["seed"] == 0, 16, 128), note=table.index),
+            ("not read: peft_alpha, note, which differ", "--map lora_alpha=alpha"),
+        ),
+        (table.drop(columns="seed"), ("63 rows are repeats without a column seed",)),
     ):
         code, _, err = run(capsys, "fit", write(tmp_path, changed))
         assert code == 0 and all(word in err for word in words), err
@@ -334,7 +340,7 @@ def test_ratio_and_drift_come_back(asked):
         ({"ranks": (None,)}, ("--drift",), "no lora run"),
         ({}, ("--higher", "test_nl"), "Did you mean 'test_nll'?"),
         ({}, ("--out", "runs.csv/fits.json"), "runs.csv"),  # cannot be written
-        ({}, ("--out", "runs.csv"), "is the table itself"),
+        ({}, ("--out", "runs.csv"), "runs.csv has other content"),
     ],
 )
 def test_what_a_command_needs_is_named(tmp_path, capsys, monkeypatch, table, options, word):
@@ -406,6 +412,44 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path, capsys, command):
     (mine := tmp_path / "map.png").write_text("mine")
     code, _, err = run(capsys, command, "--reports-dir", tmp_path, "--out", tmp_path)
     assert code == 2 and "has files" in err and [*tmp_path.iterdir()] == [mine]
+
+
+def test_a_file_is_replaced_only_if_we_wrote_it_and_nobody_changed_it(tmp_path, capsys):
+    table = write(tmp_path, planted())
+    page, notes, fits = (tmp_path / name for name in ("runs.html", "notes.txt", "fits.json"))
+    for path in (page, notes):
+        path.write_text("my notes")
+    for argv in (("html", table), ("fit", table, "--out", notes)):
+        code, _, err = run(capsys, *argv)
+        assert code == 2 and "has other content" in err and "--out FILE" in err
+    assert page.read_text() == notes.read_text() == "my notes"
+    page.unlink()
+    for _ in range(2):  # again, and where it was moved to
+        assert run(capsys, "html", table)[0] == 0
+        assert run(capsys, "fit", table, "--out", fits)[0] == 0
+    moved = page.rename(tmp_path / "moved.html")
+    assert run(capsys, "html", table, "--within", "0.02", "--out", moved)[0] == 0
+    changed = moved.read_text().replace("<body>", "<body>my notes")
+    moved.write_text(changed)
+    assert run(capsys, "html", table, "--out", moved)[0] == 2 and moved.read_text() == changed
+    moved.unlink()
+    moved.symlink_to(page)
+    assert run(capsys, "html", table, "--out", moved)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"layers": [["q_proj", "v_proj"]] * 63, "notes": [np.array(["a", "b"])] * 63},
+        *({"weights_sha256": [f"{k:064x}" for k in range(63)], **more} for more in ({}, {"trainer": "t"})),
+        *({name: 5} for name in ("cut_from_steps", "steps", "base_sha256", "trainer_versions")),
+        *({name: "x"} for name in ("result", "spec", "objective", "curve", "packages", "block")),
+    ],
+)  # fmt: skip
+def test_columns_that_others_name_as_we_do_end_in_no_traceback(tmp_path, capsys, columns):
+    path = write(tmp_path, planted().assign(**columns), "x.parquet")
+    for flags in (("fit",), ("fit", "--ratio"), ("fit", "--drift"), ("html",)):
+        assert run(capsys, flags[0], path, *flags[1:])[0] == 0
 
 
 CELLS = ("", "nan", "inf", "-1", "0", "1e-4", "2e-4", "1e-3", "2.5", "done", "x")
