@@ -25,7 +25,7 @@ from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import WITHIN, Optimum
 from analysis.questions.base import NO_CELL, Analysis, by_group, level_of
 from analysis.questions.registry import analyse
-from analysis.report.sentences import lines_of, sentences_of, worded
+from analysis.report.sentences import cautions_of, lines_of, sentences_of, worded
 from analysis.report.text import aligned, check_installed, missing, plain, rendered, text_hash
 from analysis.runs.curves import by_run, full_names, in_words, learning_curves, runs_of
 from analysis.runs.table import NLL, as_losses, own, whole, write
@@ -73,6 +73,7 @@ def judge_and_report(
     found = analyse(table, question, kept)
     results, left_out = results_of(found, question, table), ""
     answer = sentences_of(found, question, results, table)
+    said = [*lines_of(answer, question), *results.get("cautions", ())]
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
@@ -85,15 +86,14 @@ def judge_and_report(
             else:
                 title = f"{question['name']} at scale {question['scale']}: {question['question']}"
                 shown = (found.optima, found.ratios, found.verdicts, WITHIN)
-                said = (lines_of(answer, question), question)
-                write_html(new / "report.html", title, as_losses(table), *shown, *said)
+                write_html(new / "report.html", title, as_losses(table), *shown, said, question)
             for file in [*new.iterdir()]:
                 file.replace(folder / file.name)
     if as_json:
         report = None if folder is None or left_out else str(folder / "report.md")
         left = [left_out] if left_out else []
         return json.dumps({"answer": answer, **results, "report": report, "left_out": left})
-    out = [*lines_of(answer, question), "", f"Question: {question['question']}", ""]
+    out = [*said, "", f"Question: {question['question']}", ""]
     if found.optima:
         place, rows = apart(optima_rows(found.optima))
         out += [*map(in_words, place), *aligned(rows), ""]
@@ -162,14 +162,16 @@ def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -
             for o in found.optima
         ],
         **found.measures,
+        **({"cautions": cautions} if (cautions := cautions_of(found, table)) else {}),
         "verdicts": [v.plain() for v in found.verdicts],
     }
 
 
 def answer_lines(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> list[str]:
     """Return the answer as sentences, the first lines of every text."""
-    answer = sentences_of(found, question, results_of(found, question, table), table)
-    return lines_of(answer, question)
+    results = results_of(found, question, table)
+    answer = sentences_of(found, question, results, table)
+    return [*lines_of(answer, question), *results.get("cautions", ())]
 
 
 def inputs_hash(table: pd.DataFrame, results: str) -> str:

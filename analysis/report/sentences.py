@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -74,6 +75,31 @@ def lines_of(answer: Sequence[Mapping[str, Any]], question: dict[str, Any]) -> l
         said = ", ".join(f"{n} {word}" for word, n in rest.items())
         lines += [f"And {rest.total()} more in the table: {said}."] * bool(rest)
     return [*lines, f"Brackets: {100 * level_of(question):.3g}% intervals."] if lines else []
+
+
+def cautions_of(found: Analysis, table: pd.DataFrame) -> list[str]:
+    """Return a sentence for each reason to doubt an answer that rests on foreign trainers."""
+    if "trainer" not in table or not (foreign := table[table["trainer"].notna()]).size:
+        return []
+    out = list[str]()
+    if "doubt" in foreign:
+        why = foreign["doubt"].dropna().str.partition(" (")[0]
+        for said, runs in why.groupby(why):
+            ids = foreign.loc[runs.index, "run_id"]
+            out.append(f"Doubtful: {len(ids)} of {len(foreign)} runs ({', '.join(ids)}): {said}")
+    for c in (o.curve for o in found.optima if o.curve.key.get("trainer") in {*foreign["trainer"]}):
+        y = c.y[np.isfinite(c.y)]
+        if len(y) and (y >= c.nll_start).all():
+            name = c.name.replace("fullft", ARMS["full"])
+            out.append(
+                f"{name} ended above the base's loss at each of its learning rates ({c.group})."
+            )
+    who = ", ".join(sorted({*foreign["trainer"]}))
+    out.append(
+        f"Trained by {who}: losses are measured by lorasweep; which rows, base, optimizer and "
+        "settings the program used cannot be checked beyond docs/trainers.md."
+    )
+    return out
 
 
 def worded(question: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

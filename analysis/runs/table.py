@@ -28,6 +28,12 @@ CURVE_KEYS = (
     *("early_stopping", "method_fields"),
 )
 """Runs that agree in these columns form one LR curve: they differ only in lr and seed."""
+PASSED = ("lr", "steps", "batch_size", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2")
+PASSED += ("precision", "base_sha256", "data_sha256")
+"""Columns of which each other value must give other weights. Clipping may never act, and a change
+of eps may be below the rounding of saved weights; of rank, alpha and layers the result tells."""
+PLACES = {"base_sha256": "model", "data_sha256": "rows"}
+"""Places of a foreign trainer's template that have other names than their columns."""
 CUT_FROM = "cut_from_steps"
 """Column of runs cut to their first updates: the number of updates of the full run."""
 
@@ -138,11 +144,15 @@ def check(table: pd.DataFrame) -> None:
     if {"weights_sha256", "trainer"} <= {*table.columns}:  # of diverged runs all may be NaN
         equal = table[table["status"] == "done"].groupby(["trainer", "weights_sha256"])
         for (trainer, _), part in equal:
-            for key in part.columns.intersection(["lr", "steps", "batch_size"]):
-                if len(values := sorted(part[key].unique())) > 1:
+            for key in (k for k in PASSED if k in part.columns):
+                values = [
+                    f"{v:g}" if key == "lr" else f"{v}"[:12] for v in sorted({*part[key].dropna()})
+                ]
+                if len(values) > 1 and values != ["0", "1"]:  # one update of warm-up may be none
+                    place = PLACES.get(key, key)
                     raise TableError(
-                        f"trainer {trainer} left equal weights at {key} {values[0]:g} and "
-                        f"{values[1]:g}: it ignores {key}. Correct its use of {{{key}}}."
+                        f"trainer {trainer} left equal weights at {key} {values[0]} and "
+                        f"{values[1]}: it ignores {key}. Correct its use of {{{place}}}."
                     )
     if len(twice := table[table.duplicated(keys, keep=False)]):
         raise TableError(

@@ -19,7 +19,7 @@ from lorasweep.cli.answer import all_points
 from lorasweep.cli.printed import Answer, duration, notifier, table
 from lorasweep.data import load, messages, rewards, sources, text
 from lorasweep.data.synthetic.generators import generator
-from lorasweep.errors import DataError, LorasweepError, SpecError
+from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
 from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
 from lorasweep.launch.slurm.submit import difference, hardware_of
@@ -41,7 +41,7 @@ from lorasweep.plan.planner import (
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import METRICS
-from lorasweep.spec.run import is_unpinned
+from lorasweep.spec.run import RunSpec, is_unpinned
 from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point, trained_by_set
 from lorasweep.sweep.question import Replicates
@@ -68,6 +68,8 @@ def show(request: Request, store: RunStore) -> Answer:
     about |= {"understood": understood(request)} if request.described else {}
     if request.hardware and hardware.has_speeds:
         return _on_gpus(request, store, hardware, about)
+    for p in request.points:
+        check_tokenizer(p.spec, request.exec)
     plan = make_plan(points := all_points(request, store), store, request.exec, hardware)
     queue, begun = difference(request, store, plan), {arm_key(p) for p in points}
     if later := [p for p in request.points if arm_key(p) not in begun]:
@@ -136,7 +138,9 @@ def check_available(request: Request) -> None:
 
     specs, exec_ = [p.spec for p in request.points], request.exec
     fetched, reads_text = request.cluster.kind == "slurm", {}
-    for model in {s.model.name: s.model for s in specs}.values():
+    for one in {s.model.name: s for s in specs}.values():
+        check_tokenizer(one, exec_)
+        model = one.model
         reads_text[model.name] = find.check_available(model, exec_.models_dir, fetched)
     for spec in {(s.dataset.name, s.objective): s for s in specs}.values():
         if METRICS[spec.objective].higher_is_better:
@@ -152,6 +156,20 @@ def check_available(request: Request) -> None:
                 f"model {model.name!r} has {few if vocab else 'no tokenizer'} for dataset "
                 f"{spec.dataset.name!r}. Choose a model made for it (conf/model), or put the "
                 "tokenizer's files beside the weights."
+            )
+
+
+def check_tokenizer(run: RunSpec, exec_: Exec) -> None:
+    """Raise SpecError if the run's program is TRL's, and its base is here without a tokenizer."""
+    from lorasweep.models import find
+
+    # TRL loads the tokenizer, also for rows of token ids
+    trl = any(Path(w).name == "trl" or "trl/scripts/" in w for w in run.trainer.command)
+    with suppress(ModelError):  # not here: reported before training
+        if trl and not find.check_available(run.model, exec_.models_dir):
+            raise SpecError(
+                f"model {run.model.name!r} has no tokenizer, and trainer={run.trainer.name} (TRL) "
+                "loads one. Put the tokenizer's files beside the weights, or use trainer=hf."
             )
 
 

@@ -135,6 +135,7 @@ def answered(request: Request, store: RunStore, points: Sequence[Point], status:
             start = metric.value(result["curve"][0])
             measure = f", {metric.label} {value:.4f} (from {start:.4f})"
         text = f"run {rid} ({names[rid]}): {result['state']}{measure}. Folder: {store.folder(rid)}"
+        text += f"\nDoubtful: {doubt}" if (doubt := result.get("doubt")) else ""
         return Answer({k: v for k, v in result.items() if k != "curve"}, text, status)
     asked, folder = question(request), Path(request.exec.reports_dir) / request.title
     searched, path = is_search(request), looks.path_of(store.root, request.title)
@@ -821,7 +822,7 @@ def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -
     used = ["used {used} of {given}".format(**c["budget"])] if "budget" in c else []
     last = "; ".join([f"open: {'; '.join(c['open']) or 'nothing'}", *used])
     exact = [f"exact answers: {c['score']['text']}"] if c.get("score") else []
-    lines = [*table(arms, *arms[-1]), gap_line(results), last]
+    lines = [*table(arms, *arms[-1]), gap_line(results), last, *results.get("cautions", ())]
     for flag, words in FLAGS.items():
         lines = [re.sub(rf"\b{flag}\b", words, line) for line in lines]
     return [use, *exact, *lines]  # with a path of the user's

@@ -120,6 +120,10 @@ def status(request: Request, store: RunStore) -> Answer:
         lines.append(f"  follow-up job, which answers: {', '.join(found['follows'])}")
     if queue.unavailable:
         lines.append(f"  queued runs are not shown: {queue.unavailable}")
+    by_others = [p.id for p in plan.points if p.spec.trainer.command and p.id in entries]
+    doubts = {i: d for i in by_others if (d := (store.result(i) or {}).get("doubt"))}
+    found |= {"doubts": doubts} if doubts else {}
+    lines += [f"  doubtful: run {i} ({names[i]}): {doubt}" for i, doubt in doubts.items()]
     again = ["  try failed runs again: exec.retry=true"] if runs["failed"] else []
     return Answer(found, [*lines, *again])
 

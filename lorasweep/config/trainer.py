@@ -9,7 +9,7 @@ from typing import Any
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers
-from lorasweep.spec.trainer import TrainerSpec
+from lorasweep.spec.trainer import TrainerSpec, places_in
 from lorasweep.spec.values import build
 from lorasweep.store.files import sha256
 from lorasweep.sweep.grid import Point
@@ -38,6 +38,15 @@ def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
     if missing := [path for path in paths if not path.is_file()]:
         raise SpecError(f"trainer.script or trainer.files: no file {missing[0]}. Correct the path.")
     trainer = build(TrainerSpec, {**values, "files": [*map(sha256, paths)]})
+    places = places_in(*trainer.command, *trainer.full, *trainer.lora)
+    if bool(script) != ("script" in places) and trainer.command:
+        # another of the files would run as the script, or the script would never run
+        raise SpecError(
+            f"trainer.script={script}: trainer={trainer.name}'s command has no place {{script}}. "
+            f"Use trainer=hf, or trainer.files=[{script}] if its command runs the file."
+            if script
+            else "trainer.script: missing. The command has {script}: trainer.script=FILE.py."
+        )
     return trainer, [*map(str, paths)], max_h
 
 

@@ -42,6 +42,10 @@ for name in ("accelerate", "peft", "torch", "transformers", "trl"):
 """
 
 
+WARMED = {"constant": "constant_with_warmup"}
+"""transformers' names of schedules with a warm-up, where that of our name drops it."""
+
+
 def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[Event]:
     """Train a claimed run by its command, measure the result, and yield the event that ends it.
 
@@ -50,8 +54,16 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     Raises:
         SpecError: a file of the trainer has changed.
         TrainingError: the command failed, hung, left no result, or not the one that was asked.
+            What it says of the command's texts is without secrets.
         Stopped: `stop` was set; the command has ended.
     """
+    try:
+        yield from _train(trainer, run, exec_, stop)
+    except TrainingError as error:
+        raise TrainingError(_without_secrets(str(error))) from None
+
+
+def _train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[Event]:
     from lorasweep.models.load import transformers_folder
     from lorasweep.train import referee
 
@@ -80,6 +92,7 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
         **{"max_length": run.dataset.max_length, "gpus": max(1, len(gpus))},
         "model": str(transformers_folder(run.model, exec_.models_dir, attempt / "base")),
         "script": next(iter(exec_.trainer_files), ""),
+        "schedule": WARMED.get(run.schedule, run.schedule) if run.warmup_steps else run.schedule,
         **{"rows": str(rows), "out": str(out), "resume": resume},
     }
     values = {name: values.get(name, 0) for name in PLACES}
@@ -102,7 +115,8 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     weights, data = referee.read_weights(out, run, base), trainer.data(run, exec_, base)
     event = referee.judge(run, base, data, weights, exec_.forward_parts, curve)
     store.record(run.id, *curve)
-    more = {"trainer_versions": versions_of(words[0]), "step_s": step_s, "resumed": bool(resume)}
+    versions = _without_secrets(versions_of(words[0]))
+    more = {"trainer_versions": versions, "step_s": step_s, "resumed": bool(resume)}
     event.ended[run.id][1].update(more)
     yield event
 
@@ -154,7 +168,7 @@ def _run(
     if (code := process.returncode) or why:
         why = why or f"ended with {f'signal {-code}' if code < 0 else f'exit status {code}'}"
         last = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
-        raise TrainingError(f"the trainer {why}. The end of {log}:\n{_without_secrets(last)}")
+        raise TrainingError(f"the trainer {why}. The end of {log}:\n{last}")
     return owns()
 
 
@@ -168,7 +182,9 @@ def _kill_marked(attempt: Path) -> None:
 
 def _without_secrets(text: str) -> str:
     named = {v for k, v in os.environ.items() if any(part in k.upper() for part in SECRET)}
-    parts = {part for v in named for part in (v, json.dumps(v)[1:-1], *v.splitlines())}
+    parts = {
+        part for v in named for part in (v, json.dumps(v)[1:-1], repr(v)[1:-1], *v.splitlines())
+    }
     for value in sorted(parts - {"true", "false", "True", "False"}, key=len, reverse=True):
         text = text.replace(value, "***") if len(value) > 3 else text
     return text

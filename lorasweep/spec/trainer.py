@@ -87,7 +87,7 @@ class TrainerSpec(Value):
         words = (*self.command, *(self.lora if lora else self.full))
         passed = {*PLACES} if any(ALL_VALUES in w for w in words) else places_in(*words)
         layers = "modules" if "modules" in passed else "layers"
-        needed = ("steps", "batch_size", *("rank", "alpha", layers) * lora)
+        needed = ("model", "rows", "steps", "batch_size", *("rank", "alpha", layers) * lora)
         if absent := " ".join(f"--{key}={{{key}}}" for key in needed if key not in passed):
             yield f"{said}: {method.name} needs {absent}, or {ALL_VALUES} if the program reads it."
         default: dict[str, Any] = {**vars(type(run)()), **vars(type(method)())}

@@ -66,7 +66,7 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         # seeds of a trainer with an order of its own share no batches, but data that are drawn
         paired = trainer.in_order or spec["dataset"].get("draw_by_seed", False)
         row |= {"trainer": trainer.label, "block": row["seed"] * paired}
-        row |= {k: result.get(k) for k in ("weights_sha256", "trainer_versions")}
+        row |= {k: result.get(k) for k in ("weights_sha256", "trainer_versions", "doubt")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in (*_RESULT_COLUMNS, *({"packages"} & result.keys()))}
     if "config" in method or method["name"] not in METHODS:  # with fields that have no columns

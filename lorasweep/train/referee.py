@@ -9,12 +9,13 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from lorasweep.models.load import Base, find_targets, model_at
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import PARAM, State
 from lorasweep.train.events import Event, Record
-from lorasweep.train.loop import DIVERGENCE_RULE, measure_trials
+from lorasweep.train.loop import DIVERGENCE_RULE, log_p, measure_trials
 from lorasweep.train.objectives.sft import SupervisedFineTuning
 
 ADAPTER, OF_ADAPTER, OF_MODEL = "adapter_model.safetensors", "adapter_config.json", "config.json"
@@ -42,6 +43,10 @@ OTHERS = (
 OFF: tuple[Any, ...] = (None, False, "none", {}, [])
 OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of PEFT's initializations that change the base."""
+ROWS, LAST, SURE, SLACK, OTHER_UNIT = 32, 8, 4.0, 0.01, 1.5
+"""Training rows and last logged losses that are compared; standard errors and share of the base's
+loss by which ours may be higher; first logged loss over the base's from which its unit is another
+(sums). 40 honest variants of a trainer stay below, see docs/log."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -149,6 +154,34 @@ def reported(out: Path) -> list[Record]:
     return []
 
 
+def doubt(start: Sequence[np.ndarray], end: Sequence[np.ndarray], logged: Sequence[float]) -> str:
+    """Return why a trainer's logged losses are not of the weights that it left, or nothing.
+
+    Doubted are only losses of ours above those that it logged, by more than both vary: dropout,
+    label smoothing, long windows and losses that still fall make what it logs larger than ours.
+
+    Args:
+        start, end: nats of the loss tokens of some training rows, by row: of the base and of the
+            weights. Losses are averaged over tokens or over rows, whichever is lower.
+        logged: losses in any unit. One of another unit than ours is compared with its first ones.
+    """
+    first, ours = np.concatenate(start).mean(), [*map(np.mean, end)]
+    ours_nll, n = (
+        min(np.mean(ours), np.concatenate(end).mean()),
+        max(1, min(LAST, len(logged) // 3)),
+    )
+    unit, last = np.mean(logged[:n]) / first, np.array(logged[-n:])
+    unit = unit if unit > OTHER_UNIT else min(unit, 1.0)
+    most, varies = last.mean() / unit, (last.std() / unit) ** 2 / n + np.var(ours) / len(ours)
+    if not 0 < unit < math.inf or ours_nll <= most + SURE * math.sqrt(varies) + SLACK * first:
+        return ""
+    return (
+        "its loss is not ours: another base, scale or template? "
+        f"({ours_nll:.4f} nats on {len(ours)} training rows, the base's are {first:.4f}, and it "
+        f"logged {last.mean():.4f} at last)"
+    )
+
+
 def judge(
     run: RunSpec, base: Base, data: Data, weights: Tensors, parts: int, curve: list[Record]
 ) -> Event:
@@ -166,6 +199,14 @@ def judge(
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
+    finite = all(bool(t.isfinite().all()) for t in weights.values())
+    doubts = list[str]()
+    if curve and finite:
+        count = min(ROWS, run.steps * n)
+        rows = data.train(run.seed, run.steps * n - count, count)
+        cuts = np.cumsum([int(row.loss.sum()) for row in rows])[:-1]
+        nats = (np.split(-log_p(base, run, rows, w), cuts) for w in (None, weights))
+        doubts += filter(None, [doubt(*nats, [record["train_nll"] for record in curve])])
     result = {
         **objective.facts(run),
         **objective.metric.stored(),
@@ -173,6 +214,7 @@ def judge(
         "steps_done": run.steps,
         "tokens": tokens,
         **({"train_nll": curve[-1]["train_nll"]} if curve else {}),
+        **({"doubt": "; ".join(doubts)} if doubts else {}),
         "curve": [start, last],
         "code_nats": math.nan,  # which needs the losses of all updates
         "base_sha256": base.sha256,
@@ -183,7 +225,7 @@ def judge(
     meta = {"step": run.steps, "layout": [run.id], "result": result, "last": last}
     tensors = {f"{PARAM}{name}": tensor for name, tensor in weights.items()}
     state: dict[str, State] = {run.id: {"tensors": tensors, "meta": meta}}
-    if all(bool(t.isfinite().all()) for t in weights.values()):
+    if finite:
         return next(measure_trials([run], base, objective, state))
     ended = {run.id: ("diverged", {**result, "curve": [start]})}
     return Event(run.steps, {run.id: last}, ended, lambda: state, result["backend"])

@@ -74,6 +74,10 @@ if mode == "nothing":
     sys.exit()
 if mode == "whole":
     tensors = {k: (1000 * w).astype("int32") for k, w in tensors.items()}
+if mode == "secret":
+    config["r"] = [os.environ["FAKE_API_KEY"]]
+if mode == "secret_key":
+    tensors[os.environ["FAKE_API_KEY"]] = tensors.pop(sorted(tensors)[0])
 (out / f"{of}.json").write_text("{" if mode == "broken" else json.dumps(config))
 if mode == "pickle":
     (out / f"{name}.bin").write_bytes(pickle.dumps(tensors))

@@ -183,6 +183,17 @@ def test_weights_that_are_not_finite_are_diverged(store):
     assert result["state"] == "diverged" and "test_nll" not in result
 
 
+IGNORED = [
+    ("warmup_steps", [0, 16], "warmup_steps"),
+    ("schedule", ["constant", "linear"], "schedule"),
+    ("weight_decay", [0.0, 0.1], "weight_decay"),
+    ("beta2", [0.9, 0.99], "beta2"),
+    ("precision", ["bf16", "fp32"], "precision"),
+    ("data_sha256", ["a", "b"], "rows"),
+    ("base_sha256", ["a", "b"], "model"),
+]
+
+
 def test_equal_weights_at_two_rates_are_refused_and_at_two_seeds_count_once(store):
     run(store, *(foreign("rate", lr=lr) for lr in (1e-3, 2e-3)))
     with pytest.raises(
@@ -192,6 +203,11 @@ def test_equal_weights_at_two_rates_are_refused_and_at_two_seeds_count_once(stor
     longer = load_runs(store.root).assign(lr=1e-3, steps=[3, 6])
     with pytest.raises(TableError, match="at steps 3 and 6: it ignores steps"):
         lr_curves(longer)
+    for key, values, place in IGNORED:
+        changed = load_runs(store.root).assign(lr=1e-3, seed=[1, 2], **{key: values})
+        with pytest.raises(TableError, match=f"{key} .* and .*Correct its use of {{{place}}}"):
+            lr_curves(changed)
+    assert lr_curves(load_runs(store.root).assign(lr=1e-3, seed=[1, 2], clip_norm=[1, 9]))
     run(store, *(foreign("seed", seed=seed) for seed in (1, 2)), *(foreign(seed=s) for s in (1, 2)))
     table = load_runs(store.root)
     table = table[~table["trainer"].eq(foreign("rate").trainer.label)]
@@ -370,6 +386,16 @@ def test_what_an_earlier_attempt_left_running_is_killed_and_its_checkpoint_is_re
     assert "1/out/checkpoint-3" in log
 
 
+@pytest.mark.parametrize("mode", ["secret", "secret_key"])
+def test_a_secret_in_what_the_trainer_left_is_struck_out_everywhere(store, mode, monkeypatch):
+    monkeypatch.setenv("FAKE_API_KEY", "sk-it's-1234")
+    spec = foreign(mode)
+    assert "***" in run(store, spec)
+    texts = [p for p in store.folder(spec.id).rglob("*") if p.suffix in (".txt", ".json", ".jsonl")]
+    ours = [p for p in texts if "out" not in p.relative_to(store.root).parts]
+    assert ours and not any("1234" in p.read_text() for p in ours)
+
+
 def test_secrets_are_struck_out_as_json_and_line_by_line(monkeypatch):
     monkeypatch.setenv("MY_SECRET", 'pa"ss\\word')
     monkeypatch.setenv("MY_KEY", "-----BEGIN\nabcdef\nEND")
@@ -395,10 +421,12 @@ def test_a_program_that_is_not_there_is_named(store):
         ({"command": ("x", "{lr}{seed}{out}{resume}")}, "trainer.resume"),
         ({"in_order": True, "rows": "pairs"}, "in_order"),
         ({"rows": "pairs"}, "rows=pairs needs text. Expected trainer.rows=tokens"),
-        ({"command": ("x", "{lr}{seed}{out}{batch_size}")}, ": lora needs --steps={steps},"),
-        ({"command": ("x", "{lr}{seed}{out}{steps}")}, ": lora needs --batch_size"),
+        ({"command": ("x", "{lr}{seed}{out}{model}{rows}{batch_size}")}, "--steps={steps},"),
+        ({"command": ("x", "{lr}{seed}{out}{model}{rows}{steps}")}, "--batch_size"),
         ({"lora": ("{rank}", "{layers}")}, ": lora needs --alpha={alpha}, or {out}/run.json"),
         ({"lora": ("{rank}", "{alpha}")}, ": lora needs --layers={layers}"),
+        ({"command": ("x", "{lr}{seed}{out}{rows}{steps}{batch_size}")}, "needs --model={model}"),
+        ({"command": ("x", "{lr}{seed}{out}{model}{steps}{batch_size}")}, "needs --rows={rows}"),
     ],
 )
 def test_a_template_is_refused_with_what_is_allowed(changes, said):
@@ -496,7 +524,7 @@ def test_ids_have_the_contents_of_a_trainers_files_and_not_their_paths(tmp_path)
 def test_ids_have_the_contents_of_files_that_words_name(tmp_path, monkeypatch, word):
     monkeypatch.chdir(tmp_path)
     found = set()
-    words = [word, "--lr={lr}", "--seed={seed}", "{out}/run.json"]
+    words = [word, "--lr={lr}", "--seed={seed}", "{out}/run.json"]  # which has base and rows, too
     for text in ("x", "y"):
         for name in ("t.sh", "fullft.sh", "lora.sh"):
             (tmp_path / name).write_text(text)
@@ -509,6 +537,30 @@ def test_ids_have_the_contents_of_files_that_words_name(tmp_path, monkeypatch, w
 def test_settings_of_foreign_trainers_are_refused_with_our_loop(setting):
     with pytest.raises(SpecError, match="expected another, and trainer"):
         compose_request(["scale=smoke", setting])
+
+
+def test_a_script_that_no_word_names_is_refused_and_no_other_file_runs_in_its_place(tmp_path):
+    (tmp_path / "utils.py").write_text("")
+    for given, said in (
+        (["trainer=hf", f"trainer.files=[{tmp_path}/utils.py]"], "trainer.script=FILE.py"),
+        (["trainer=trl", f"trainer.script={tmp_path}/utils.py"], "no place {script}"),
+    ):
+        with pytest.raises(SpecError) as refused:
+            compose_request(["scale=smoke", *given])
+        assert said in str(refused.value)
+
+
+def test_trl_on_a_base_without_a_tokenizer_is_refused_in_the_plan(command):
+    refused = command("plan", "scale=smoke", "trainer=trl")
+    assert refused.returncode == 2 and "has no tokenizer, and trainer=trl" in refused.stderr
+
+
+def test_a_schedule_with_a_warmup_has_the_name_that_warms_up(store):
+    given = (*foreign().trainer.command, "schedule={schedule}", "warmup={warmup_steps}")
+    for warmup, name in ((0, "constant"), (2, "constant_with_warmup")):
+        run(store, spec := foreign(warmup_steps=warmup, trainer={"command": given}))
+        values = json.loads((store.attempt(spec.id, 1) / "out/run.json").read_text())
+        assert values["schedule"] == name and values["warmup_steps"] == warmup
 
 
 def test_a_foreign_lora_leaves_out_the_unembedding_and_ours_does_not(tmp_path):
@@ -562,7 +614,11 @@ def test_claims_that_need_more_than_final_losses_are_refused_in_the_plan_by_name
     plain = json.loads(command("status", "lr_ratio", *more, "format=json").stdout)
     assert plain["left_s"] is None
     absent = command(
-        "plan", "lr_ratio", *more, "trainer.command=[absent,'{lr}','{seed}','{out}/run.json']"
+        "plan",
+        "lr_ratio",
+        GIVEN[0],
+        "trainer=command",
+        "trainer.command=[absent,'{lr}','{seed}','{out}/run.json']",
     )
     assert "memory of absent (which is not found here) are unknown" in absent.stdout
     refused = command("plan", "batch_size", *more)
