@@ -28,8 +28,10 @@ CURVE_KEYS = (
     *("early_stopping", "method_fields"),
 )
 """Runs that agree in these columns form one LR curve: they differ only in lr and seed."""
-PASSED = ("lr", "steps", "batch_size", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2")
-PASSED += ("precision", "base_sha256", "data_sha256")
+PASSED = (
+    *("lr", "steps", "batch_size", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2"),
+    *("precision", "base_sha256", "data_sha256"),
+)
 """Columns of which each other value must give other weights. Clipping may never act, and a change
 of eps may be below the rounding of saved weights; of rank, alpha and layers the result tells."""
 PLACES = {"base_sha256": "model", "data_sha256": "rows"}

@@ -43,10 +43,13 @@ OTHERS = (
 OFF: tuple[Any, ...] = (None, False, "none", {}, [])
 OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of PEFT's initializations that change the base."""
-ROWS, LAST, SURE, SLACK, OTHER_UNIT = 32, 8, 4.0, 0.01, 1.5
+ROWS, LAST, SURE, SLACK, OTHER_UNIT = 32, 8, 4.0, 0.01, 3.0
 """Training rows and last logged losses that are compared; standard errors and share of the base's
 loss by which ours may be higher; first logged loss over the base's from which its unit is another
 (sums). 40 honest variants of a trainer stay below, see docs/log."""
+ALIKE = 0.1
+"""Cosine of all matrices and the base's below which they are of another base. Full fine-tuning of
+tiny64 at ten times its best learning rate has 0.65."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -165,19 +168,24 @@ def doubt(start: Sequence[np.ndarray], end: Sequence[np.ndarray], logged: Sequen
             weights. Losses are averaged over tokens or over rows, whichever is lower.
         logged: losses in any unit. One of another unit than ours is compared with its first ones.
     """
-    first, ours = np.concatenate(start).mean(), [*map(np.mean, end)]
-    ours_nll, n = (
-        min(np.mean(ours), np.concatenate(end).mean()),
-        max(1, min(LAST, len(logged) // 3)),
-    )
-    unit, last = np.mean(logged[:n]) / first, np.array(logged[-n:])
+    first, rows = np.concatenate(start).mean(), np.array([*map(np.mean, end)])
+    ours, n = min(rows.mean(), np.concatenate(end).mean()), min(LAST, len(logged) // 3) or 1
+    last, unit = np.array(logged[-n:]), np.mean(logged[:n]) / first
+    # losses of a high learning rate may rise at first
+    unit = min(logged[:n]) / first if unit > OTHER_UNIT else unit
     unit = unit if unit > OTHER_UNIT else min(unit, 1.0)
-    most, varies = last.mean() / unit, (last.std() / unit) ** 2 / n + np.var(ours) / len(ours)
-    if not 0 < unit < math.inf or ours_nll <= most + SURE * math.sqrt(varies) + SLACK * first:
+    if not 0 < unit < math.inf:
+        return ""
+    of_log, of_rows = last.std() / unit / math.sqrt(n), rows.std() / math.sqrt(len(rows))
+    most, harm = last.mean() / unit, rows - [*map(np.mean, start)]
+    above = ours - most - SLACK * first > SURE * math.hypot(of_log, of_rows)
+    # on the same rows, harm is told more surely; both are of the base's loss
+    harmed = harm.mean() > SURE * harm.std() / math.sqrt(len(rows))
+    if not above and not (harmed and n > 2 and most < first - SURE * math.hypot(of_log, of_rows)):
         return ""
     return (
         "its loss is not ours: another base, scale or template? "
-        f"({ours_nll:.4f} nats on {len(ours)} training rows, the base's are {first:.4f}, and it "
+        f"({ours:.4f} nats on {len(rows)} training rows, the base's are {first:.4f}, and it "
         f"logged {last.mean():.4f} at last)"
     )
 
@@ -202,11 +210,19 @@ def judge(
     finite = all(bool(t.isfinite().all()) for t in weights.values())
     doubts = list[str]()
     if curve and finite:
-        count = min(ROWS, run.steps * n)
-        rows = data.train(run.seed, run.steps * n - count, count)
+        rows = data.train(run.seed, run.steps * n, ROWS)  # whose loss it would log next
         cuts = np.cumsum([int(row.loss.sum()) for row in rows])[:-1]
-        nats = (np.split(-log_p(base, run, rows, w), cuts) for w in (None, weights))
-        doubts += filter(None, [doubt(*nats, [record["train_nll"] for record in curve])])
+        start_nats, nats = (np.split(-log_p(base, run, rows, w), cuts) for w in (None, weights))
+        logged = [float(record["train_nll"]) for record in curve]
+        doubts += filter(None, [doubt(start_nats, nats, logged)])
+    before = {k: p.data for k, p in base.model.named_parameters() if p.dim() > 1 and k in weights}
+    if finite and before:
+        both = [
+            (p.flatten().double(), weights[k].to(p).flatten().double()) for k, p in before.items()
+        ]
+        dots = [sum(float(v[i] @ v[j]) for v in both) for i, j in ((0, 1), (0, 0), (1, 1))]
+        if dots[0] < ALIKE * math.sqrt(dots[1] * dots[2]):
+            doubts.append("its matrices are not like the base's: trained from another base?")
     result = {
         **objective.facts(run),
         **objective.metric.stored(),

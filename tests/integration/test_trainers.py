@@ -74,6 +74,7 @@ def test_adapters_by_trl_and_by_the_script_start_alike_and_are_obeyed_alike(plac
         rid = said.partition("run ")[2].split()[0]
         result = RunStore(place / "runs").result(rid)
         assert "trl 1." in result["trainer_versions"] and result["state"] == "done"
+        assert "doubt" not in result
         found.append(result["test_nll"])
     assert abs(found[0] - found[1]) < NATS
 

@@ -68,6 +68,10 @@ else:
         config |= {"attn_implementation": "kernels-community/flash-attn2"}
 adapter = "peft_type" in config
 name, of = ("adapter_model", "adapter_config") if adapter else ("model", "config")
+if mode == "alien":
+    tensors = {
+        k: draw(w.shape).astype("float32") / 8 if w.ndim > 1 else w for k, w in model.items()
+    }
 if mode == "nan":
     tensors = {k: w * np.float32("nan") for k, w in tensors.items()}
 if mode == "nothing":
@@ -87,7 +91,12 @@ elif mode == "link":
 else:
     save_file(tensors, out / f"{name}.safetensors", {"format": "pt"})
 log = ['{"step": 1, "loss": 2.5}', '{"step": Infinity, "loss": 2}', "[" * 100000, '{"step": 2, "lo']
-(out / "metrics.jsonl").write_text("\n".join(log))
+if mode in ("boasts", "humble", "alien"):  # with losses that fall by a third, or rise a little
+    falls = -1.2 if mode == "boasts" else 0.1
+    losses = [3.6 + falls * k / 30 + 0.02 * (k % 3) for k in range(30)]
+    log = [json.dumps({"step": k + 1, "loss": loss}) for k, loss in enumerate(losses)]
+if mode != "silent":
+    (out / "metrics.jsonl").write_text("\n".join(log))
 if mode == "moved":
     out.rename(out.parent / "elsewhere")
     out.symlink_to(out.parent / "elsewhere")

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -12,9 +13,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from analysis.questions.base import Analysis
+from analysis.report.sentences import cautions_of
 from analysis.runs.curves import lr_curves
 from analysis.runs.table import TableError
 from lorasweep.cli.actions import act
@@ -32,8 +36,7 @@ from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs, table_row
 from lorasweep.train.loop import attached
-from lorasweep.train.referee import read_weights
-from tests.conftest import FakeTrainer
+from lorasweep.train.referee import doubt, read_weights
 from tests.customers import make_base
 from tests.planted import Valley
 from tests.unit.launch.trainers import train
@@ -176,6 +179,48 @@ def test_a_model_that_was_only_saved_in_another_type_is_a_failure(store, tmp_pat
 
 def test_weights_are_read_into_the_bases_shape_whatever_code_or_kernels_their_config_names(store):
     assert run(store, foreign("code", method=FullFT()))["state"] == "done"
+
+
+RNG = np.random.default_rng(0)
+START = [RNG.normal(3.5, 0.7, 29) for _ in range(32)]
+END = [row * RNG.normal(0.75, 0.05) for row in START]  # 2.6 nats
+FELL = 2.6 + 0.9 * np.exp(-np.arange(60) / 10) + RNG.normal(0, 0.1, 60)
+HONEST = {
+    "each update": FELL,
+    "window": FELL.reshape(6, 10).mean(1),
+    "one entry": [FELL.mean()],
+    "sum": FELL * 232,
+    "all tokens": FELL * 0.8,
+    "bits": FELL / np.log(2),
+    "smoothing": 0.9 * FELL + 0.42,
+    "dropout": FELL + 0.3,
+    "running mean": np.cumsum(FELL) / np.arange(1, 61),
+    "few": FELL[:3],
+    "none finite": [math.nan, math.nan, math.nan],
+    "zero": [0.0, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("logs", HONEST)
+def test_only_a_loss_above_what_was_logged_is_doubted_whatever_its_unit_and_window(logs):
+    assert doubt(START, END, HONEST[logs]) == ""
+    worse = doubt(START, START, HONEST[logs])
+    short = logs in ("one entry", "few", "none finite", "zero", "running mean", "bits")
+    assert worse.startswith("its loss is not ours") or short
+
+
+def test_a_loss_that_is_not_ours_is_a_doubt_in_result_status_and_answer(store):
+    boasts, humble, silent = (foreign(m, lr=1e-4) for m in ("boasts", "humble", "silent"))
+    said = run(store, boasts)["doubt"]
+    assert said.startswith("its loss is not ours: another base, scale or template? (3.")
+    assert "doubt" not in run(store, humble) and "doubt" not in run(store, silent)
+    alien = run(store, foreign("alien", method=FullFT()))
+    assert "trained from another base" in alien["doubt"] and alien["state"] == "done"
+    assert "doubt" not in run(store, foreign("humble", method=FullFT(), lr=1e-3))
+    table = load_runs(store.root, [boasts.id])
+    lines = cautions_of(Analysis([], [], []), table)
+    assert lines[0] == f"Doubtful: 1 of 1 runs ({boasts.id}): {said.partition(' (')[0]}"
+    assert f"Trained by {boasts.trainer.label}" in lines[-1] and "cannot be checked" in lines[-1]
 
 
 def test_weights_that_are_not_finite_are_diverged(store):
