@@ -83,7 +83,7 @@ def cautions_of(found: Analysis, table: pd.DataFrame) -> list[str]:
         return []
     out = list[str]()
     if "doubt" in foreign:
-        why = foreign["doubt"].dropna().str.partition(" (")[0]
+        why = foreign["doubt"].dropna().map(lambda text: text.partition(" (")[0])
         for said, runs in why.groupby(why):
             ids = foreign.loc[runs.index, "run_id"]
             out.append(f"Doubtful: {len(ids)} of {len(foreign)} runs ({', '.join(ids)}): {said}")
