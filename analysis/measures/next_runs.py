@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.inference.decide import MIN_SEEDS, OF_GRID, GateCode
+from analysis.inference.decide import MIN_SEEDS, GateCode
 from analysis.inference.estimate import SEEDS
 from analysis.optimum.fit import Optimum, lowest_loss, rate_means, seeds_at_best
 from analysis.runs.curves import LrCurve, full_names
@@ -15,7 +15,7 @@ MAX_NEW_SEEDS = 5
 """The most new seeds that are suggested for one curve at a time."""
 N_AROUND = 3
 """Number of learning rates around the optimum that get new seeds."""
-HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.WITHDRAWN, *OF_GRID}
+HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAWN}
 """Gates that no run of the grid lifts."""
 
 

@@ -19,12 +19,12 @@ from analysis.measures import next_runs
 from analysis.measures.regret import COUNTS
 from analysis.measures.rows import Setting, pick, rows_of
 from analysis.optimum.fit import fit_all
-from analysis.questions.base import NO_CELL, Panel, Series
+from analysis.questions.base import Panel, Series
 from analysis.questions.registry import analyse, read_question
 from analysis.report import plots, plots_study, report
 from analysis.report.report import question_hash
 from analysis.report.study import answers, page
-from analysis.report.study.answers import claims_table, read_answers
+from analysis.report.study.answers import NO_CELL, claims_table, read_answers
 from analysis.runs.curves import at_step, lr_curves, title
 from analysis.runs.table import TableError
 from lorasweep.advise import rules
