@@ -37,6 +37,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs, table_row
 from lorasweep.train.loop import attached
 from lorasweep.train.referee import doubt, read_weights
+from tests.conftest import FakeTrainer
 from tests.customers import make_base
 from tests.planted import Valley
 from tests.unit.launch.trainers import train
