@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -65,9 +65,18 @@ class GateCode(StrEnum):
     NO_ORDER = "rank(s) {0} fall behind by the first evaluation: their order is not resolved"
 
 
+NOT_ASKED = {GateCode.NO_CELL: "not run", GateCode.ELSEWHERE: "judged elsewhere"}
+"""Gate of a claim that is not asked of these runs -> what is shown and counted as its outcome."""
+OF_GRID = {*NOT_ASKED, GateCode.MISSING, GateCode.FEW_CONDITIONS, GateCode.ONE_RANK}
+"""Gates that depend on which runs there are, whatever their losses; see `Gate.of_grid`."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """A reason that forbids a verdict."""
+
+    BY_DATA: ClassVar[str] = "by the data"
+    """Subject of NO_CELL if only training shows whether a condition is what the claim is about."""
 
     code: GateCode
     subject: str | int = ""
@@ -80,6 +89,11 @@ class Gate:
     def sentence(self) -> str:
         """The reason as a sentence."""
         return self.place + self.code.format(self.subject, ", ".join(self.flags))
+
+    @property
+    def of_grid(self) -> bool:
+        """Whether it depends on which runs there are alone, not on their losses or their data."""
+        return self.code in OF_GRID and self.subject != self.BY_DATA
 
     def at(self, place: str) -> "Gate":
         """Return the gate with `place` put in front of the place that it names."""
@@ -173,10 +187,21 @@ class Verdict:
         return any(g.code == GateCode.WITHDRAWN for g in self.gates)
 
     @property
+    def not_asked(self) -> str:
+        """Why the claim is not asked of these runs, by NOT_ASKED; empty: it is asked."""
+        return next((NOT_ASKED[g.code] for g in self.gates if g.code in NOT_ASKED), "")
+
+    @property
+    def lacks(self) -> str:
+        """What planned runs lack, so that no losses could decide the claim; empty: nothing."""
+        of = (f"{g.sentence}. Needed: {remedy([g])}" for g in self.gates if g.of_grid)
+        return next(of, "")
+
+    @property
     def shown(self) -> str:
-        """The outcome as shown in reports, marked if withdrawn or exploratory."""
-        if self.is_withdrawn:
-            return WITHDRAWN
+        """The outcome as shown in reports, marked if withdrawn, not asked or exploratory."""
+        if self.is_withdrawn or self.not_asked:
+            return WITHDRAWN if self.is_withdrawn else self.not_asked
         return f"{self.outcome} ({EXPLORATORY})" if self.exploratory else self.outcome
 
     def plain(self) -> dict[str, Any]:
@@ -334,11 +359,15 @@ class Outlook:
     """Whether the planned units suffice (None: no sd is stated); `underpowered`: the sweep file
     says that they do not."""
     underpowered: bool = False
+    lacks: str = ""
+    """What the planned runs lack, so that no losses could decide the claim; empty: nothing."""
+    asked: bool = True
+    """Whether the claim is about some of the planned runs."""
 
     @property
     def warns(self) -> bool:
-        """Whether the claim cannot be decided although the sweep file does not say so."""
-        return self.can_decide is False and not self.underpowered
+        """Whether the claim is asked and cannot be decided, and the sweep file does not say so."""
+        return self.can_decide is False and self.asked and not self.underpowered
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON; the room in an open margin is None."""
@@ -348,6 +377,8 @@ class Outlook:
     def line(self) -> str:
         """Return the outlook as one line for people."""
         start = f"  {'warning, ' if self.warns else ''}claim {self.claim}: "
+        if self.lacks:
+            return f"{start}cannot decide: {self.lacks}"
         if self.can_decide is None:
             return f"{start}not known: no standard deviation stated"
         value, half = f"{self.expected:g}", self.half_width

@@ -78,7 +78,8 @@ class Row:
         known |= {k: getattr(e, k) for k in ("value", "low", "high", "level")}
         known |= {"setting": self.setting.name, "flags": " ".join(e.flags)}
         if v is not None:
-            known |= {k: getattr(v, k) for k in ("expected", "primary", "outcome", "exploratory")}
+            known |= {k: getattr(v, k) for k in ("expected", "primary", "exploratory")}
+            known |= {"outcome": v.not_asked or v.outcome}
             known |= {"margin_low": v.margin[0], "margin_high": v.margin[1]}
             known |= {"source": self.asked.get("source"), "why": v.why, "needed": v.needed}
             known |= {"gates": " ".join(g.code.name for g in v.gates)}

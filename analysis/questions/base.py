@@ -293,6 +293,11 @@ def gates_on(optima: Sequence[Optimum]) -> list[Gate]:
     return found
 
 
+def gates_on_ranks(optima: Sequence[Optimum]) -> list[Gate]:
+    """Return the gate on a dependence on the rank that is measured at fewer than two ranks."""
+    return [Gate(GateCode.ONE_RANK)] * (len(optima) < 2)
+
+
 def gates_on_speed(optima: Sequence[Optimum]) -> list[Gate]:
     """List the gates of a claim about rho: gates on its optima, and an unfit task."""
     found = gates_on(optima)
@@ -434,6 +439,8 @@ class Estimand:
     """Whether the estimand is a ratio, so that distances to the margin are in logarithms."""
     applies: Callable[[Any], bool] = lambda c: True
     """Whether the condition can answer claims about the estimand."""
+    by_data: Callable[[Any], bool] = lambda c: False
+    """Whether training shows if a condition `applies`: the plan does not know it."""
     unanswered: GateCode = GateCode.NO_CELL
     """Why there is no verdict if no condition can answer them."""
     seeds: Callable[[Any], int] = lambda c: c.seeds
@@ -517,7 +524,8 @@ class Question:
         for name, claim in claims.items():
             e = estimands[claim["estimand"]]
             if not any(map(e.applies, conditions)):
-                at, gates = (NO_CELL, UNKNOWN), [Gate(e.unanswered)]
+                by_data = Gate.BY_DATA * any(map(e.by_data, conditions))
+                at, gates = (NO_CELL, UNKNOWN), [Gate(e.unanswered, by_data)]
                 verdicts.append(judge(name, claim, *at, gates, 0, e.log, level))
         return holm(verdicts, 1 - level)
 

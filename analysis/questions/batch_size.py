@@ -30,6 +30,11 @@ SHARE = 4
 class Batches(base.Condition):
     """All batch sizes of one model and data set."""
 
+    @property
+    def missing(self) -> str:
+        full, lora = base.full_of(self.optima), base.lora_of(self.optima)
+        return "fullft" if full is None else "" if lora else "lora"
+
     @cached_property
     def ranks(self) -> list[int]:
         return sorted(self.lora)

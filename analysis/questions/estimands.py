@@ -384,9 +384,7 @@ QUANTITIES = {
     ),
     "lr_drift": Quantity(
         lambda t, p, said: lr_drift(p.of),
-        lambda t, p, said: (
-            base.gates_on(p.of) + ([Gate(GateCode.ONE_RANK)] if len(p.of) < 2 else [])
-        ),
+        lambda t, p, said: base.gates_on(p.of) + base.gates_on_ranks(p.of),
     ),
     "cost_at": Quantity(
         lambda t, p, said: _cost(t, p, said).estimate,

@@ -137,7 +137,7 @@ def _drift(name: str, rule: str) -> base.Estimand:
     return base.Estimand(
         name,
         lambda c: c.drifts[rule] if c.rules[rule] else None,
-        lambda c: base.gates_on(c.rules[rule]),
+        lambda c: base.gates_on(c.rules[rule]) + base.gates_on_ranks(c.rules[rule]),
         absent=f"scaling {rule}",
     )
 

@@ -339,6 +339,7 @@ class Lengths(base.TwoArms):
 
 def short_conditions(table: pd.DataFrame) -> list[Lengths]:
     """Fit the optima at every step at which all runs were evaluated, and at the end."""
+    base.one_value(table, "steps")
     part, note = while_unsolved(table)
     last, horizons, optima = int(part["steps"].max()), [], []
     for step in [s for s in steps_seen(part) if s >= SHORTEST] + [last]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.inference.decide import Gate
+from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import Estimate, number
 from analysis.measures.ratio import Ratio, RatioLaw, ratio_law, ratio_of
 from analysis.optimum.fit import Optimum
@@ -155,11 +155,17 @@ def _hidden(name: str, of: str) -> base.Estimand:
     return base.Estimand(name, lambda c: c.laws[of].p, gates)
 
 
+def _gates_on_alpha(c: Bases) -> list[Gate]:
+    at = {(b.model, b.alpha) for b in c.bases}
+    few = Gate(GateCode.FEW_CONDITIONS, "1 of 2 (two alphas of a base)")
+    return c.gates_on(ALL) + [few] * (len(at) == len(dict(at)))
+
+
 QUESTION = base.Question(
     [
         _hidden("hidden_exponent", TOKENS),
         _hidden("hidden_exponent_equal_loss", LOSS),
-        base.Estimand("alpha_exponent", lambda c: c.laws[ALL].q, lambda c: c.gates_on(ALL)),
+        base.Estimand("alpha_exponent", lambda c: c.laws[ALL].q, _gates_on_alpha),
     ],
     scale_conditions,
     scale_report,

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from analysis.inference.estimate import (
 from analysis.measures import laws
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
+from analysis.runs.curves import lr_curves
 from analysis.runs.table import GROUP_KEYS, as_losses, read
 
 MIDDLE, ENDS = (0.5, 2.0), (0.2, 5.0)
@@ -257,10 +258,15 @@ class AllCells(base.Condition):
     cells: list[Cell]
     """Conditions in which A may move."""
     frozen: list[Cell]
-    own: int
-    """Number of conditions of this table."""
     others: list[Optimum] = field(repr=False)
     """The curves of the other scale's kept answer."""
+
+    @cached_property
+    def planned(self) -> list[tuple[int, int]]:
+        """Conditions (A may move, frozen), known or not, of this table and of the others."""
+        each = [[o.curve.key for _, o in pairs_of(of)] for of in (self.optima, self.others)]
+        n_frozen = [sum(float(key.get("lr_b_ratio") or 1) > 1 for key in of) for of in each]
+        return [(len(of) - n, n) for of, n in zip(each, n_frozen)]
 
     @property
     def missing(self) -> str:
@@ -270,13 +276,13 @@ class AllCells(base.Condition):
     @property
     def is_judged(self) -> bool:
         """Whether the verdict is this answer's: both scales are judged once."""
-        return not self.others or 2 * self.own >= len(self.cells) + len(self.frozen)
+        return not self.others or sum(self.planned[0]) >= sum(self.planned[1])
 
     def gates(self, frozen: bool = False) -> list[Gate]:
         """List the gates on all curves; also if conditions are missing."""
         found = base.gates_on([*self.optima, *self.others])
-        for n, asked in ((len(self.cells), COUNTED), (len(self.frozen), FROZEN))[: 1 + frozen]:
-            if n < asked:
+        for of, asked in list(zip(zip(*self.planned), (COUNTED, FROZEN)))[: 1 + frozen]:
+            if (n := sum(of)) < asked:
                 found.append(Gate(GateCode.FEW_CONDITIONS, f"{n} of {asked}"))
         return found
 
@@ -301,13 +307,18 @@ class AllCells(base.Condition):
         return replace(worst, spread=both[0].spread)
 
 
+def pairs_of(optima: Sequence[Optimum]) -> Iterator[tuple[Optimum, Optimum]]:
+    """Yield full fine-tuning of its group, and LoRA, for every LoRA curve that has both."""
+    full = {group: base.full_of(mine) for group, mine in base.by_group(optima).items()}
+    yield from ((f, o) for o in base.lora_of(optima) if (f := full[o.curve.group]))
+
+
 def cells_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
-    """Pair every LoRA curve with full fine-tuning of its group; both need an interval."""
-    hidden = dict(zip(table["model"], table["hidden_size"]))
-    groups, found = base.by_group(optima), []
-    for o in base.lora_of(optima):
-        full, key = base.full_of(groups[o.curve.group]), o.curve.key
-        if full and full.best_lr.draws is not None and o.best_lr.draws is not None:
+    """Return the conditions of the pairs in which both optima have an interval."""
+    hidden, found = dict(zip(table["model"], table["hidden_size"])), []
+    for full, o in pairs_of(optima):
+        key = o.curve.key
+        if full.best_lr.draws is not None and o.best_lr.draws is not None:
             at = (int(hidden[key["model"]]), float(key["alpha"]), int(key["steps"]))
             b_ratio = float(key.get("lr_b_ratio") or 1)
             found.append(Cell(key["model"], o.curve.group, *at, b_ratio, full, o))
@@ -318,12 +329,12 @@ def conditions(table: pd.DataFrame, *others: pd.DataFrame) -> list[AllCells]:
     """Fit the curves of a table and of other scales' tables, and pair them."""
     optima, *elsewhere = map(base.fit, (table, *others))
     base.check_one(base.lora_of(optima), *GROUP_KEYS, "alpha", "lr_b_ratio")
-    own = cells_of(table, optima)
-    cells = [*own, *(c for t, found in zip(others, elsewhere) for c in cells_of(t, found))]
+    each = zip((table, *others), (optima, *elsewhere))
+    cells = [c for t, found in each for c in cells_of(t, found)]
     free = [c for c in cells if c.b_ratio == 1]
     curves = [o for found in elsewhere for o in found]
     frozen = [c for c in cells if c.b_ratio > 1]
-    return [AllCells("all new conditions", table, optima, free, frozen, len(own), curves)]
+    return [AllCells("all new conditions", table, optima, free, frozen, curves)]
 
 
 class OverScales(base.Question):
@@ -332,13 +343,17 @@ class OverScales(base.Question):
     def analyse(
         self, table: pd.DataFrame, asked: base.Asked, kept: Path | None = None
     ) -> base.Analysis:
-        """Fit and judge a sweep's runs together with the kept runs of its other scales."""
+        """Fit and judge a sweep's runs, with the kept runs of other scales if its own are kept."""
+
+        def curves(t: pd.DataFrame) -> set[tuple[str, str, str]]:
+            keys = ("alpha", "lr_b_ratio")
+            return {(c.group, c.name, str([c.key.get(k) for k in keys])) for c in lr_curves(t)}
+
         name = asked["analysis"]
-        paths = sorted(kept.glob(f"{name}-*/table.parquet")) if kept else []
-        others = [
-            as_losses(read(p)) for p in paths if p.parent.name != f"{name}-{asked.get('scale')}"
-        ]
-        joined = replace(self, conditions=lambda table: conditions(table, *others))
+        tables = [*map(read, sorted(kept.glob(f"{name}-*/table.parquet")))] if kept else []
+        others = [t for t in tables if not curves(table) <= curves(t)]
+        others = others if len(others) < len(tables) else []  # none for a grid of the user's own
+        joined = replace(self, conditions=lambda table: conditions(table, *map(as_losses, others)))
         return base.Question.analyse(joined, table, asked, kept)
 
 

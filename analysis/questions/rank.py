@@ -90,6 +90,8 @@ class Ranks(base.TwoArms):
 
     def unresolved(self) -> list[Gate]:
         """Return a gate if all ranks, or all but one, are behind at the first evaluation."""
+        if len(self.lora) < 2:
+            return [Gate(GateCode.ONE_RANK)]
         gone = [
             str(r)
             for r, d in self.departures.items()
@@ -162,7 +164,7 @@ ESTIMANDS = [
     base.Estimand(
         "lr_drift_per_doubling",
         lambda c: lr_drift(c.high),
-        lambda c: base.gates_on(c.high) + [Gate(GateCode.ONE_RANK)] * (len(c.high) < 2),
+        lambda c: base.gates_on(c.high) + base.gates_on_ranks(c.high),
     ),
     _at_start("difference_growth", "growth"),
     base.Estimand(

@@ -214,6 +214,12 @@ class Base(base.Condition):
         total = functools.reduce(lambda a, b: a.paired(b, operator.add), known)
         return total.map((1 / len(known)).__mul__)
 
+    def gates_on_change(self) -> list[Gate]:
+        """Return the gate of a change that is not known."""
+        if not any(len(c.first) > 1 for c in self.data):
+            return base.missing(f"two ranks over {FIRST} updates, at constant learning rates")
+        return [Gate(GateCode.NO_LAW)] if self.change is None else []
+
 
 def conditions(table: pd.DataFrame) -> list[Data | Base]:
     """Fit every data set of a table, sorted by base and load; then group them by base."""
@@ -255,13 +261,22 @@ def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
 # ---------------------------------------------------------------- estimands
 
 
+LATER: dict[str, Callable[[Data], bool]] = {
+    **dict.fromkeys(("over_allowed_fitting", "over_allowed_overfull"), lambda c: c.is_new),
+    **dict.fromkeys(("fall_overfull", "generator_over_first_pass"), lambda c: c.is_new),
+    "unchanged_minus_changed": lambda c: c.is_low,
+}
+"""Estimand of which only training shows whether it applies -> where it may."""
+
+
 def _on(where: Callable[[Data], Any], name: str, measure: Any, gates: Any, **more: Any) -> Any:
     """Declare an estimand on the data sets with both methods where a condition holds."""
 
-    def applies(c: Data | Base) -> bool:
-        return isinstance(c, Data) and not c.missing and bool(where(c))
+    def on(where: Callable[[Data], Any]) -> Callable[[Data | Base], bool]:
+        return lambda c: isinstance(c, Data) and not c.missing and bool(where(c))
 
-    return base.Estimand(name, measure, gates, **{"applies": applies, **more})
+    later = on(LATER.get(name, lambda c: False))
+    return base.Estimand(name, measure, gates, **{"applies": on(where), "by_data": later, **more})
 
 
 def _regret(
@@ -383,7 +398,7 @@ ESTIMANDS = [
     base.Estimand(
         "rank_by_updates",
         lambda c: base.UNKNOWN if c.change is None else over_seeds(c.change),
-        lambda c: [Gate(GateCode.NO_LAW)] if c.change is None else [],
+        Base.gates_on_change,
         applies=lambda c: isinstance(c, Base),
     ),
 ]

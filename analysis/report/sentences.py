@@ -40,7 +40,7 @@ def sentences_of(
     """
     rows = [r for r in rows_of(results, question, table) if r.verdict]
     asked = [r for r in rows if r.verdict.primary] or rows
-    asked = [r for r in asked if r.task != NO_CELL] or asked  # the table names them
+    asked = [r for r in asked if not r.verdict.not_asked] or asked  # the table names them
     names, claims, out = list(question["claims"]), worded(question), []
     places = Counter((r.claim, where(r)) for r in asked)
     for r in sorted(asked, key=lambda r: names.index(r.claim)):

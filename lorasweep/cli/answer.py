@@ -18,7 +18,7 @@ from lorasweep.advise.rules import family_of, law_rate, texts
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.fleet.choice import with_further
 from lorasweep.plan.budget import parse_budget
-from lorasweep.spec.metric import metric_of
+from lorasweep.spec.metric import eval_steps, metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
@@ -170,39 +170,56 @@ def check_claims(sweep: Sweep | None) -> Any:
     return asked
 
 
-def rehearse(sweep: Sweep, points: Sequence[Point]) -> "list[Verdict]":
-    """Judge planned runs as if one run of each curve had ended; SpecError: they cannot be judged.
+def rehearse(sweep: Sweep, points: Sequence[Point], scale: str = "") -> "list[Verdict]":
+    """Judge planned runs as if those of one seed had ended; SpecError: they cannot be judged.
 
-    Data are assumed to fit every rank, so claims on data that do not are not counted. A search can
-    be answered without a comparison, but each of its arms needs a line of the answer.
+    Data are assumed to fit every rank, so claims on data that do not are not counted. A curve of
+    enough learning rates has its best one in the middle of three, any other at an edge:
+    `Verdict.lacks`. A search can be answered without a comparison, but each of its arms needs a
+    line of the answer.
     """
     import pandas as pd
 
+    from analysis.inference.decide import GateCode
+    from analysis.optimum.fit import FEW_RATES
     from analysis.runs.table import TableError
 
-    asked, rows, arms = check_claims(sweep), [], sweep.search and arm_names(points)
-    ended = {"state": "done", "test_nll": 1.0, "nll_start": 2.0, "bits_generator": 0.1}
-    for p in {curve_key(p)[1]: p for p in points}.values():
-        at = {1, min(64, p.spec.steps), math.ceil(p.spec.steps / 2), p.spec.steps}
-        curve = [{"step": step, "test_nll": 1.0, "test_nll_curve": 1.0} for step in sorted(at)]
-        retained = 2.0 if p.spec.dataset.n_retain else None
-        ended |= {"curve": curve, "retain_nll": retained, "retain_start": retained}
-        ended |= {"run_id": p.id, "n_trainable": p.spec.method.n_trainable(p.spec.model)}
-        rows.append(table_row(json.loads(p.spec.canonical), ended))
-        rows[-1] |= {"arm": arms[arm_key(p)]} if arms else {}
+    asked, rows, curves = check_claims(sweep), [], dict[str, dict[float, Point]]()
+    arms = sweep.search and arm_names(points)
+    for p in points:
+        curves.setdefault(curve_key(p)[1], {})[p.spec.lr] = p
+    few = {lr for of in curves.values() if len(of) < FEW_RATES for lr in of}  # others may share it
+    for of in curves.values():
+        rates, enough = sorted(of, key=lambda lr: lr not in few), len(of) >= FEW_RATES
+        for k, lr in enumerate(sorted(rates[:3] if enough else rates)):  # three need no fit
+            rows.append(_planted(of[lr], 1.0 + 0.1 * (k != enough)))
+            rows[-1] |= {"arm": arms[arm_key(of[lr])]} if arms else {}
     try:
-        found = asked.analyse(pd.DataFrame(rows), dataclasses.asdict(sweep))
+        question = {**dataclasses.asdict(sweep), "scale": scale}
+        found = asked.analyse(pd.DataFrame(rows), question, KEPT)
         if arms:
             lines = [a["arm"] for a in found.measures.get("arms", ())]
             if sorted(lines) != sorted(arms.values()):
                 raise TableError(f"arms {', '.join(arms.values())}: not each has its own line.")
             return []
-        gates = [{(g.code.name, g.place) for g in v.gates} for v in found.verdicts]
-        if gates and (not found.members or all(("MISSING", "") in of for of in gates)):
-            raise TableError(found.verdicts[0].why)
+        # scale smoke only tries things, and another scale's answer is an answer
+        allowed = {GateCode.ELSEWHERE, *[GateCode.FEW_CONDITIONS] * (scale == "smoke")}
+        lacks = [{g.code for g in v.gates if g.of_grid} - allowed for v in found.verdicts]
+        if lacks and (all(lacks) or not found.members):
+            raise TableError(f"{found.verdicts[0].lacks}. Without it no claim could be decided.")
         return found.verdicts
     except TableError as error:
         raise SpecError(f"{sweep.analysis} cannot judge these runs together: {error}") from None
+
+
+def _planted(p: Point, loss: float) -> dict[str, Any]:
+    """Return a planned run as a row of a table, as if it had had one loss throughout."""
+    at, retained = eval_steps(p.spec.steps), 2.0 if p.spec.dataset.n_retain else None
+    ended = {"state": "done", "run_id": p.id, "test_nll": loss, "nll_start": 2.0}
+    ended |= {"curve": [{"step": s, "test_nll": loss, "test_nll_curve": loss} for s in at]}
+    ended |= {"retain_nll": retained, "retain_start": retained, "bits_generator": 0.1}
+    ended |= {"n_trainable": p.spec.method.n_trainable(p.spec.model)}
+    return table_row(json.loads(p.spec.canonical), ended)
 
 
 def refuse_claims(request: Request) -> None:
@@ -240,7 +257,8 @@ def outlooks(
     from analysis.inference.decide import outlook
 
     seeds, found = planned_seeds(points, sweep.replicate), []
-    counts = Counter(v.claim for v in rehearse(sweep, points))
+    verdicts = rehearse(sweep, points, scales[0])
+    counts = Counter(v.claim for v in verdicts)
     together = sum(max(counts[name], 1) for name, c in sweep.claims.items() if c.primary)
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])
@@ -257,6 +275,10 @@ def outlooks(
             underpowered=source in few if isinstance(few, list) else few,
             together=together if claim.primary else 1,
         )
+        mine = [v for v in verdicts if v.claim == name]
+        if mine and all(lacks := [v.lacks for v in mine]):
+            asks = not all(v.not_asked for v in mine)
+            decides = dataclasses.replace(decides, can_decide=False, lacks=lacks[0], asked=asks)
         found.append((source, decides))
     return found
 

@@ -23,7 +23,6 @@ import yaml
 from analysis.inference.decide import EXPLORATORY, FAR, WITHDRAWN, Verdict
 from analysis.inference.estimate import AT_LEAST, fixed, number, with_interval
 from analysis.measures.rows import Row, Setting, pick, rows_of
-from analysis.questions.base import NO_CELL
 from analysis.questions.registry import read_question
 from analysis.runs.table import TableError
 
@@ -79,8 +78,8 @@ class Answer:
 
     @property
     def single(self) -> list[tuple[Row, Verdict]]:
-        """The verdicts on conditions that were run (a claim without any has the task NO_CELL)."""
-        return [(r, v) for r, v in self.judged if r.task != NO_CELL]
+        """The verdicts on claims that are asked of these runs."""
+        return [(r, v) for r, v in self.judged if not v.not_asked]
 
     @property
     def exploratory(self) -> bool:

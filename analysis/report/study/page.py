@@ -233,7 +233,7 @@ def tally(answers: Sequence[Answer]) -> str:
     """Count the claims by outcome, and the exploratory ones among them.
 
     A claim whose verdicts differ between conditions is counted as mixed. Withdrawn verdicts count
-    only for claims that have no other.
+    only for claims that have no other. Verdicts on claims that are not asked are counted apart.
     """
     claims: dict[tuple[str, str], list[Verdict]] = {}
     for a in answers:
@@ -246,12 +246,15 @@ def tally(answers: Sequence[Answer]) -> str:
         outcome = outcomes.pop() if len(outcomes) == 1 else MIXED
         explores = bool(stand) and all(v.exploratory for v in stand)
         counts.setdefault(outcome, []).append(explores)
+    apart = Counter(v.not_asked for a in answers for _, v in a.judged if v.not_asked)
     order = ("supported", "refuted", "undecided", MIXED, WITHDRAWN.lower())
-    return ", ".join(
+    said = ", ".join(
         f"{len(marks)} {outcome}{f' ({sum(marks)} {EXPLORATORY})' if any(marks) else ''}"
         for outcome in order
         if (marks := counts.get(outcome))
     )
+    rest = " or ".join(f"{n} {outcome}" for outcome, n in sorted(apart.items()))
+    return f"{said} (apart: {rest}, on other scales or bases)" if rest else said
 
 
 def readme(text: str, kept: Path) -> str:
