@@ -598,7 +598,7 @@ def test_actions_on_any_store_answer(compose, capsys, tmp_path, action):
 BATCHES = ("+sweep=batch_size", "scale=paper")
 CLUSTER = (*BATCHES, "cluster=slurm", "hardware=h100")
 ASKED = ("action=plan", "hardware=h100", "format=json")
-UNKNOWN = {"rank": ["faster"], "regime": ["nothing", "real", "real_16"], "rl": ["wider"]}
+UNKNOWN = {"regime": ["nothing"], "rl": ["wider"]}
 """Claims of which no data were run at tiny, so that no spread over seeds is known."""
 
 
@@ -643,7 +643,7 @@ def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_
 
 def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere):
     small = ("hardware.gpu_memory_gib=60", "exec.max_gpus=1")  # for all runs of one part
-    study = ("+sweep=study", "sweep.parts=[batch_size,experts]", "scale=paper")
+    study = ("+sweep=study", "sweep.parts=[rank,experts]", "scale=paper")
     few = command(*study, *ASKED, *small)
     assert few.returncode == 0 and "experts-paper: 49 runs need more than" in few.stderr
     plan = json.loads(command(*CLUSTER, "action=plan", "format=json").stdout)
@@ -726,7 +726,6 @@ def test_the_plan_corrects_for_each_verdict_of_a_primary_claim(compose):
         "recipes dataset=dialect_shift",
         "lr_ratio lora.alpha=16,32",
         "invariance lora.rank=1,4",
-        "batch_size ~sweep.arms.fullft",
         "capacity scale=tiny ~sweep.arms.fullft",  # what stays unknown needs one method only
     ],
 )
@@ -800,6 +799,8 @@ FULL_ELSEWHERE = ("compute", "growth", "rank")
         ("invariance sweep.arms.start_b.alpha=[16,32]", "alpha 16, and lora r4, alpha 32: only"),
         ("quadrature lora.rank=4,8", "lora r4, and lora r8: only one"),
         ("experts lora.alpha=16,32", "only one of them can be compared"),
+        # no losses could decide any claim
+        ("batch_size ~sweep.arms.fullft", "batch_size cannot judge these runs together: "),
     ],
 )
 def test_runs_that_a_question_cannot_judge_together_are_refused_before_they_are_trained(
@@ -810,6 +811,22 @@ def test_runs_that_a_question_cannot_judge_together_are_refused_before_they_are_
         answer.outlooks(request.points, request.sweep, "tiny")
     with pytest.raises(SpecError, match=re.escape(says)):
         runs.check(request)
+
+
+def test_a_claim_that_no_losses_could_decide_is_not_planned_as_one_that_can(compose):
+    request = compose("+sweep=recipes", "~sweep.arms.attention")
+    found = {o.claim: o for _, o in answer.outlooks(request.points, request.sweep, "tiny")}
+    lacks = {name for name, o in found.items() if o.lacks}
+    assert lacks == {"attention_at_full_lr"} and found["ten_times"].can_decide
+    assert "cannot decide: no curve of the recipe" in found["attention_at_full_lr"].line()
+
+
+def test_a_grid_of_which_no_losses_could_decide_anything_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{k % 37}+{k},{k % 10}\n" for k in range(100))
+    (tmp_path / "rows.csv").write_text("prompt,completion\n" + rows)
+    plan = command("plan", "variants", "tiny64", "rows.csv")
+    assert plan.returncode == 2 and "only 2 of 4 (two data sets at two ranks)" in plan.stderr
 
 
 def test_the_plan_holds_each_claims_expected_interval_against_its_margin(command):

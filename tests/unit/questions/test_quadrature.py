@@ -16,9 +16,11 @@ from analysis.questions import quadrature
 from analysis.questions.quadrature import COUNTED, FROZEN, AllCells, Cell
 from analysis.questions.registry import analyse
 from analysis.report import report
+from analysis.runs.table import read
 from lorasweep.config.compose import compose_request
 from lorasweep.sweep.request import question
 from tests.planted import World, is_full, planted_table
+from tests.world import ROOT
 
 FULL = {64: 4e-4, 128: 5e-4, 256: 4e-4, 576: 9.9e-5}
 
@@ -104,7 +106,9 @@ def test_planted_runs_of_both_scales_give_back_the_law(tmp_path):
     assert alone["predicts"]["gates"][0]["code"] == "FEW_CONDITIONS"
     (tmp_path / "quadrature-small").mkdir()
     small.to_parquet(tmp_path / "quadrature-small" / "table.parquet")
-    results, found, table = answer(ByLaw(lost=0.05), kept=tmp_path)
+    (tmp_path / "quadrature-tiny").mkdir()
+    answer(ByLaw(lost=0.05))[2].to_parquet(tmp_path / "quadrature-tiny/table.parquet")
+    results, found, _ = answer(ByLaw(lost=0.05), kept=tmp_path)
     assert len(results["cells"]) == COUNTED + FROZEN
     assert {k: v["outcome"] for k, v in found.items()} == dict.fromkeys(found, "SUPPORTED")
     assert "Yes: on SmolLM2, tiny128, " in results["page"]  # the bases of both scales
@@ -128,8 +132,6 @@ def test_planted_runs_of_both_scales_give_back_the_law(tmp_path):
     limits = [laws.limit(c["hidden"], c["alpha"]) for c in frozen]
     assert [c["ratio"] for c in frozen] == pytest.approx(limits, rel=0.05)
     # the smaller scale's answer leaves the verdict to the other
-    (tmp_path / "quadrature-tiny").mkdir()
-    table.to_parquet(tmp_path / "quadrature-tiny" / "table.parquet")
     mine, elsewhere, _ = answer(ByLaw(), "small", kept=tmp_path)
     assert mine["cells"] == []
     assert {v["gates"][0]["code"] for v in elsewhere.values()} == {"ELSEWHERE"}
@@ -186,7 +188,7 @@ def planted_cells(
             )
             cells.append(Cell(name, f"{name} {k}", hidden, alpha, steps, b, seen, optimum(lora)))
     free, frozen = ([c for c in cells if (c.b_ratio > 1) == f] for f in (False, True))
-    return AllCells("all", None, [], free, frozen, len(cells), [])
+    return AllCells("all", None, [], free, frozen, [])
 
 
 SWEEP = compose_request(["+sweep=quadrature", "scale=smoke"]).sweep
@@ -248,6 +250,18 @@ def test_constants_are_fitted_to_the_other_bases():
     assert quadrature.refitted(of, laws.LAW) < 0.03
     assert quadrature.refitted(of, laws.LINEAR_LAW) > 0.06
     assert quadrature.refitted(of[:5], laws.LAW) is None  # one base
+
+
+def test_kept_runs_of_the_other_scale_join_the_shipped_grid_alone():
+    kept = ROOT / "analysis/results"
+    asked = json.loads((kept / "quadrature-tiny/question.json").read_text())
+    table = read(kept / "quadrature-tiny/table.parquet")
+    mine = table[(table["model"] == "tiny128") & (table["dataset"] == table["dataset"].iloc[0])]
+    mine = mine.assign(model="mine", dataset="rows")
+    for scale in ("tiny", "small"):
+        found = analyse(mine, {**asked, "scale": scale}, kept)
+        assert {c["base"] for c in found.measures["cells"]} == {"mine"}
+        assert all("conditions" in v.why for v in found.verdicts)  # too few of them
 
 
 def test_the_scope_of_a_table():

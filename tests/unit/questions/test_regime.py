@@ -489,7 +489,8 @@ CASES = [
     case("low", "NOISY", novel, noise=0.016, steps=32),
     case("growth", "NO_GAP", novel, -0.05),
     case("unchanged", "NO_ADVANTAGE", novel, steps=32),
-    case("needs_longer", "NO_LAW", novel, steps=32),
+    case("needs_longer", "NO_LAW", novel),
+    case("needs_longer", "MISSING", novel, ranks=(8,)),
     case("low", "MISSING", novel, ranks=(1, 4), steps=32),
     case("real", "NO_CELL", novel, steps=32),
     case("rank_1", "TASK", rewarded, lambda s, t: 0.95),
@@ -522,8 +523,9 @@ def test_every_gate_has_a_case():
 
 
 def test_a_law_of_two_scales_is_judged_once_and_a_withdrawn_question_not(tmp_path):
-    (tmp_path / "quadrature-tiny").mkdir()
-    some_conditions("tiny")[2].to_parquet(tmp_path / "quadrature-tiny" / "table.parquet")
+    for scale in ("tiny", "small"):
+        (tmp_path / f"quadrature-{scale}").mkdir()
+        some_conditions(scale)[2].to_parquet(tmp_path / f"quadrature-{scale}/table.parquet")
     found = judged(*some_conditions("small"), kept=tmp_path, scale="small")
     assert found["predicts"] == ["ELSEWHERE"]
     found = judged(*ratio(Valley(3), (4,)), withdrawn="other arms")
