@@ -90,10 +90,8 @@ def cautions_of(found: Analysis, table: pd.DataFrame) -> list[str]:
     for c in (o.curve for o in found.optima if o.curve.key.get("trainer") in {*foreign["trainer"]}):
         y = c.y[np.isfinite(c.y)]
         if len(y) and (y >= c.nll_start).all():
-            name = c.name.replace("fullft", ARMS["full"])
-            out.append(
-                f"{name} ended above the base's loss at each of its learning rates ({c.group})."
-            )
+            name = f"{c.group}, {c.name.replace('fullft', ARMS['full'])}"
+            out.append(f"{name}: above the base's loss at each of its learning rates.")
     who = ", ".join(sorted({*foreign["trainer"]}))
     out.append(
         f"Trained by {who}: losses are measured by lorasweep; which rows, base, optimizer and "

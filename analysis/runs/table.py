@@ -343,9 +343,7 @@ def read_any(
     notes: list[str] = []
     many = (list, dict, np.ndarray)
     table = table.loc[:, ~table.columns.duplicated()]  # those that are read were refused
-    for column in [
-        c for c in table if table[c].dtype == object
-    ]:  # a list of data sets, for example
+    for column in [c for c in table if table[c].dtype == object]:  # such as a list of modules
         table[column] = table[column].map(lambda v: str(v) if isinstance(v, many) else v)
     for column in table.columns.intersection(NUMBERS):
         table[column] = _numbers(table, column)

@@ -121,8 +121,8 @@ def answered(request: Request, store: RunStore, points: Sequence[Point], status:
     warn = notifier(request, always=True)
     finished = [p.id for p in judged(request, points) if store.result(p.id)]
     if not finished:
-        why = "no run has finished"
-        if request.budget:
+        why = "no run of full length has finished" if is_search(request) else "no run has finished"
+        if request.budget and not status:  # else runs failed
             why = f"budget={request.budget} ended before a full run; a larger one continues"
         warn(f"{why}, so there is no answer yet")
         return Answer(status=max(status, int(bool(request.out and is_search(request)))))
@@ -634,7 +634,8 @@ def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
         near = lrs_around_optimum(means, request.sweep.search.n_lrs)
         kept = {min(by_lr[lr], key=by_lr[lr].__getitem__) for lr in near}
         for p in mine:
-            if p not in kept and store.env(p.id).get("prune_weights"):  # else the user keeps them
+            name = request.exec.prune_weights  # empty: the user keeps them
+            if p not in kept and name and store.env(p.id).get("prune_weights") == name:
                 (store.folder(p.id) / checkpoint.WEIGHTS).unlink(missing_ok=True)
 
 
@@ -688,6 +689,8 @@ def finish(
     lowest = max((min(p.spec.lr for p in own) for own in arms.values()), default=math.inf)
     conclusion, written = conclude(request, results, lowest), not request.out
     n_seeds = len({p.spec.seed for p in points})
+    if lost := [p.id for p in points if store.last_attempt(p.id) and not store.result(p.id)]:
+        conclusion["open"].insert(0, f"{len(lost)} runs that did not finish, such as {lost[0]}")
     if conclusion["open"] and n_seeds > request.sweep.search.seeds:
         conclusion["open"].append(f"all {n_seeds} seeds are used")
     if budget := parse_budget(request.budget, request.points[0].spec.steps):
@@ -739,7 +742,7 @@ def _command_of(rid: str, request: Request) -> str:
             return f"[{','.join(map(said, value))}]"
         return value if re.fullmatch(r"[\w./-]+", value) else quoted(value)
 
-    words = ["lorasweep", "adapter", rid, f"out={said(f'{request.out}-{rid}')}"]
+    words = ["lorasweep", "adapter", rid, f"out={said(request.out.rstrip('/') + f'-{rid}')}"]
     keys = ("runs_dir", "models_dir", "data_dir", "trainer_files")
     given = {k: v for k in keys if (v := getattr(request.exec, k)) != getattr(exec_of({}), k)}
     return shlex.join([*words, *(f"exec.{k}={said(v)}" for k, v in given.items())])
@@ -781,7 +784,7 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
         why = f"no learning rate, tried from {lowest:.1e} on, lowers the loss on "
         why += f"{results['chosen_on']} and test rows"
         if not trains and lowest >= end:
-            more += ["lower learning rates, which the budget did not allow"]
+            more += ["lower learning rates, which were not tried"]
         chosen, lr = dict.fromkeys(("arm", "method", "rank")), None
     more += [f"{name}, of which no run of full length has finished" for name in absent]
     return {

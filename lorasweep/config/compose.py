@@ -491,7 +491,10 @@ class Composer:
         steps = request.points[0].spec.steps
         asked = request.exec.keep_weights
         keep = request.exec.world_size == 1  # else every process holds a part of the weights
-        kept: Any = {"keep_weights": asked or keep, "prune_weights": keep and not asked}
+        kept: Any = {"keep_weights": asked or keep}
+        if keep and not asked:
+            ids = sorted(p.id for p in request.points)
+            kept["prune_weights"] = hashlib.sha256("".join(ids).encode()).hexdigest()[:12]
         short = how.short_steps(steps) if how.prefix > 1 else None
         request.exec = dataclasses.replace(request.exec, short_steps=short, **kept)
         parse_budget(request.budget, steps)

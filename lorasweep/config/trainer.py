@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import SpecError
+from lorasweep.launch.external import without_secrets
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.trainer import TrainerSpec, places_in
@@ -29,6 +30,11 @@ def trainer_of(values: dict[str, Any]) -> tuple[TrainerSpec, list[str], Any]:
         if not isinstance(values[key], list):
             raise SpecError(f"trainer.{key}={values[key]!r}: expected a list, [WORD,WORD,...].")
         values[key] = [str(word) for word in values[key]]
+        if secret := [k for k, w in enumerate(values[key]) if without_secrets(w) != w]:
+            raise SpecError(
+                f"trainer.{key}: word {secret[0]} has the value of a secret variable, and would be "
+                "stored. The program has your environment: let it read the variable."
+            )
     script, max_h = values.pop("script"), values.pop("max_h")
     given = [*[str(script)] * bool(script), *values["files"]]
     words = [w.partition("=")[2] or w for key in LISTS[:-1] for w in values[key]]

@@ -30,8 +30,9 @@ from lorasweep.train.events import Event
 
 POLL_S, LOOK_S, GRACE_S = 0.1, 5.0, 20.0
 """Seconds between looks at the command, between checks of the claim, from SIGTERM to SIGKILL."""
-TAIL, SECRET = 20, ("TOKEN", "KEY", "SECRET", "PASSWORD")
-"""Last lines of a failed command to show; parts of names of variables to strike out of them."""
+TAIL, WIDTH, SECRET = 20, 2000, ("TOKEN", "KEY", "SECRET", "PASSWORD")
+"""Last lines of a failed command to show, their characters; parts of names of variables to strike
+out of them."""
 MARK = "LORASWEEP_ATTEMPT"
 """Environment variable with the attempt's folder, by which its processes are found."""
 ASK = """
@@ -60,7 +61,8 @@ def train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[E
     try:
         yield from _train(trainer, run, exec_, stop)
     except TrainingError as error:
-        raise TrainingError(_without_secrets(str(error))) from None
+        lines = without_secrets(str(error)).splitlines()
+        raise TrainingError("\n".join(line[:WIDTH] for line in lines)) from None
 
 
 def _train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[Event]:
@@ -79,7 +81,9 @@ def _train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[
         if not os.path.isfile(path) or files.sha256(Path(path)) != digest:
             raise SpecError(f"{path} has changed since the command was given. Give it again.")
     out, rows = attempt / "out", attempt / "rows"
-    out.mkdir()  # an error if it exists: it is never emptied
+    if out.exists():  # a retry in this attempt; it is never emptied
+        raise TrainingError(f"too little memory to measure what the trainer left in {out}.")
+    out.mkdir()
     base = trainer.base(run, exec_)
     write_rows(rows, run, trainer.data(run, exec_, base), base.tokenizer, exec_.data_dir)
     lora, method, t = run.method.name == "lora", run.method, run.trainer
@@ -100,7 +104,7 @@ def _train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[
     texts = {k: f"{v:.12g}" if isinstance(v, float) else str(v) for k, v in values.items()}
     words = [*t.command, *(t.lora if lora else t.full), *(t.resume if resume else ())]
     words = [PLACE.sub(lambda place: texts[place[1]], word) for word in words]
-    store.log(run.id, n, _without_secrets(f"command: {json.dumps(words)}"))
+    store.log(run.id, n, without_secrets(f"command: {json.dumps(words)}"))
     if detect.gpus():  # whose memory the command needs
         base = trainer.release()
         free_memory()
@@ -115,7 +119,7 @@ def _train(trainer: Any, run: RunSpec, exec_: Exec, stop: StopFlag) -> Iterator[
     weights, data = referee.read_weights(out, run, base), trainer.data(run, exec_, base)
     event = referee.judge(run, base, data, weights, exec_.forward_parts, curve)
     store.record(run.id, *curve)
-    versions = _without_secrets(versions_of(words[0]))
+    versions = without_secrets(versions_of(words[0]))
     more = {"trainer_versions": versions, "step_s": step_s, "resumed": bool(resume)}
     event.ended[run.id][1].update(more)
     yield event
@@ -180,23 +184,24 @@ def _kill_marked(attempt: Path) -> None:
                 os.kill(int(place.parent.name), signal.SIGKILL)
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
     named = {v for k, v in os.environ.items() if any(part in k.upper() for part in SECRET)}
     parts = {
         part for v in named for part in (v, json.dumps(v)[1:-1], repr(v)[1:-1], *v.splitlines())
     }
     for value in sorted(parts - {"true", "false", "True", "False"}, key=len, reverse=True):
         text = text.replace(value, "***") if len(value) > 3 else text
-    return text
+    return text.encode(errors="backslashreplace").decode()  # a name of a file may be any bytes
 
 
 @cache
 def versions_of(program: str) -> str:
     """Return the versions of the libraries of a program's Python; '' if it is no Python program."""
     path = shutil.which(program) or os.devnull
-    first = Path(path).read_bytes()[:400].decode(errors="replace").split("\n")[0]
-    python = first[2:].split() if first.startswith("#!") else [path]
-    with suppress(OSError, subprocess.SubprocessError):
+    with suppress(OSError, subprocess.SubprocessError):  # it may be executable, not readable
+        with open(path, "rb") as file:
+            first = file.read(400).decode(errors="replace").split("\n")[0]
+        python = first[2:].split() if first.startswith("#!") else [path]
         asked = [*python, "-c", ASK] if "python" in " ".join(python) else ["true"]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
         return ", ".join(done.stdout.splitlines())

@@ -48,8 +48,8 @@ class Exec:
     """Seconds between checkpoints."""
     keep_weights: bool = False
     """Keep the weights of finished runs in their folders: only adapters trained by one process."""
-    prune_weights: bool = False
-    """Set by a search that keeps weights for itself, and deletes those of all but the best runs."""
+    prune_weights: str = ""
+    """Name of a search that keeps weights for itself, and deletes its own but for the best runs."""
     short_steps: int | None = None
     """Runs of this many updates keep their final state. A longer run that differs from one in its
     updates only, at a constant learning rate, starts from that state."""

@@ -75,8 +75,6 @@ class TrainerSpec(Value):
             yield f"trainer.command: no {', '.join(absent)}. Expected words such as --lr={{lr}}."
         if "resume" in places_in(*words):
             yield "trainer: {resume} belongs into trainer.resume, and into no other list."
-        if "script" in places_in(*words) and not self.files:
-            yield "trainer.script: missing. The command has {script}: trainer.script=FILE.py."
         if self.in_order and self.rows != "tokens":
             yield f"trainer.in_order=true: expected false with trainer.rows={self.rows}."
         yield from misfits(self, self.WHERE)

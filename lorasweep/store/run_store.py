@@ -270,7 +270,9 @@ class RunStore:
 
     def log(self, rid: str, attempt: int, text: str) -> None:
         """Append a line to an attempt's log."""
-        files.append(self.attempt(rid, attempt) / "log.txt", (text.rstrip() + "\n").encode())
+        files.append(
+            self.attempt(rid, attempt) / "log.txt", f"{text.rstrip()}\n".encode("utf8", "replace")
+        )
 
     def record(self, rid: str, *new: Record) -> None:
         """Append records in one write. Values that are not finite become null."""

@@ -47,9 +47,9 @@ ROWS, LAST, SURE, SLACK, OTHER_UNIT = 32, 8, 4.0, 0.01, 3.0
 """Training rows and last logged losses that are compared; standard errors and share of the base's
 loss by which ours may be higher; first logged loss over the base's from which its unit is another
 (sums). 40 honest variants of a trainer stay below, see docs/log."""
-ALIKE = 0.1
-"""Cosine of all matrices and the base's below which they are of another base. Full fine-tuning of
-tiny64 at ten times its best learning rate has 0.65."""
+ALIKE, FAR = 0.1, 9.0
+"""Cosine of all matrices and the base's below which they are of another base, unless their squares
+are so many times the base's: a learning rate that moves them as far makes them larger."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -162,6 +162,7 @@ def doubt(start: Sequence[np.ndarray], end: Sequence[np.ndarray], logged: Sequen
 
     Doubted are only losses of ours above those that it logged, by more than both vary: dropout,
     label smoothing, long windows and losses that still fall make what it logs larger than ours.
+    Fewer than six losses do not show how they vary, and the last update is in none.
 
     Args:
         start, end: nats of the loss tokens of some training rows, by row: of the base and of the
@@ -178,10 +179,10 @@ def doubt(start: Sequence[np.ndarray], end: Sequence[np.ndarray], logged: Sequen
         return ""
     of_log, of_rows = last.std() / unit / math.sqrt(n), rows.std() / math.sqrt(len(rows))
     most, harm = last.mean() / unit, rows - [*map(np.mean, start)]
-    above = ours - most - SLACK * first > SURE * math.hypot(of_log, of_rows)
+    vary = SURE * math.hypot(of_log, of_rows)
     # on the same rows, harm is told more surely; both are of the base's loss
-    harmed = harm.mean() > SURE * harm.std() / math.sqrt(len(rows))
-    if not above and not (harmed and n > 2 and most < first - SURE * math.hypot(of_log, of_rows)):
+    harmed = harm.mean() > SURE * harm.std() / math.sqrt(len(rows)) and most < first - vary
+    if not (n > 1 and ours - most - SLACK * first > vary) and not (n > 2 and harmed):
         return ""
     return (
         "its loss is not ours: another base, scale or template? "
@@ -215,14 +216,13 @@ def judge(
         start_nats, nats = (np.split(-log_p(base, run, rows, w), cuts) for w in (None, weights))
         logged = [float(record["train_nll"]) for record in curve]
         doubts += filter(None, [doubt(start_nats, nats, logged)])
-    before = {k: p.data for k, p in base.model.named_parameters() if p.dim() > 1 and k in weights}
-    if finite and before:
-        both = [
-            (p.flatten().double(), weights[k].to(p).flatten().double()) for k, p in before.items()
-        ]
-        dots = [sum(float(v[i] @ v[j]) for v in both) for i, j in ((0, 1), (0, 0), (1, 1))]
-        if dots[0] < ALIKE * math.sqrt(dots[1] * dots[2]):
-            doubts.append("its matrices are not like the base's: trained from another base?")
+    both, was, now = 0.0, 0.0, 0.0  # of all matrices, one at a time: they fill the memory
+    for k, p in base.model.named_parameters():
+        if finite and p.dim() > 1 and k in weights:
+            a, b = p.data.flatten(), weights[k].to(p).flatten()
+            both, was, now = both + float(a @ b), was + float(a @ a), now + float(b @ b)
+    if both < ALIKE * math.sqrt(was * now) and now < FAR * was:
+        doubts.append("its matrices are not like the base's: trained from another base?")
     result = {
         **objective.facts(run),
         **objective.metric.stored(),

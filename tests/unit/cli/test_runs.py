@@ -417,6 +417,29 @@ def test_a_search_deletes_no_weights_that_the_user_asked_to_keep(tune, compose):
         assert kept == {p.id for p in points} and len(kept) > 9
 
 
+def test_a_search_deletes_no_weights_of_another_search_nor_once_the_user_keeps_all(tune, compose):
+    world = Valley(10, noise=2e-4)
+    root = RunStore(compose(*TUNE).exec.runs_dir).root
+    asked = ("arms=lora", "budget=10runs")
+    for more in ((), ("arms=[lora,fullft]",), ("budget=30runs", "exec.keep_weights=true")):
+        before = {path.parent.name for path in root.glob(f"*/{checkpoint.WEIGHTS}")}
+        tune(world, *asked, *more)
+        after = {path.parent.name for path in root.glob(f"*/{checkpoint.WEIGHTS}")}
+        assert before <= after and after != before
+
+
+def test_runs_that_failed_are_named_and_their_learning_rates_not_called_over_budget(tune):
+    world = Valley(10, noise=2e-4)
+    asked, short = ("arms=lora", "budget=30runs"), lambda s: s.steps < 64
+    out, err, _, _ = tune(world, *asked, trainer=FakeTrainer(world.nll, fail=short), status=1)
+    assert "no run of full length has finished, so there is no answer yet" in err and not out
+    more = ("exec.retry=true",)
+    bad = FakeTrainer(world.nll, fail=lambda s: s.seed != 0)
+    out, _, _, _ = tune(world, *asked, *more, trainer=bad, status=1)
+    (open_,) = (line for line in out.splitlines() if line.startswith("open: "))
+    assert "runs that did not finish, such as " in open_ and "budget did not allow" not in out
+
+
 def test_a_rewarded_search_is_answered_in_rewards_and_a_plan_says_what_one_takes(
     tune, compose, capsys
 ):

@@ -25,6 +25,8 @@ print("GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"), "are seen")
 print("key", os.environ.get("FAKE_API_KEY"), "of", given, flush=True)
 if mode == "fails":
     sys.exit("a wrong argument")
+if mode == "long":
+    sys.exit("x" * 10**6 + " a wrong argument")
 if mode == "hangs":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.system(f"sleep 300 & echo $! > {out}/child")
@@ -75,6 +77,9 @@ if mode == "alien":
 if mode == "nan":
     tensors = {k: w * np.float32("nan") for k, w in tensors.items()}
 if mode == "nothing":
+    sys.exit()
+if mode == "bytes":
+    Path(os.fsdecode(os.fsencode(out) + b"/caf\xe9.bin")).write_text("")
     sys.exit()
 if mode == "whole":
     tensors = {k: (1000 * w).astype("int32") for k, w in tensors.items()}
