@@ -93,7 +93,8 @@ class Gate:
     @property
     def of_grid(self) -> bool:
         """Whether it depends on which runs there are alone, not on their losses or their data."""
-        return self.code in OF_GRID and self.subject != self.BY_DATA
+        law = f"{self.subject}".startswith("the law: ")  # does not cover these settings
+        return law or (self.code in OF_GRID and self.subject != self.BY_DATA)
 
     def at(self, place: str) -> "Gate":
         """Return the gate with `place` put in front of the place that it names."""

@@ -53,7 +53,8 @@ class Recipes(base.Condition):
             return EVERY_LAYER if k == "layers" and value == "all" else value
 
         found = [o for o in self.main if all(setting(o, k) == v for k, v in wanted.items())]
-        return max(base.check_one(found, "rank"), key=lambda o: len(o.curve.x), default=None)
+        one = base.check_one(found, "rank")  # of as many runs, the highest rank
+        return max(one, key=lambda o: (len(o.curve.x), base.rank_of(o)), default=None)
 
     @cached_property
     def full(self) -> Optimum | None:

@@ -78,6 +78,7 @@ def load(path: Path, typed: bool = False) -> pd.DataFrame:
     except (ValueError, TypeError, OSError) as error:
         said = str(error).splitlines()[0]
         raise TableError(f"{path} cannot be read as a table: {said}") from None
+    table = table if table.index.names == [None] else table.reset_index()
     prefixes = r"^config\.|^summary\.|^config/"
     table.columns = table.columns.astype(str).str.replace(prefixes, "", regex=True).str.strip()
     categories = table.columns[[isinstance(t, pd.CategoricalDtype) for t in table.dtypes]]
@@ -397,15 +398,15 @@ def read_any(
     table["test_nll"] = table["test_nll"] * sign
     table = _with_seeds(table, notes)
     point = table.groupby([c for c in ("lr", *CURVE_KEYS) if c in table], dropna=False).ngroup()
-    unread = table.columns.difference([*KNOWN, *CURVE_KEYS, "block", "_row"])
+    unread = table.columns.difference([*({*KNOWN, *CURVE_KEYS, "_row"} - {"hidden_size"})])
     varied = {
         c: table[c].nunique() for c in unread if table.groupby(point)[c].nunique(False).gt(1).any()
     }
-    if varied and not {"spec", "result"} <= {*unread}:  # our own exports: all settings are read
+    if varied and not {"spec", "result", "run_id"} <= {*unread}:  # else an export of ours
         notes.append(
             f"not read: {', '.join(sorted(varied, key=lambda c: varied[c]))}, which differ in runs "
             "of one curve and learning rate. Is one a setting? These runs are merged: name it "
-            "(--map lora_alpha=alpha), or keep one value per table."
+            "(python -m analysis fit FILE --map lora_alpha=alpha), or keep one value per table."
         )
     if "dataset" not in table.columns:
         table["dataset"] = "data"
@@ -443,8 +444,8 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
         raise TableError(
             f"two columns are called {twice[0]!r} after mapping. Map only one of them."
         )
-    # In our own tables these name the metric and the blocks of runs.
-    return table.drop(columns=["metric", "block"], errors="ignore").copy()
+    # In our own tables these name the metric and the blocks of runs; others' are not read.
+    return table.rename(columns={name: f"column {name}" for name in ("metric", "block")})
 
 
 def _with_seeds(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:

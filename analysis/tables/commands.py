@@ -106,7 +106,7 @@ def run(argv: Sequence[str]) -> None:
             what = f"kept answer, as {args.reports_dir} has none of your own"
             print(f"{what}; {page}", file=sys.stderr)
         to = args.out or (None if is_kept else folder)  # kept reports: study --write
-        _check_free(args.out, "question.json")
+        _check_free(args.out)
         print(judge_and_report(runs, question, to, args.json, KEPT))
 
 
@@ -143,7 +143,7 @@ def _study(args: argparse.Namespace) -> None:
         from analysis.report.study import page
     if args.write:
         return page.render_all(KEPT, ROOT / "README.md")
-    _check_free(args.out, "study.md")
+    _check_free(args.out)
     found = answers.read_answers([args.reports_dir, KEPT])
     if not found:
         raise TableError(f"no answers in {args.reports_dir}, and an installed package keeps none.")
@@ -154,10 +154,10 @@ def _study(args: argparse.Namespace) -> None:
     print(json.dumps(objects, indent=1) if args.json else "\n".join(aligned([head, *rows])))
 
 
-def _check_free(folder: Path | None, ours: str) -> None:
-    """Raise TableError if a folder has files, but not `ours`: they are somebody else's."""
-    if folder and folder.is_dir() and any(folder.iterdir()) and not (folder / ours).is_file():
-        raise TableError(f"{folder} has files, and no {ours}: name another folder with --out.")
+def _check_free(folder: Path | None) -> None:
+    """Raise TableError if a folder has files: they may be somebody's, or ours that were changed."""
+    if folder and folder.is_dir() and any(folder.iterdir()):
+        raise TableError(f"{folder} has files. Name a new folder with --out, or empty this one.")
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:

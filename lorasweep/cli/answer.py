@@ -171,29 +171,26 @@ def check_claims(sweep: Sweep | None) -> Any:
 
 
 def rehearse(sweep: Sweep, points: Sequence[Point], scale: str = "") -> "list[Verdict]":
-    """Judge planned runs as if those of one seed had ended; SpecError: they cannot be judged.
+    """Judge planned runs as if one run of each curve had ended; SpecError: they cannot be judged.
 
-    Data are assumed to fit every rank, so claims on data that do not are not counted. A curve of
-    enough learning rates has its best one in the middle of three, any other at an edge:
-    `Verdict.lacks`. A search can be answered without a comparison, but each of its arms needs a
-    line of the answer.
+    Data are assumed to fit every rank, so claims on data that do not are not counted. A search can
+    be answered without a comparison, but each of its arms needs a line of the answer.
     """
     import pandas as pd
 
     from analysis.inference.decide import GateCode
-    from analysis.optimum.fit import FEW_RATES
     from analysis.runs.table import TableError
 
-    asked, rows, curves = check_claims(sweep), [], dict[str, dict[float, Point]]()
-    arms = sweep.search and arm_names(points)
-    for p in points:
-        curves.setdefault(curve_key(p)[1], {})[p.spec.lr] = p
-    few = {lr for of in curves.values() if len(of) < FEW_RATES for lr in of}  # others may share it
-    for of in curves.values():
-        rates, enough = sorted(of, key=lambda lr: lr not in few), len(of) >= FEW_RATES
-        for k, lr in enumerate(sorted(rates[:3] if enough else rates)):  # three need no fit
-            rows.append(_planted(of[lr], 1.0 + 0.1 * (k != enough)))
-            rows[-1] |= {"arm": arms[arm_key(of[lr])]} if arms else {}
+    asked, rows, arms = check_claims(sweep), [], sweep.search and arm_names(points)
+    ended = {"state": "done", "test_nll": 1.0, "nll_start": 2.0, "bits_generator": 0.1}
+    for p in {curve_key(p)[1]: p for p in points}.values():
+        at = eval_steps(p.spec.steps)
+        curve = [{"step": s, "test_nll": 1.0, "test_nll_curve": 1.0} for s in at]
+        retained = 2.0 if p.spec.dataset.n_retain else None
+        ended |= {"curve": curve, "retain_nll": retained, "retain_start": retained}
+        ended |= {"run_id": p.id, "n_trainable": p.spec.method.n_trainable(p.spec.model)}
+        rows.append(table_row(json.loads(p.spec.canonical), ended))
+        rows[-1] |= {"arm": arms[arm_key(p)]} if arms else {}
     try:
         question = {**dataclasses.asdict(sweep), "scale": scale}
         found = asked.analyse(pd.DataFrame(rows), question, KEPT)
@@ -202,24 +199,15 @@ def rehearse(sweep: Sweep, points: Sequence[Point], scale: str = "") -> "list[Ve
             if sorted(lines) != sorted(arms.values()):
                 raise TableError(f"arms {', '.join(arms.values())}: not each has its own line.")
             return []
-        # scale smoke only tries things, and another scale's answer is an answer
-        allowed = {GateCode.ELSEWHERE, *[GateCode.FEW_CONDITIONS] * (scale == "smoke")}
+        # scale smoke only tries things, and another scale's answer, kept or not, is an answer
+        few = scale == "smoke" or (sweep.analysis == "quadrature" and not KEPT.is_dir())
+        allowed = {GateCode.ELSEWHERE, *[GateCode.FEW_CONDITIONS] * few}
         lacks = [{g.code for g in v.gates if g.of_grid} - allowed for v in found.verdicts]
         if lacks and (all(lacks) or not found.members):
             raise TableError(f"{found.verdicts[0].lacks}. Without it no claim could be decided.")
         return found.verdicts
     except TableError as error:
         raise SpecError(f"{sweep.analysis} cannot judge these runs together: {error}") from None
-
-
-def _planted(p: Point, loss: float) -> dict[str, Any]:
-    """Return a planned run as a row of a table, as if it had had one loss throughout."""
-    at, retained = eval_steps(p.spec.steps), 2.0 if p.spec.dataset.n_retain else None
-    ended = {"state": "done", "run_id": p.id, "test_nll": loss, "nll_start": 2.0}
-    ended |= {"curve": [{"step": s, "test_nll": loss, "test_nll_curve": loss} for s in at]}
-    ended |= {"retain_nll": retained, "retain_start": retained, "bits_generator": 0.1}
-    ended |= {"n_trainable": p.spec.method.n_trainable(p.spec.model)}
-    return table_row(json.loads(p.spec.canonical), ended)
 
 
 def refuse_claims(request: Request) -> None:

@@ -378,6 +378,8 @@ def export(request: Request, store: RunStore) -> Answer:
     path = Path(request.out).expanduser()
     if path.suffix not in (".parquet", ".csv"):
         raise SpecError(f"out={request.out!r}: expected a file name in .parquet or .csv.")
+    if path.is_symlink():
+        raise SpecError(f"out={request.out!r} is a link. Name the file itself.")
     earlier = read_exported(path) if path.exists() else None
     ids = [p.id for p in judged(request, all_points(request, store))] if request.sweep else None
     found = load_runs(store.root, ids)

@@ -87,6 +87,8 @@ def read_exported(path: Path) -> "pd.DataFrame":
         as_text: Any = {"dtype": str, "keep_default_na": False}
         is_csv = path.suffix != ".parquet"
         table = pd.read_csv(path, **as_text) if is_csv else pd.read_parquet(path)
+        # names of rows, such as R writes, are a column of the user's
+        table = table if isinstance(table.index, pd.RangeIndex) else table.reset_index()
         return table.astype({"spec": object, "result": object})
     except (OSError, ValueError, KeyError) as error:  # errors of pandas and pyarrow are ValueErrors
         raise StoreError(

@@ -489,6 +489,14 @@ def test_an_export_that_would_lose_runs_columns_or_cells_is_refused(compose, tmp
             export()
         assert path.read_bytes() == changed
         path.write_bytes(before)
+    noted = load().set_axis([f"note {k}" for k in range(len(load()))])  # names of rows
+    text = noted.to_csv().removeprefix(",")  # as R writes them
+    path.write_text(text) if end == "csv" else noted.to_parquet(path)
+    with pytest.raises(StoreError, match="column index"):
+        export()
+    (link := path.with_stem("link")).symlink_to(path)
+    with pytest.raises(SpecError, match="is a link"):
+        act(compose(*SMOKE, *RATES, "action=export", f"out={link}"))
 
 
 def test_a_page_of_advice_that_was_changed_stays(command, tmp_path):

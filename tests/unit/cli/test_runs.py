@@ -844,6 +844,29 @@ def test_a_claim_that_no_losses_could_decide_is_not_planned_as_one_that_can(comp
     assert "cannot decide: no curve of the recipe" in found["attention_at_full_lr"].line()
 
 
+def test_without_the_kept_answers_of_an_installed_package_quadrature_is_planned(
+    compose, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(answer, "KEPT", tmp_path / "none")
+    for scale in ("tiny", "small"):
+        request = compose("+sweep=quadrature", f"scale={scale}")
+        found = answer.outlooks(request.points, request.sweep, scale)
+        assert any("conditions" in o.lacks for _, o in found)
+
+
+@pytest.mark.parametrize("setting", ["schedule=cosine", "lora.layers=attention"])
+def test_a_claim_on_the_law_is_not_planned_where_the_law_says_nothing(compose, setting):
+    request = compose("+sweep=second_model", "scale=smoke", setting)
+    found = {o.claim: o for _, o in answer.outlooks(request.points, request.sweep, "smoke")}
+    assert "the law: " in found["law_cost"].lacks and not found["match"].lacks
+
+
+def test_the_tuned_curve_of_recipes_on_rows_is_not_that_of_rank_1(compose):
+    request = compose("+sweep=recipes", "dataset=dialect_shift")
+    found = {o.claim: o.lacks for _, o in answer.outlooks(request.points, request.sweep, "tiny")}
+    assert not found["alpha_twice_rank"], found
+
+
 def test_a_grid_of_which_no_losses_could_decide_anything_is_refused(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = "".join(f"{k % 37}+{k},{k % 10}\n" for k in range(100))
