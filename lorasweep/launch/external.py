@@ -185,6 +185,7 @@ def _kill_marked(attempt: Path) -> None:
 
 
 def without_secrets(text: str) -> str:
+    """Return a text without the values of variables whose names have a part of SECRET."""
     named = {v for k, v in os.environ.items() if any(part in k.upper() for part in SECRET)}
     parts = {
         part for v in named for part in (v, json.dumps(v)[1:-1], repr(v)[1:-1], *v.splitlines())

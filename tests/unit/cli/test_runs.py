@@ -497,7 +497,7 @@ def test_wrong_settings_are_refused(compose, tmp_path, monkeypatch, asked, says)
         ({None: 1.0, 8: 1.04}, "REFUTED", 0.0, "fullft", [], "gives up 4% of the gain"),
         # the base stays only for a reason that was measured, and an ended budget is none
         ({8: 2.1}, None, 1e-3, None, [], "lowers the loss on validation and test rows"),
-        ({}, None, 1e-3, None, ["did not allow"], "tried from 1.0e-03 on, lowers"),
+        ({}, None, 1e-3, None, ["were not tried"], "tried from 1.0e-03 on, lowers"),
         ({}, None, 1e-8, None, [], "no learning rate"),
     ],
 )
