@@ -43,17 +43,21 @@ def place(tmp_path_factory):
 
 def losses(cwd, *settings, rates=RATES, env=None):
     """Learning rate -> the final loss of a run of SMOKE."""
-    said = cli(*SMOKE, *settings, "+sweep=lr_ratio", "sweep.arms.fullft.lr=" + str([*rates]), "arms=fullft",
-               cwd=cwd, env={**WITH_PROGRAMS, **(env or {})}, timeout=1500, check=False)  # fmt: skip
+    said = [
+        cli(*SMOKE, *settings, "method=fullft", f"lr={lr}",
+            cwd=cwd, env={**WITH_PROGRAMS, **(env or {})}, timeout=1500, check=False)
+        for lr in rates
+    ]  # fmt: skip
+    text = "".join(one.stdout + one.stderr for one in said)
     store = RunStore(cwd / "runs")
     wanted = settings[0].partition("=")[2] if settings else "builtin"
     found = {}
     for rid in store.existing():
         spec, result = store.spec(rid), store.result(rid)
         if spec.get("trainer", {}).get("name", "builtin") == wanted and spec["lr"] in rates:
-            assert result, said.stdout + said.stderr
+            assert result, text
             found[spec["lr"]] = result["test_nll"]
-    assert sorted(found) == sorted(rates), said.stdout + said.stderr
+    assert sorted(found) == sorted(rates), text
     return found
 
 
@@ -156,7 +160,7 @@ def test_one_command_searches_with_the_users_script_and_rows_and_keeps_the_best(
 def test_the_environment_of_a_trainer_is_the_users(place):
     """The worker finds our code first; the trainer does not, unless the user says so."""
     script = "import os, sys; print(os.environ['PYTHONPATH'], os.environ.get('PYTHONSAFEPATH')); sys.exit(3)"
-    command = json.dumps([sys.executable, "-c", script, "{lr}", "{seed}", "{out}"])
+    command = json.dumps([sys.executable, "-c", script, "{lr}", "{seed}", "{out}/run.json"])
     own = f"{ROOT}:/users/own"  # as the worker's is ours, and then this
     said = cli(
         *(*SMOKE, "lr=1e-3", "trainer=command", f"trainer.command={command}"),
