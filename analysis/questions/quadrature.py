@@ -350,8 +350,9 @@ class OverScales(base.Question):
             return {(c.group, c.name, str([c.key.get(k) for k in keys])) for c in lr_curves(t)}
 
         name = asked["analysis"]
+        mine = curves(table)
         tables = [*map(read, sorted(kept.glob(f"{name}-*/table.parquet")))] if kept else []
-        others = [t for t in tables if not curves(table) <= curves(t)]
+        others = [t for t in tables if not mine <= curves(t)]
         others = others if len(others) < len(tables) else []  # none for a grid of the user's own
         joined = replace(self, conditions=lambda table: conditions(table, *map(as_losses, others)))
         return base.Question.analyse(joined, table, asked, kept)

@@ -31,8 +31,8 @@ from lorasweep.train.events import Event
 POLL_S, LOOK_S, GRACE_S = 0.1, 5.0, 20.0
 """Seconds between looks at the command, between checks of the claim, from SIGTERM to SIGKILL."""
 TAIL, WIDTH, SECRET = 20, 2000, ("TOKEN", "KEY", "SECRET", "PASSWORD")
-"""Last lines of a failed command to show, their characters; parts of names of variables to strike
-out of them."""
+"""Last lines of a failed command to show, and characters of each; parts of the names of variables
+whose values are struck out."""
 MARK = "LORASWEEP_ATTEMPT"
 """Environment variable with the attempt's folder, by which its processes are found."""
 ASK = """

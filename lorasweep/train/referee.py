@@ -46,10 +46,10 @@ OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 ROWS, LAST, SURE, SLACK, OTHER_UNIT = 32, 8, 4.0, 0.01, 3.0
 """Training rows and last logged losses that are compared; standard errors and share of the base's
 loss by which ours may be higher; first logged loss over the base's from which its unit is another
-(sums). 40 honest variants of a trainer stay below, see docs/log."""
+(sums). 50 honest variants of a trainer stay below, see docs/log."""
 ALIKE, FAR = 0.1, 9.0
-"""Cosine of all matrices and the base's below which they are of another base, unless their squares
-are so many times the base's: a learning rate that moves them as far makes them larger."""
+"""Below this cosine with the base's, matrices count as another base's, unless the sum of their
+squares is FAR times the base's: training that moves them so far also makes them larger."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -162,7 +162,7 @@ def doubt(start: Sequence[np.ndarray], end: Sequence[np.ndarray], logged: Sequen
 
     Doubted are only losses of ours above those that it logged, by more than both vary: dropout,
     label smoothing, long windows and losses that still fall make what it logs larger than ours.
-    Fewer than six losses do not show how they vary, and the last update is in none.
+    Fewer than six logged losses do not show how they vary, and none has the last update.
 
     Args:
         start, end: nats of the loss tokens of some training rows, by row: of the base and of the
@@ -180,7 +180,7 @@ def doubt(start: Sequence[np.ndarray], end: Sequence[np.ndarray], logged: Sequen
     of_log, of_rows = last.std() / unit / math.sqrt(n), rows.std() / math.sqrt(len(rows))
     most, harm = last.mean() / unit, rows - [*map(np.mean, start)]
     vary = SURE * math.hypot(of_log, of_rows)
-    # on the same rows, harm is told more surely; both are of the base's loss
+    # the difference from the base on the same rows has a smaller error than either loss
     harmed = harm.mean() > SURE * harm.std() / math.sqrt(len(rows)) and most < first - vary
     if not (n > 1 and ours - most - SLACK * first > vary) and not (n > 2 and harmed):
         return ""
