@@ -62,6 +62,7 @@ def _compose_and_act(given: list[str]) -> None:
     from omegaconf import OmegaConf
 
     from lorasweep.cli import actions
+    from lorasweep.cli.answer import as_begun
     from lorasweep.config.compose import composer
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -82,7 +83,7 @@ def _compose_and_act(given: list[str]) -> None:
         if named.cfg:
             print(OmegaConf.to_yaml(compose.composed(rest)), end="")
             return
-        request = compose(rest)
+        request = as_begun(compose(rest), rest, compose)
     actions.check(request)
     sys.exit(actions.act(request))
 

@@ -6,25 +6,23 @@ Each figure's values are computed from the answers' rows and runs by the functio
 import itertools
 import json
 import math
-import re
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from analysis.inference.decide import FAR, Verdict, scale_of
-from analysis.inference.estimate import AT_LEAST, Estimate, with_interval
+from analysis.inference.estimate import Estimate, rate
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import ALLOWED, novelty_of
 from analysis.measures.rows import Row, Setting, pick
 from analysis.measures.speed import EARLIEST, curves_at_best, rho
-from analysis.optimum.fit import WITHIN, fit_all
+from analysis.optimum.fit import Optimum, fit_all, rate_means
 from analysis.questions.base import full_of, lora_of, rank_of
 from analysis.report.plots import COLOURS, LEGEND, MARKERS, drawn
-from analysis.report.study.answers import Answer, where, within
+from analysis.report.study.answers import Answer, where
 from analysis.runs.curves import at_step, by_run, lr_curves, on_curve_rows
 
 MARGIN = COLOURS[3]
@@ -101,121 +99,6 @@ def regret_map(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
         ax.legend(**LEGEND, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=4)
 
 
-# ---------------------------------------------------------------- claims in units of their margins
-
-OPEN = 5.0
-"""An end of a margin this many times further from the claim's value than the other end is open."""
-DOUBLE = math.log(2)
-"""Unit for a ratio if no end of the margin gives one; for a difference it is WITHIN nats."""
-
-
-def scale_for(v: Verdict) -> tuple[Callable[[float], float], tuple[float, float]]:
-    """Return the place of a value on a claim's axis, and the claim's margin on that axis.
-
-    0 is the claim's value, -1 and 1 are the ends of its margin; an open end is infinite.
-    """
-    to = scale_of(v.log)
-    expected = to(v.expected)
-    below, above = expected - to(v.margin[0]), to(v.margin[1]) - expected
-    reaches: list[float | None] = []  # distances of the ends; None where the end is open
-    for distance, other in ((below, above), (above, below)):
-        # If the other end is at distance 0, an end is open beyond distance 1.
-        is_open = distance > (OPEN * other if other else 1.0)
-        reaches.append(None if is_open else distance)
-    known = [r for r in reaches if r]
-    unit = known[0] if known else DOUBLE if v.log else WITHIN
-    units = (reaches[0] or unit, reaches[1] or unit)
-    low, high = (math.inf if r is None else r / u for r, u in zip(reaches, units))
-    return lambda value: (away := to(value) - expected) / units[away >= 0], (-low, high)
-
-
-class Placed(NamedTuple):
-    """One verdict of the figure of claims; values, ends of intervals and margins in its units."""
-
-    row: Row
-    measure: str
-    """The measured quantity and its unit."""
-    margin: str
-    outcome: str
-    band: tuple[float, float]
-    value: float
-    low: float
-    high: float
-
-
-def claim_rows(answers: Sequence[Answer]) -> list[Placed]:
-    """Return a row per verdict on a primary claim, of the study or on a real model.
-
-    Verdicts that are exploratory, withdrawn or without a value are left out.
-    """
-    rows: list[Placed] = []
-    for r, v in (one for a in answers for one in a.single):
-        e, counts = v.estimate, v.primary and not (v.exploratory or v.is_withdrawn)
-        theirs = r.asked.get("source") == "study" or r.setting == Setting.REAL
-        if counts and e.value is not None and theirs:
-            at, band = scale_for(v)
-            low = -math.inf if e.low is None else at(e.low)
-            high = math.inf if e.high is None or AT_LEAST in e.flags else at(e.high)
-            measure = re.split(";|, where ", r.asked.get("measure") or "")[0]
-            far = [FAR if math.isinf(end) else 0.0 for end in band]
-            margin = (v.margin[0] - far[0], v.margin[1] + far[1])  # an open end is no number
-            of = (within(margin), v.outcome, band, at(e.value), low, high)
-            rows.append(Placed(r, measure, *of))
-    return sorted(rows, key=lambda placed: placed.row.setting != Setting.REAL)  # these first
-
-
-EDGE = 4.6
-"""Values further from a claim than this many margins are drawn at the edge, as arrows."""
-SYMBOLS = {"SUPPORTED": ("o", MARGIN), "REFUTED": ("X", COLOURS[2]), "UNDECIDED": ("o", "white")}
-"""Outcome -> marker and its face."""
-MEASURED, MARGINS, OUTCOME = 1.04, 2.17, 2.8
-"""Places of the columns right of the axes, in widths of the axes."""
-
-
-def forest(rows: Sequence[Placed], path: Path, inputs: str = "") -> None:
-    """Draw a row per verdict in units of the claim's margin, with its numbers beside it."""
-    height = 0.56 * len(rows)
-    with drawn(path, inputs, 1, (9.5, height + 1.1)) as (fig, (ax,)):
-        for k, row in enumerate(rows):
-            low, high = (min(max(end, -6), 6) for end in row.band)
-            ax.fill_between([low, high], k - 0.5, k + 0.5, color=MARGIN, alpha=0.15, lw=0)
-            ax.axhline(k + 0.5, color="0.85", lw=0.6)
-            low, high, value = (min(max(x, -EDGE), EDGE) for x in (row.low, row.high, row.value))
-            if math.isfinite(row.low):
-                ax.plot([low, high], [k, k], color="black", lw=1.3)
-            for side, beyond in (("<", row.low), (">", row.high)):
-                sign = -1 if side == "<" else 1
-                if sign * row.value > EDGE or (math.isfinite(row.low) and sign * beyond > EDGE):
-                    ax.plot([sign * EDGE], [k], side, color="black", ms=4)
-            # A value outside the figure has its symbol next to its arrow.
-            value -= math.copysign(0.5, value) * (abs(row.value) > EDGE)
-            marker, face = SYMBOLS[row.outcome]
-            ax.plot(
-                [value], [k], marker, mfc=face, mec="black", ms=8 if marker == "X" else 6, ls="none"
-            )
-            middle: dict[str, Any] = {"va": "center", "transform": ax.get_yaxis_transform()}
-            left: dict[str, Any] = {"ha": "right", "transform": ax.get_yaxis_transform()}
-            says = textwrap.fill(row.row.says, 76)
-            under = "\n".join(textwrap.shorten(t, 86) for t in (where(row.row), row.measure))
-            ax.text(-0.04, k - 0.03, says, va="bottom", fontsize=7.5, **left)
-            ax.text(-0.04, k + 0.02, under, va="top", fontsize=6.7, color="0.35", **left)
-            measured = with_interval(row.row.estimate)
-            texts = {MEASURED: measured, MARGINS: row.margin, OUTCOME: row.outcome}
-            for x, text in texts.items():
-                ax.text(x, k, text, fontsize=8, **middle)
-        heads = {MEASURED: "measured", MARGINS: "margin", OUTCOME: "verdict"}
-        for x, text in heads.items():
-            ax.text(x, -0.75, text, transform=ax.get_yaxis_transform(), fontsize=8, weight="bold")
-        ax.axvline(0, color=MARGIN, lw=0.8, zorder=0)
-        ax.set(xlim=(-5, 5), ylim=(len(rows) - 0.5, -0.5), yticks=[], xticks=(-3, -1, 1, 3))
-        ax.set_xlabel("0: the claim's value; green: its margin", fontsize=9)
-        ax.grid(visible=False)
-        ax.spines["left"].set_visible(False)
-        fig.subplots_adjust(
-            left=0.45, right=0.61, top=1 - 0.35 / (height + 1.1), bottom=0.75 / (height + 1.1)
-        )
-
-
 # ---------------------------------------------------------------- measured for the page alone
 
 
@@ -263,16 +146,88 @@ def joined_rows(answers: Sequence[Answer]) -> list[Row]:
     The rule, written before it was applied: fit all as one table, each run once, so that runs
     which differ in learning rate and seed alone are one curve. The arms have the most runs.
     """
+    found = [p for p in ratio_pairs(answers) if p.row.setting == Setting.REAL]
+    return [
+        replace(p.row, quantity=f"{k}, all runs", estimate=e)
+        for p in found
+        for k, e in (("lr_ratio", ratio_of([p.lora], p.full)), ("% lost at ten times", p.ten_times))
+    ]
+
+
+# ---------------------------------------------------------------- the ratio of learning rates
+
+
+class Pair(NamedTuple):
+    """Full fine-tuning and LoRA in one condition of `lr_ratio`."""
+
+    row: Row
+    """The ratio of their best learning rates."""
+    full: Optimum
+    lora: Optimum
+
+    def percent(self, loss: Any) -> Any:
+        """Return a loss above full fine-tuning's lowest, in percent of full fine-tuning's gain."""
+        lowest = self.full.best_nll or math.nan
+        return 100 * (loss - lowest) / (self.full.curve.nll_start - lowest)
+
+    @property
+    def ten_times(self) -> Estimate:
+        """What LoRA loses at ten times full fine-tuning's best LR, in percent of the gain."""
+        lost = self.lora.regret(10 * (self.full.best_lr.value or math.nan))
+        gain = self.full.curve.nll_start - (self.full.best_nll or math.nan)
+        return Estimate(100 * (lost or math.nan) / gain)
+
+
+def ratio_pairs(answers: Sequence[Answer]) -> list[Pair]:
+    """Fit the two methods of the kept answers of `lr_ratio`; on a real model as `joined_rows`."""
     kept = Path(__file__).resolve().parents[1] / "results"
     mine = [a for a in answers if a.folder.resolve().parent == kept and "objective" not in a.runs]
-    rows = (r for a in mine for r in pick(a.rows, "lr_ratio", setting=Setting.REAL))
-    if (one := next(rows, None)) is None:
-        return []
-    runs = pd.concat([a.runs[a.runs["model"] == one.base] for a in mine], ignore_index=True)
-    fits = fit_all(lr_curves(runs.drop_duplicates("run_id").reset_index(drop=True)))
-    fits = sorted((o for o in fits if o.curve.group == one.task), key=lambda o: o.best_lr.n)
-    full, lora = next(o for o in fits[::-1] if o.curve.is_full), lora_of(fits)[-1]
-    gain = full.curve.nll_start - (full.best_nll or math.nan)
-    cost = 100 * (lora.regret(10 * (full.best_lr.value or math.nan)) or math.nan) / gain
-    found = {"lr_ratio": ratio_of([lora], full), "% lost at ten times": Estimate(cost)}
-    return [replace(one, quantity=f"{k}, all runs", estimate=e) for k, e in found.items()]
+    pairs = []
+    for a in (a for a in mine if a.sweep == "lr_ratio"):
+        row, runs = pick(a.rows, "lr_ratio", verdict=None)[0], a.runs
+        if row.setting == Setting.REAL:
+            runs = pd.concat([b.runs[b.runs["model"] == row.base] for b in mine], ignore_index=True)
+            runs = runs.drop_duplicates("run_id").reset_index(drop=True)
+        fits = [o for o in fit_all(lr_curves(runs)) if o.curve.group == row.task]
+        fits.sort(key=lambda o: o.best_lr.n)
+        full = next((o for o in fits[::-1] if o.curve.is_full), None)
+        if full is not None:
+            pairs.append(Pair(row, full, lora_of(fits)[-1]))
+    return pairs
+
+
+MOST_LOST = 32
+"""Upper end of the y axis of `ratio_figure`, percent of the gain."""
+
+
+def ratio_figure(pairs: Sequence[Pair], path: Path, inputs: str = "") -> None:
+    """Draw both methods' loss over learning rate, with both optima and ten times marked."""
+    with drawn(path, inputs, len(pairs), (6.2, 4.0), bbox_inches="tight") as (fig, axes):
+        for ax, p in zip(axes, pairs):
+            arms = ((p.full, COLOURS[0], "full fine-tuning"), (p.lora, COLOURS[1], "LoRA"))
+            for o, colour, name in arms:
+                x, y = rate_means(o.curve)
+                ax.plot(np.exp(x), p.percent(y), "o", color=colour, ms=5)
+                grid = np.geomspace(np.exp(x[0]), np.exp(x[-1]), 300)
+                label = f"{name}, rank {rank_of(o)}" if o is p.lora else name
+                ax.plot(grid, p.percent(o.predict(grid)), color=colour, lw=1.6, label=label)
+                best, low = float(o.best_lr.value or 0), float(p.percent(o.best_nll))
+                ax.plot([best, best], [-6, low], color=colour, lw=1, ls=":")
+                middle: dict[str, Any] = {"color": colour, "ha": "center", "va": "top"}
+                ax.text(best, -6.4, f"best: {rate(best)}", fontsize=9, **middle)
+            ends = [float(o.best_lr.value or 0) for o in (p.full, p.lora)]
+            ax.annotate("", (ends[1], -3.5), (ends[0], -3.5), arrowprops={"arrowstyle": "->"})
+            times = f"{ends[1] / ends[0]:.1f} times"
+            ax.text(
+                math.sqrt(ends[0] * ends[1]), -3.2, times, ha="center", va="bottom", weight="bold"
+            )
+            ax.axvline(10 * ends[0], color=COLOURS[2], lw=1.2, ls="--")
+            said = f" ten times: {p.ten_times.value:.1f}% worse\n than LoRA's best"
+            ax.text(10 * ends[0], MOST_LOST - 1, said, color=COLOURS[2], fontsize=9, va="top")
+            ax.set(xscale="log", xlabel="learning rate", ylim=(-9, MOST_LOST))
+            ax.set_ylabel("loss above full fine-tuning's lowest,\n% of what training gains")
+            ax.set_xlim(0.7 * math.exp(min(p.full.curve.x)), 2.2 * math.exp(max(p.lora.curve.x)))
+            ax.set_title(where(p.row), fontsize=10)
+            ax.minorticks_off()
+            ax.legend(**LEGEND, loc="upper left")
+        fig.tight_layout()

@@ -111,7 +111,9 @@ def judge_and_report(
     if left_out:
         out += ["", f"left out: {left_out}", f"report: {folder / 'results.json'}"]
     elif folder is not None:
-        out += ["", f"report: {folder / 'report.html'} (interactive), {folder / 'report.md'}"]
+        figure = [f"figure: {folder / 'lr_nll.png'}"] if found.optima else []
+        pages = f"report: {folder / 'report.html'} (interactive), {folder / 'report.md'}"
+        out += ["", *said[:1], *figure, pages]
     return "\n".join(out)
 
 

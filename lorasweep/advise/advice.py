@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasweep.advise import rules
 from lorasweep.advise.read import Customer, RowError, shape_of
-from lorasweep.advise.rules import FULL, LAYERS, ROOM, Advice, Arm, Known, shown, trained
+from lorasweep.advise.rules import FULL, ROOM, Advice, Arm, Known, shown
 from lorasweep.errors import SpecError, unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -42,7 +42,7 @@ def plain_of(a: Advice | RowError) -> dict[str, Any]:
         "model": a.model.name,
         "task": a.customer.task,
         **{key: getattr(a, key) for key in ("method", "rank", "load", "by", "why")},
-        "layers": LAYERS,
+        "layers": a.known.layers,
         "alpha": rules.ALPHA,
         **dict(zip(("lr", "lr_low", "lr_high", "lr_source"), a.rate, strict=True)),
         **{key: getattr(a, key) for key in ("batch_size", "steps")},
@@ -69,7 +69,7 @@ def advise(c: Customer, known: Known) -> Advice:
     """
     a = Advice(c, shape_of(c, known.models), known, _hardware_of(c, known))
     if c.rank is not None or c.layers is not None:
-        layers = c.layers or LAYERS
+        layers = c.layers or known.layers
         smallest = max(1, a.model.n_active_experts) if "mlp" in parse_layers(layers) else 1
         try:
             LoRA(rank=c.rank or smallest, layers=layers).check(a.model)
@@ -117,11 +117,11 @@ def _arm(a: Advice, rank: int) -> Arm:
     """Return the costs of LoRA at a rank (0: full fine-tuning); record reasons and warnings."""
     c, base, hardware = a.customer, a.model.n_params, a.hardware
     model = replace(a.model, weights_dtype="bf16")  # frozen weights on GPUs
-    n = trained(a.model, rank) if rank else base
+    n = a.trained(rank) if rank else base
     served = base * bool(rank) + c.adapters_served * n
     arm = Arm(WORD * n / 2**20, WORD * served / 2**30)
     price, unpriced = hardware.price_per_gpu_h, replace(hardware, price_per_gpu_h=None)
-    place_on = partial(_place, model, a.batch_size, a.max_length, unpriced, rank)
+    place_on = partial(_place, model, a.batch_size, a.max_length, unpriced, _method(a, rank))
     found = place_on(None)
     if not found.why:  # use all available GPUs if they hold the run
         gpus = found.layout.gpus
@@ -135,7 +135,7 @@ def _arm(a: Advice, rank: int) -> Arm:
     else:
         arm.gpus = gpus = found.layout.gpus
         arm.fits, arm.peak_gib = gpus <= (c.gpus or MOST_GPUS), found.memory_gib
-        parts = step_parts(load_of(model, _method(rank)), found.layout, a.row_tokens, hardware)
+        parts = step_parts(load_of(model, _method(a, rank)), found.layout, a.row_tokens, hardware)
         arm.step_s = step_seconds(parts)
         if c.task == "rl":  # a serving engine on the same GPUs samples an update's completions
             group = min(rules.GROUP, a.batch_size)
@@ -160,20 +160,18 @@ def _arm(a: Advice, rank: int) -> Arm:
     return arm
 
 
-def _method(rank: int) -> Method:
+def _method(a: Advice, rank: int) -> Method:
     """Return LoRA at a rank; rank 0 stands for full fine-tuning."""
-    return LoRA(rank=rank, layers=LAYERS) if rank else FullFT()
+    return LoRA(rank=rank, layers=a.known.layers) if rank else FullFT()
 
 
 @lru_cache(maxsize=4096)
 def _place(
-    model: ModelSpec, batch: int, length: int, hardware: Hardware, rank: int, gpus: int | None
+    model: ModelSpec, batch: int, length: int, hardware: Hardware, method: Method, gpus: int | None
 ) -> Placement:
     """Place one method on `gpus` GPUs; None: on the fewest that hold the run."""
     dataset = DatasetSpec(name="customer", source="jsonl", location="customer", max_length=length)
-    spec = RunSpec(
-        model=model, dataset=dataset, method=_method(rank), batch_size=batch, precision="bf16"
-    )
+    spec = RunSpec(model=model, dataset=dataset, method=method, batch_size=batch, precision="bf16")
     return place(spec, hardware, gpus=gpus, checkpointing=(False, True))
 
 
@@ -183,7 +181,7 @@ def _place(
 def _conditions(a: Advice) -> list[dict[str, str]]:
     """Judge the study's conditions by the plan, else by the advice."""
     c, rate, batch, most = a.customer, a.lora_rate, a.batch_size, a.largest_batch
-    rank, layers, least = c.rank or a.rank, c.layers or LAYERS, rules.UPDATES[c.task]
+    rank, layers, least = c.rank or a.rank, c.layers or a.known.layers, rules.UPDATES[c.task]
     loads, load, fits = a.load_at(rank), "not known, as the amount of data is not stated", None
     if loads is not None:
         _, low, high = loads
@@ -212,16 +210,16 @@ def _conditions(a: Advice) -> list[dict[str, str]]:
 def _judge_habits(a: Advice) -> None:
     """Warn of habits in a customer's plan that the study calls wrong, with their expected cost."""
     c, model, published, rate = a.customer, a.model, a.known.published, a.lora_rate
-    if "mlp" not in parse_layers(c.layers or LAYERS):
+    if "mlp" not in parse_layers(c.layers or a.known.layers):
         gaps = [e["nats"] for e in published["attention_gaps"]] or [float("nan")]
         cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models, published"
-        share = trained(model, a.rank, c.layers or LAYERS) / trained(model, a.rank)
+        share = a.trained(a.rank, c.layers or "") / a.trained(a.rank)
         a.warn("attention_only", layers=c.layers, cost=cost, share=share)
     if c.rank is not None and c.rank != a.rank:
         loads = a.load_at(c.rank)
         lacks = loads is not None and loads[2] > ROOM and c.rank < a.rank
-        extra_mib = 2 * (trained(model, c.rank) - trained(model, a.rank)) / 2**20
-        more = _method(c.rank).step_flops(model, 1) / _method(a.rank).step_flops(model, 1) - 1
+        extra_mib = 2 * (a.trained(c.rank) - a.trained(a.rank)) / 2**20
+        more = _method(a, c.rank).step_flops(model, 1) / _method(a, a.rank).step_flops(model, 1) - 1
         price = cost = f"{extra_mib:+,.0f} MiB per adapter, {more:+.1%} of operations"
         if loads is not None and lacks:
             cost = f"capacity: its load is up to {loads[2]:.2g}, above {ROOM}"

@@ -28,17 +28,12 @@ from lorasweep.models.find import content_pin
 from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.recommended import ALPHA, BATCH, LAYERS, UPDATES
 
 GROUP = 16
 """Samples per problem in RL if no episodes are stated (tinker-cookbook, recipes/rl_loop.py)."""
-BATCH = {"sft": 32, "rl": 512}
-"""Batch size if none is stated. For sft, the only one that the study names. For RL, in episodes, 32
-problems x 16 samples: the smallest batch in tinker-cookbook's recipes for maths."""
 SMALLEST = 8
 """Smallest assumed batch: smaller ones cannot be split over the GPUs of a node."""
-UPDATES = {"sft": 100, "rl": 50}
-"""Smallest sufficient number of updates. For sft: tinker-cookbook, docs/sl-hyperparams.mdx, which
-asks for 1,000 where possible. For RL: GRPO runs reached the plateau of full fine-tuning (zhu)."""
 BYTES_PER_TOKEN = 4.0
 """UTF-8 bytes of a token of English (help.openai.com, "What are tokens and how to count them?");
 fewer in other languages and code."""
@@ -62,7 +57,6 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Ranks of the study, and ranks that serving engines accept."""
 WIDEST = 8
 """Published comparisons with full fine-tuning use ranks of up to an eighth of the hidden size."""
-LAYERS, ALPHA = "all", 32
 SHORT, SHORT_FACTOR = 100, 1.5
 """Below so many updates, the study reports an LR ratio of about 15, not 10, as an anecdote."""
 STEP = 1.8
@@ -212,6 +206,8 @@ class Known:
     """Hardware for customers who name none."""
     information: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     """The result of `read_information`."""
+    layers: str = LAYERS
+    """Layers that LoRA adapts."""
 
 
 # ---------------------------------------------------------------- an advice
@@ -297,9 +293,13 @@ class Advice:
         """The costs of the advised method; if it is open, of LoRA."""
         return self.full if self.method == "full" else self.lora
 
-    def load_at(self, rank: int) -> tuple[float, float, float] | None:
+    def trained(self, rank: int, layers: str = "") -> int:
+        """Count LoRA's trained parameters; adapters of experts have rank `rank` / (active)."""
+        return trained(self.model, rank, layers or self.known.layers)
+
+    def load_at(self, rank: int, layers: str = "") -> tuple[float, float, float] | None:
         """Return the bits, and the ends of their interval, divided by the capacity of a rank."""
-        capacity = BITS_PER_PARAMETER * trained(self.model, rank)
+        capacity = BITS_PER_PARAMETER * self.trained(rank, layers)
         return self.bits and tuple(bits / capacity for bits in self.bits)  # type: ignore[return-value]
 
     def note(
@@ -443,7 +443,7 @@ def rounded(tokens: float) -> int:
 
 
 @cache
-def ranks_of(model: ModelSpec) -> tuple[int, ...]:
+def ranks_of(model: ModelSpec, layers: str = LAYERS) -> tuple[int, ...]:
     """List the standard ranks that a model can have, up to an eighth of its width.
 
     The rank of a model with experts is a multiple of the active experts. If no standard rank is,
@@ -456,7 +456,7 @@ def ranks_of(model: ModelSpec) -> tuple[int, ...]:
         found = []
         for rank in ranks:
             with suppress(SpecError):
-                LoRA(rank=rank, layers=LAYERS).check(model)
+                LoRA(rank=rank, layers=layers).check(model)
                 found.append(rank)
         if found:
             widest = max(1, model.hidden_size // WIDEST)
@@ -465,8 +465,8 @@ def ranks_of(model: ModelSpec) -> tuple[int, ...]:
 
 
 @cache
-def trained(model: ModelSpec, rank: int, layers: str = LAYERS) -> int:
-    """Count LoRA's trained parameters. Adapters of experts have rank `rank` / (active experts)."""
+def trained(model: ModelSpec, rank: int, layers: str) -> int:
+    """Count LoRA's trained parameters; see `Advice.trained`."""
     return LoRA(rank=rank, layers=layers).n_trainable(model)
 
 
@@ -477,24 +477,24 @@ def choose(a: Advice) -> None:
     a.note("method", a.method, a.by, {"rule": a.by}, why=a.why)
     a.load, low, high = a.load_at(a.rank) or (None, None, None)
     inputs: dict[str, Any] = {"bits": a.bits and a.bits[0], "lowest": low, "highest": high}
-    inputs["trained"] = trained(model, a.rank)
+    inputs["trained"] = a.trained(a.rank)
     a.note("load", a.load, "", inputs, bits_per_parameter=BITS_PER_PARAMETER)
     floors = dict.fromkeys(e["source"] for e in published["least_rank"] if e["task"] == c.task)
     cited = "; ".join(published["sources"][source] for source in floors)
-    inputs = {"ranks": [*ranks_of(model)], "width": model.hidden_size}
+    inputs = {"ranks": [*ranks_of(model, a.known.layers)], "width": model.hidden_size}
     a.note("rank", a.rank, "", inputs, why=a.why, floors=cited or "the smallest standard rank")
-    a.note("layers", LAYERS)
+    a.note("layers", a.known.layers)
     if a.rank < 8:
         a.warn("low_rank", rank=a.rank)
 
 
 def _by_capacity(a: Advice) -> tuple[str, int, str, str]:
     floors = [e for e in a.known.published["least_rank"] if e["task"] == a.customer.task]
-    ranks, least = ranks_of(a.model), max((e["rank"] for e in floors), default=1)
+    ranks, least = ranks_of(a.model, a.known.layers), max((e["rank"] for e in floors), default=1)
     usable = [r for r in ranks if r >= least] or [ranks[-1]]
     loads = {r: load for r in usable if (load := a.load_at(r))}
     if not loads:
-        holds = ROOM * BITS_PER_PARAMETER * trained(a.model, usable[0])
+        holds = ROOM * BITS_PER_PARAMETER * a.trained(usable[0])
         unit = "episodes" if a.customer.task == "rl" else "tokens that bear loss, at 1 bit each"
         why = f"the amount of data is not stated. Rank {usable[0]} suffices for {holds:.2g} {unit}"
         return "open", usable[0], "capacity", why
@@ -527,7 +527,7 @@ def _by_regret(a: Advice) -> tuple[str, int, str, str] | None:
     found: dict[int, tuple[float, ...]] = {}
     regrets = a.known.kept.covering(a.model.hidden_size) if a.customer.task == "sft" else {}
     for rank, points in sorted(regrets.items()):
-        load = (a.load_at(rank) or (0.0,))[0]
+        load = (a.load_at(rank, "all") or (0.0,))[0]  # the layers of those runs
         for left, right in pairwise(sorted(points)):
             if left[0] <= load <= right[0]:  # interpolate in the logarithm of the load
                 t = math.log(load / left[0]) / math.log(right[0] / left[0])

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.advise.rates import law
 from lorasweep.advise.rules import family_of, law_rate, texts
+from lorasweep.cli.printed import notifier
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.fleet.choice import with_further
 from lorasweep.plan.budget import parse_budget
 from lorasweep.spec.metric import eval_steps, metric_of
+from lorasweep.spec.recommended import RANKS
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
@@ -69,6 +71,34 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
     return points + added_points(looks.read(looks.path_of(store.root, request.title)), points)
 
 
+EARLIER_RANKS = "sweep.arms.lora.rank=[8,32]"
+"""Ranks that tune compared up to version 0.3."""
+
+
+def as_begun(request: Request, typed: Sequence[str], compose: Callable[..., Request]) -> Request:
+    """Return a search with version 0.3's ranks if only such a search has begun; else `request`."""
+    store = RunStore(request.exec.runs_dir)
+    named = any("rank" in t or "arms" in t for t in typed)
+    if request.sweep_name != "tune" or named or not store.root.is_dir():
+        return request
+
+    def begun(asked: Request) -> bool:
+        assert asked.sweep is not None and asked.sweep.search is not None
+        first = search(_starts(asked), asked.sweep.search, *_NOTHING_YET)
+        return any(store.folder(p.id).is_dir() for p in first if p.spec.method.name != "fullft")
+
+    earlier = compose([*typed, EARLIER_RANKS])
+    if begun(request) or not begun(earlier):
+        return request
+    words = "resuming the search of ranks 8 and 32, the default of version 0.3; another: lora.rank="
+    notifier(request, always=True)(words + ",".join(map(str, RANKS)))
+    return earlier
+
+
+_NOTHING_YET: Any = (lambda rid: None, lambda known, new: True, lambda points: (True, {}))
+"""Losses, budget and look of a search without finished runs."""
+
+
 def final_loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:
     """Return a run's final metric as a loss, lower is better; None if the run diverged."""
     metric = metric_of(result)
@@ -117,14 +147,24 @@ def _searched(request: Request, store: RunStore) -> list[Point]:
             _LOOKS[key] = look(table_of(request, store, full), question(request))
         return _LOOKS[key]
 
-    arms = request.sweep.arms
-    own = {p.spec for p in request.points if "lr" in fields_of(axes_of(arms.get(p.arm, {})))}
-    starts = [p if "lr" in request.given or p.spec in own else start_of(p) for p in request.points]
+    own = _own_rates(request)
 
     def unless_given(of: RunSpec, known: RunSpec, lr: float) -> float | None:
         return None if of in own else law(of, known, lr)
 
-    return search(starts, request.sweep.search, loss, may_begin, look_at, unless_given)
+    return search(_starts(request), request.sweep.search, loss, may_begin, look_at, unless_given)
+
+
+def _own_rates(request: Request) -> set[RunSpec]:
+    """Return the runs of arms that state learning rates."""
+    arms = request.sweep.arms if request.sweep else {}
+    return {p.spec for p in request.points if "lr" in fields_of(axes_of(arms.get(p.arm, {})))}
+
+
+def _starts(request: Request) -> list[Point]:
+    """Return a run for each arm of a search, at the learning rate to start from."""
+    own = _own_rates(request)
+    return [p if "lr" in request.given or p.spec in own else start_of(p) for p in request.points]
 
 
 _LOOKS: dict[tuple[str, ...], Look] = {}

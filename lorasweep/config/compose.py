@@ -46,6 +46,7 @@ from lorasweep.methods.registry import METHODS, method_class, spec_from
 from lorasweep.models.describe import describe_model
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
+from lorasweep.spec import recommended
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.model import ModelSpec, Recipe
@@ -138,6 +139,9 @@ def composer(*folders: str) -> Iterator["Composer"]:
         OmegaConf.register_new_resolver(
             name, lambda *args, f=function: OmegaConf.create(f(*map(float, args))), replace=True
         )
+    OmegaConf.register_new_resolver(
+        "recommended", lambda name: OmegaConf.create({"v": vars(recommended)[name]}).v, replace=True
+    )
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield Composer(folders)
 

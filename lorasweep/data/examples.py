@@ -23,7 +23,7 @@ CHUNK = 256
 """Generated sequences per random stream. So making example i does not need all earlier ones."""
 PAD_TO = 16
 """T and M are multiples of PAD_TO. So on many processors, matrix products are rounded
-in a pack as they are for a run alone (docs/log)."""
+in a pack as they are for a run alone (docs/log/2026-11-26.md)."""
 Fit = tuple[int, int, int, int]
 """Numbers of rows that were read, cut and left out, and the max_length that leaves 99% whole."""
 

@@ -46,6 +46,9 @@ class Rules:
     """Field of DatasetSpec. None: loss on the completion, on `answers` of messages, or on the last
     answer of conversations."""
     layers: str = "all"
+    counted_layers: str = "all"
+    """Layers whose parameters the adviser counted to choose ranks. New fleets: LAYERS of
+    lorasweep/spec/recommended.py, for both fields, unless method.layers is given."""
     answers: str = "last"
     """Answers of messages in the loss if there is no mask: all or last. New fleets: all."""
     serve: str = "peft"

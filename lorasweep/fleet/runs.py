@@ -16,7 +16,7 @@ from typing import Any
 
 from lorasweep.advise.advice import advise
 from lorasweep.advise.read import Customer, RowError, shape_of
-from lorasweep.advise.rules import ALPHA, APART, MOST_RATES, Known
+from lorasweep.advise.rules import APART, MOST_RATES, Known
 from lorasweep.data.column_names import CHAT, EXPECTED, PLAIN
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.fleet.rows import Rows, Rules, rows_of
@@ -27,6 +27,7 @@ from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.metric import why_not_early
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.recommended import ALPHA, LAYERS
 from lorasweep.spec.run import validate
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
@@ -113,6 +114,7 @@ def build_runs(
         SpecError: adapters cannot be trained with the settings of the request.
     """
     base, hardware = request.points[0].spec, known.hardware
+    known = dataclasses.replace(known, layers=rules.counted_layers)
     if not isinstance(base.method, LoRA) or base.objective != "sft":
         raise SpecError(
             f"method={base.method.name} objective={base.objective}: a fleet trains adapters on "
@@ -242,7 +244,7 @@ def rules_of(request: Request) -> Rules:
         new["template"] = PLAIN if new["render"] == FIRST_RENDER else CHAT
         if whole or "dataset.template" in given:
             new["template"] = spec.dataset.template
-    layers = spec.method.plain()["layers"]
+    layers = spec.method.plain()["layers"] if "method.layers" in given else LAYERS
     for key, name, value in (
         ("dataset.mask", "mask", spec.dataset.mask),
         ("serve", "serve", request.serve),
@@ -252,7 +254,7 @@ def rules_of(request: Request) -> Rules:
             new[name] = value
     kept = read_rules(Path(request.out))
     return dataclasses.replace(
-        kept or Rules(layers=layers, answers="all", whole_prompt=True), **new
+        kept or Rules(None, None, None, layers, layers, "all", whole_prompt=True), **new
     )
 
 

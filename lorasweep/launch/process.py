@@ -13,7 +13,7 @@ from lorasweep.store.claims import JOB_VARIABLE
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Makes waiting OpenMP threads sleep. By default they spin: two training processes on two busy
-cores are then 100 times slower (docs/log)."""
+cores are then 100 times slower (docs/log/2026-11-26.md)."""
 
 
 class Stopped(Exception):

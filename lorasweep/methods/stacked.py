@@ -87,7 +87,7 @@ class LowRank(torch.autograd.Function):
     """y + scaling_n B_n A_n x for the runs n of one rank.
 
     Autograd itself would multiply in an order in which one result has only r columns. On a CPU
-    these products take up to seven times as long as their transposes here (docs/log).
+    these products take up to seven times as long as their transposes here (docs/log/2026-11-28.md).
     """
 
     @staticmethod

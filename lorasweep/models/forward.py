@@ -30,7 +30,7 @@ SHORT_ROWS = "short_rows"
 SHORT_BYTES = 1024
 """Rows are short if the T scores of a token need at most this: 512 tokens in bf16, 256 in fp32.
 Forward and backward pass then take 0.2 to 0.9 of torch's time in bf16, and 0.8 to 1.0 in fp32; for
-longer rows torch is faster (docs/log)."""
+longer rows torch is faster (docs/log/2026-11-28.md)."""
 LEFT_TO_TORCH = ("softcap", "position_bias", "cache", "is_causal")
 """Arguments of transformers' attentions; with a value for one of them, torch computes."""
 

@@ -57,7 +57,7 @@ class Hardware(Value):
     """Price of one GPU in US dollars per hour."""
     process_gib: Amount = 500 / 1024
     """Memory of a worker on a CPU before weights: the interpreter, torch, transformers. Measured
-    with a torch for CPUs (docs/log)."""
+    with a torch for CPUs (docs/log/2026-11-30.md)."""
     fast_bf16: bool | None = None
     """False: the processor has no bf16 instructions."""
 
@@ -129,9 +129,9 @@ def this_machine() -> Hardware:
         gpus=len(found),
         gpu_name=smallest.name if smallest else None,
         gpu_memory_gib=smallest.memory_bytes / 2**30 if smallest else None,
-        # a torch with CUDA takes more even without a GPU (docs/log)
+        # a torch with CUDA takes more even without a GPU (docs/log/2026-11-30.md)
         process_gib=500 / 1024 if _torch_for_cpus() else 1.0,
-        # without these instructions, bf16 is about 50 times slower than fp32 (docs/log)
+        # without these instructions, bf16 is 50 times slower than fp32 (docs/log/2026-11-25.md)
         fast_bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
         if flags and not found
         else None,

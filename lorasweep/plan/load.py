@@ -41,10 +41,10 @@ CHUNK_LOGITS = 1 << 26
 # ---- memory of a CPU
 CPU_TEXT_PEAK = 2.0
 """Longest row of an update / mean row, for text. In batches of 8 rows of GSM8K it is 1.6 on average
-and 2.0 at the 95th percentile (docs/log)."""
+and 2.0 at the 95th percentile (docs/log/2026-11-28.md)."""
 CPU_FRAGMENTATION = 1.3
-"""Memory of the activations of adapter runs / their bytes in use: freed blocks are kept
-(launch/process.py). Measured on two processors: 1.2 to 1.8, varying by run (docs/log)."""
+"""Memory of adapter runs' activations / bytes in use: freed blocks are kept (launch/process.py).
+Measured on two processors: 1.2 to 1.8, varying by run (docs/log/2026-11-25.md)."""
 SCORE_BYTES = 1024
 """Bytes of a token's scores in the longest row that keeps them (models/forward.py)."""
 CPU_LOGITS, CPU_CHUNK_LOGITS = 5, 1 << 24
@@ -79,10 +79,10 @@ TRAINING_SHARE = 0.80
 """Share of a card's attainable speed (`Hardware.attainable_share`) that a step's products reach:
 median over published figures of A100 and H100 (analysis/results/plan/README.md)."""
 ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
-"""Operations per second and core by precision, used until runs have been measured. Assumption: the
-speeds of tiny128 (fp32) and SmolLM2-135M (bf16) on one core with matrix units (docs/log)."""
+"""Operations per second and core by precision, until runs have been measured. Assumption: tiny128
+(fp32) and SmolLM2-135M (bf16) on one core with matrix units (docs/log/2026-11-25.md)."""
 SLOW_BF16_FLOPS_PER_CORE = 7e8
-"""The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (docs/log)."""
+"""The same for bf16 without bf16 instructions. Measured on AVX2 (docs/log/2026-11-25.md)."""
 PASSES = 4
 """Memory passes over a kept activation: it and its gradient are each written and read once.
 Checkpointing adds one pass."""

@@ -43,17 +43,17 @@ MOST_GPUS = 512
 SIZES, GPU_SIZES = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128)
 """Pack sizes to choose from without and with GPUs."""
 PACK_TOKENS = 4096
-"""Maximum tokens per update of a pack without GPUs; larger packs are no faster (docs/log)."""
+"""Maximum tokens per update of a pack without GPUs; more are no faster (docs/log/2026-11-28.md)."""
 FORWARD_NUMBERS = 1 << 18
-"""Maximum tokens * hidden size per forward pass on a CPU: 1 MiB of fp32 states. With 8 times as
-many, which the processor's cache does not hold, SmolLM2 takes 1.5 times as long (docs/log)."""
+"""Maximum tokens * hidden size per forward pass on a CPU: 1 MiB of fp32 states. SmolLM2 takes 1.5
+times as long with 8 times as many: the cache does not hold them (docs/log/2026-11-28.md)."""
 FORWARD_TOKENS = 32768
 """Maximum tokens per forward pass and GPU, and per update of a pack: more are no faster."""
 RATED_RUNS = 16
 """Finished runs that are read of each method and precision, spread over the grid."""
 LIKE_LENGTH = 2.0
 """Largest ratio of row lengths in a pack without GPUs: shorter rows are padded to the longest, and
-a smaller pack is hardly slower (docs/log)."""
+a smaller pack is hardly slower (docs/log/2026-11-28.md)."""
 MOST_WORKERS = 8
 """Maximum number of workers by default, without GPUs. Assumption: a laptop stays usable."""
 ALONE = ("model", "dataset", "method", "lr", "seed", "steps", "early_stopping")

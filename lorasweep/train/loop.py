@@ -390,8 +390,8 @@ def measure(
     `runs`: all runs of the pack. `final`: measure on all held-out items, else on a part of them.
     """
     # On a CPU each pass measures the runs of one data set. A larger pass is hardly faster, and pads
-    # the rows of all data sets to the longest row: 1.4 times the tokens for a hundred customers
-    # (docs/log). On a GPU one pass measures all runs. Assumption: small passes cost more there.
+    # all rows to the longest: 1.4 times the tokens for 100 customers (docs/log/2026-11-27.md).
+    # On a GPU one pass measures all runs. Assumption: small passes cost more there.
     on_cpu = next(model.parameters()).device.type == "cpu"
     groups: dict[str, list[int]] = {}
     for k, run in enumerate(runs):

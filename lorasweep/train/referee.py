@@ -46,7 +46,7 @@ OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 ROWS, LAST, SURE, SLACK, OTHER_UNIT = 32, 8, 4.0, 0.01, 3.0
 """Training rows and last logged losses that are compared; standard errors and share of the base's
 loss by which ours may be higher; first logged loss over the base's from which its unit is another
-(sums). 50 honest variants of a trainer stay below, see docs/log."""
+(sums). 50 honest variants of a trainer stay below, see docs/log/2026-12-03.md."""
 ALIKE, FAR = 0.1, 9.0
 """Below this cosine with the base's, matrices count as another base's, unless the sum of their
 squares is FAR times the base's: training that moves them so far also makes them larger."""

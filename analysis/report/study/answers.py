@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ NAMES = {
     "bandit_drawn": "hidden labels, by rewards",
 }
 """Base model or data set -> its name in sentences, where that differs."""
+MANY = 4
+"""Number of bases up to which they are named."""
 TINIEST = 1e-6
 """A margin whose ends are both closer to 0 than this allows for rounding alone."""
 SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
@@ -172,11 +175,17 @@ def claims_table(answers: Sequence[Answer]) -> list[list[str]]:
 
 
 def where(r: Row) -> str:
-    """Name the base, the data, the rank and the number of updates of a row."""
+    """Name the base, the data, the rank and the number of updates of a row; many bases counted."""
     one_set = r.setting == Setting.IN_REGIME and " on " in r.task
     data = "only rules new" if one_set else " and ".join(map(called, r.data.split(" and ")))
-    more = "; ".join(filter(None, (data, r.at.partition(";")[0])))
-    return f"{listed([called(base) for base in r.base.split(' and ')])} ({more})"
+    size = [
+        f"rank {r.rank}" * (r.rank is not None),
+        f"{r.updates or 0:,} updates" * bool(r.updates),
+    ]
+    at = r.at.partition(";")[0] or ", ".join(filter(None, size))
+    bases = re.split(", | and ", r.base)
+    named = listed([called(b) for b in bases]) if len(bases) <= MANY else f"{len(bases)} bases"
+    return f"{named} ({'; '.join(filter(None, (data, at)))})"
 
 
 def listed(words: Sequence[str]) -> str:
@@ -239,8 +248,26 @@ class Finding(NamedTuple):
     """Other questions that the numbers come from."""
     used: tuple[Row, ...]
     """The rows whose numbers or outcomes the text states."""
-    row: tuple[str, ...]
-    """Of settings.yaml: what is asked, what to set, the numbers, where they were measured."""
+    short: str
+    """The finding in a sentence or two, for README."""
+    tag: str
+    """Where the number of README was measured."""
+
+
+class Advice(NamedTuple):
+    """A setting, what to set, and what was measured of it."""
+
+    setting: str
+    start: str
+    why: str
+    tag: str
+    """For README's table: what to start with, why, and where that was measured."""
+    set: str
+    lines: tuple[Sequence[str], ...]
+    """For each measurement: base, data, rank and updates; the result; what was expected."""
+    pages: tuple[str, ...]
+    """Questions, or folders of the kept results, with details."""
+    used: tuple[Row, ...]
 
 
 def findings(rows: Sequence[Row], path: Path | None = None) -> list[Finding]:
@@ -249,8 +276,69 @@ def findings(rows: Sequence[Row], path: Path | None = None) -> list[Finding]:
     Raises:
         TableError: rows have other outcomes than a text states, or lack one of its numbers.
     """
-    known = {k: list(g) for k, g in itertools.groupby(rows, lambda r: f"{r.sweep}-{r.scale}")}
+    known = by_answer(rows)
     return [_filled(entry, known) for entry in yaml.safe_load((path or TEXTS).read_text())]
+
+
+def by_answer(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each answer."""
+    return {k: list(g) for k, g in itertools.groupby(rows, lambda r: f"{r.sweep}-{r.scale}")}
+
+
+def settings(rows: Sequence[Row]) -> list[Advice]:
+    """Fill the numbers into settings.yaml.
+
+    Raises:
+        TableError: rows lack a number, or a claim's outcome in the condition of a number.
+    """
+    known, out = by_answer(rows), []
+    for entry in yaml.safe_load(SETTINGS.read_text()):
+        numbers, used = _numbers(known, entry)
+        lines = list[Sequence[str]]()
+        for line in entry["measured"]:
+            said, mine = _lines(known, **line)
+            lines, used = lines + said, used + mine
+        start, why, tag, advice = (
+            str(entry[k]).format(**numbers) for k in ("start", "why", "tag", "set")
+        )
+        lines += entry.get("elsewhere", ())
+        pages = (entry["sweep"], *entry.get("also", ()))
+        one = Advice(entry["setting"], start, why, tag, advice, (*lines,), pages, (*used,))
+        out.append(one)
+    return out
+
+
+def _lines(
+    known: dict[str, list[Row]],
+    says: str,
+    of: str,
+    we: str = "",
+    claim: str = "",
+    place: str = "",
+    **values: Any,
+) -> tuple[list[Sequence[str]], list[Row]]:
+    """Return a line for each row that `_number` finds, and the rows with their verdicts.
+
+    `we`: what was expected in words; `claim`: the claim that was, if `of` names a measurement;
+    `place`: where, if the row does not say it.
+    """
+    most = values.pop("join", "") == "most"
+    _, rows = _number(known, of, join="all", **values)
+    rows = sorted(rows, key=lambda r: r.estimate.value or 0.0)[-1:] if most else rows
+    lines, used = list[Sequence[str]](), list(rows)
+    for r in rows:
+        verdicts = [r] if r.verdict else []
+        if claim:
+            verdicts = pick(known[of.partition(": ")[0]], claim=claim, base=r.base, data=r.data)
+            used += verdicts
+        if len(verdicts) != bool(we):
+            raise TableError(f"{SETTINGS}: {len(verdicts)} verdicts on {of}, {r.data}, {claim}")
+        number, _ = _number(
+            {"": [r]}, f": {r.verdict.claim if r.verdict else r.quantity}", **values
+        )
+        outcome = f"{we}: {verdicts[0].verdict.shown.lower()}" if we else "measured"
+        lines.append((place or where(r), says.format(number), outcome))
+    return lines, used
 
 
 def _filled(entry: dict[str, Any], known: dict[str, list[Row]]) -> Finding:
@@ -267,15 +355,21 @@ def _filled(entry: dict[str, Any], known: dict[str, list[Row]]) -> Finding:
                 f"the text {entry['lead']!r} in {TEXTS.parent} states {place} {outcomes}, but its "
                 f"verdicts are {today}. Write the text again."
             )
-    numbers = {}
-    for name, asked in entry.get("numbers", {}).items():
-        numbers[name], mine = _number(known, **asked)
-        used += mine
+    numbers, mine = _numbers(known, entry)
     mark = f" ({EXPLORATORY})" if explores else ""
-    texts = [str(entry.get(k, "")).strip() for k in ("lead", "set", "said", "where", "more")]
-    *row, more = (text.format(**numbers) for text in texts)
-    text, also = f"**{row[0]}.**{mark} {row[2]}", tuple(entry.get("also", ()))
-    return Finding(entry["sweep"], text, more, also, tuple(used), tuple(row))
+    texts = [str(entry.get(k, "")).strip() for k in ("lead", "said", "more", "short", "tag")]
+    lead, said, *rest = (text.format(**numbers) for text in texts)
+    text, also = f"**{lead}.**{mark} {said}", tuple(entry.get("also", ()))
+    return Finding(entry["sweep"], text, rest[0], also, (*used, *mine), *rest[1:])
+
+
+def _numbers(
+    known: dict[str, list[Row]], entry: dict[str, Any]
+) -> tuple[dict[str, str], list[Row]]:
+    """Return the numbers of an entry as texts, and the rows that they are from."""
+    found = {name: _number(known, **asked) for name, asked in entry.get("numbers", {}).items()}
+    texts = {name: text for name, (text, _) in found.items()}
+    return texts, [r for _, mine in found.values() for r in mine]
 
 
 def _number(

@@ -25,7 +25,6 @@ from analysis.report import plots_study
 from analysis.report.report import added_after, command_of, write_answer
 from analysis.report.study.answers import (
     ON_PAGE,
-    SETTINGS,
     Answer,
     Finding,
     called,
@@ -33,6 +32,7 @@ from analysis.report.study.answers import (
     ledger,
     listed,
     read_answers,
+    settings,
     where,
     within,
 )
@@ -40,15 +40,13 @@ from analysis.report.text import Rows, markdown, rendered, text_hash, with_block
 from analysis.runs.curves import in_words
 from analysis.runs.table import read as read_table
 
-FIGURES = (MAP, FOREST) = ("map.png", "forest.png")
+FIGURES = (MAP, RATIO) = ("map.png", "ratio.png")
 LAW = "quadrature.png"
 """Figure of the law of learning rates, in the folder of its answer."""
 QUESTIONS = "questions"
 """Folder of the pages of the questions."""
 TABLE = "rows.csv"
 """All rows: verdicts, and the measurements that the pages show."""
-MOST = 12
-"""Largest number of rows of the figure of claims."""
 USED = ["model", "hidden_size", "method", "n_trainable", "rank", "alpha", "steps"]
 """Columns of runs of which the table of base models is made."""
 ALPHA = "alpha (output times alpha / rank)"
@@ -69,7 +67,7 @@ def figures_of(answers: Sequence[Answer]) -> dict[str, Callable[[Path, str], Non
     """Return the name of each figure that there is -> the function that draws it."""
     found: dict[str, tuple[Sequence[Any], Callable[..., None]]] = {
         MAP: (plots_study.regret_lines(answers), plots_study.regret_map),
-        FOREST: (plots_study.claim_rows(answers)[:MOST], plots_study.forest),
+        RATIO: (plots_study.ratio_pairs(answers), plots_study.ratio_figure),
     }
     return {name: partial(draw, of) for name, (of, draw) in found.items() if of}
 
@@ -109,7 +107,7 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
         path: the page; links are relative to its folder.
         kept: for kept answers, also the findings, changes after a look, and what was not tested.
     """
-    rows, n_claims = rows_of(answers), len(plots_study.claim_rows(answers))
+    rows = rows_of(answers)
     by_sweep: dict[str, list[Answer]] = {}
     for a in answers:
         by_sweep.setdefault(a.sweep, []).append(a)
@@ -139,7 +137,6 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
         "n_claims": len({(r.sweep, v.claim) for a in answers for r, v in a.single}),
         "n_runs": len(set().union(*(a.run_ids for a in answers))),
         "figures": list(figures_of(answers)),
-        "n_forest": (min(n_claims, MOST), n_claims),
         "bases": base_rows(runs, " ".join(f.text for f in found[:ON_PAGE])),
     }
     law = [os.path.relpath(a.folder / LAW, folder) for a in answers if (a.folder / LAW).is_file()]
@@ -148,7 +145,9 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
         path.name: rendered(
             "study/page.md",
             **common,
-            settings=settings_rows(rows) if kept else [],
+            settings=settings(rows) if kept else [],
+            heads=(("measured on", "result", "we expected: outcome"),),
+            pages=partial(links, rows),
             law=law if kept else [],
             findings=found[:ON_PAGE],
             claims=[] if kept else primary,
@@ -260,23 +259,24 @@ def tally(answers: Sequence[Answer]) -> str:
 def readme(text: str, kept: Path) -> str:
     """Return the project's README with its table and findings rendered again from kept results."""
     rows = rows_of(read_answers([kept]))
-    table = markdown(settings_rows(rows, "analysis/results/"))
-    found = [f"{k}. {f.text}" for k, f in enumerate(findings(rows)[:ON_PAGE], 1)]
-    return with_block(with_block(text, "settings", table), "answers", found)
+    folder = os.path.relpath(kept, kept.parents[1])
+    table = [["setting", "start with", "why"]]
+    table += [[s.setting, s.start, f"{s.why} <sub>({s.tag})</sub>"] for s in settings(rows)]
+    found = [
+        f"{k}. {f.short} [More]({folder}/{QUESTIONS}/{f.sweep}.md) <sub>({f.tag})</sub>"
+        for k, f in enumerate(findings(rows)[:ON_PAGE], 1)
+    ]
+    return with_block(with_block(text, "settings", markdown(table)), "answers", found)
 
 
 # ---------------------------------------------------------------- tables
 
 
-def settings_rows(rows: Sequence[Row], folder: str = "") -> Rows:
-    """Return the table of what to set; `folder`: of the kept results, seen from the page."""
+def links(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Link the pages of questions, or of folders of the kept results."""
     sweeps = {r.sweep for r in rows}
-    table = [["", "set this", "the numbers behind it (outcome)", "measured on", "details"]]
-    for f in findings(rows, SETTINGS):
-        paths = [f"{QUESTIONS}/{s}" if s in sweeps else f"{s}/README" for s in (f.sweep, *f.also)]
-        links = [f"[{s}]({folder}{path}.md)" for s, path in zip((f.sweep, *f.also), paths)]
-        table.append([*f.row, ", ".join(links)])
-    return table
+    paths = (f"{QUESTIONS}/{n}" if n in sweeps else f"{n}/README" for n in names)
+    return ", ".join(f"[{name}]({path}.md)" for name, path in zip(names, paths))
 
 
 def sizes_of(runs: pd.DataFrame) -> pd.Series:

@@ -44,7 +44,7 @@ SKIPPED = {"__pycache__", "results", ".ipynb_checkpoints"}
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
 """Time limit: MARGIN_TIME times the expected time plus MARGIN_MIN minutes. Estimates are rough."""
 MARGIN_MEMORY = 1.3
-"""Requested memory divided by expected memory. The memory model is right within 20% (docs/log)."""
+"""Requested / expected memory. Memory is planned within 20% (docs/log/2026-11-25.md)."""
 HOST_BYTES = 3 * 2**30
 """Assumed host memory of a GPU worker for libraries, data and pinned buffers, without weights."""
 GPU_FLOPS = 1e14

@@ -31,9 +31,9 @@ from lorasweep.train.objectives.nll import evaluate, nll_sums, row_nlls
 ROWS = "rows"
 """Key of the summed NLLs of rows among the measures of a run. It is removed before recording."""
 EVAL_TOKENS, EVAL_NUMBERS, GPU_EVAL_TOKENS = 1024, 1 << 17, 8192
-"""Padded tokens per forward pass in evaluation. On a CPU: of each run, so that every pack sums
-held-out losses over the same rows; for wide models fewer, so that tokens * hidden size are at most
-EVAL_NUMBERS: SmolLM2 takes 0.85 of the time (docs/log). On a GPU: of all runs together."""
+"""Padded tokens per forward pass in evaluation. On a GPU: of all runs together. On a CPU: of each
+run, so that every pack sums held-out losses over the same rows; for wide models fewer, at most
+EVAL_NUMBERS / hidden size: SmolLM2 takes 0.85 of the time (docs/log/2026-11-28.md)."""
 
 
 class SupervisedFineTuning(Objective):

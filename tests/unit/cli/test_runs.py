@@ -246,11 +246,11 @@ def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(
     world, request = Slow(10, noise=2e-4), compose(*TUNE)
     text, _, points, _ = tune(world)
     use, exact, _, base, full, lora, gap, left = text.splitlines()
-    names = ("base", "full fine-tuning", "LoRA rank 8")
+    names = ("base", "full fine-tuning", "LoRA rank 16")
     assert all(line.startswith(name) for name, line in zip(names, (base, full, lora)))
-    assert gap.startswith("LoRA rank 8 on attention+mlp gives up ")
+    assert gap.startswith("LoRA rank 16 on attention+mlp gives up ")
     assert gap.endswith("less than 5%")
-    assert use.startswith("Use LoRA rank 8 on attention+mlp, learning rate 1.")
+    assert use.startswith("Use LoRA rank 16 on attention+mlp, learning rate 1.")
     assert left == "open: nothing" and exact.startswith("exact answers: not counted: the test ro")
     assert max(p.spec.seed for p in points) < 6  # decided before the last seed
     store, full = RunStore(request.exec.runs_dir), judged(request, points)
@@ -320,10 +320,10 @@ def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budg
     assert not (tmp_path / "flat").exists()
 
 
-DORA = "+sweep.arms.dora={method: dora, rank: 8, layers: attention+mlp}"
-PISSA = "+sweep.arms.pissa={method: pissa, rank: 8, layers: attention+mlp}"
-OTHER_ALPHA = "+sweep.arms.more={method: lora, rank: 8, layers: attention+mlp, alpha: 128}"
-OTHER_DECAY = "+sweep.arms.more={method: lora, rank: 8, layers: attention+mlp, weight_decay: 0.1}"
+DORA = "+sweep.arms.dora={method: dora, rank: 16, layers: attention+mlp}"
+PISSA = "+sweep.arms.pissa={method: pissa, rank: 16, layers: attention+mlp}"
+OTHER_ALPHA = "+sweep.arms.more={method: lora, rank: 16, layers: attention+mlp, alpha: 128}"
+OTHER_DECAY = "+sweep.arms.more={method: lora, rank: 16, layers: attention+mlp, weight_decay: 0.1}"
 MATRICES = "+sweep.arms.more={method: fullft, scope: matrices, layers: attention+mlp}"
 ON = " on attention+mlp"
 
@@ -344,23 +344,23 @@ class Unequal(Valley):
 @pytest.mark.parametrize(
     ("asked", "names"),
     [
-        ((DORA,), ("full fine-tuning", f"LoRA rank 8{ON}", f"DoRA rank 8{ON}")),
-        ((DORA, PISSA, "arms=[dora,pissa]"), (f"DoRA rank 8{ON}", f"PiSSA rank 8{ON}")),
-        (("sweep.arms.lora.method=dora",), ("full fine-tuning", f"DoRA rank 8{ON}")),
-        ((OTHER_ALPHA,), ("full fine-tuning", *(f"LoRA rank 8{ON}, alpha {a}" for a in (32, 128)))),
+        ((DORA,), ("full fine-tuning", f"LoRA rank 16{ON}", f"DoRA rank 16{ON}")),
+        ((DORA, PISSA, "arms=[dora,pissa]"), (f"DoRA rank 16{ON}", f"PiSSA rank 16{ON}")),
+        (("sweep.arms.lora.method=dora",), ("full fine-tuning", f"DoRA rank 16{ON}")),
+        ((OTHER_ALPHA,), ("full fine-tuning", *(f"LoRA rank 16{ON}, alpha {a}" for a in (32, 128)))),
         (
             (OTHER_DECAY, "arms=[lora,more]"),
-            (f"LoRA rank 8{ON}, weight_decay 0", f"LoRA rank 8{ON}, weight_decay 0.1"),
+            (f"LoRA rank 16{ON}, weight_decay 0", f"LoRA rank 16{ON}, weight_decay 0.1"),
         ),
         (
-            ("lora.layers=attention,mlp", "lora.rank=8", "arms=lora"),
-            ("LoRA rank 8 on attention", "LoRA rank 8 on mlp"),
+            ("lora.layers=attention,mlp", "lora.rank=16", "arms=lora"),
+            ("LoRA rank 16 on attention", "LoRA rank 16 on mlp"),
         ),
         (
             ("fullft.scope=matrices", "fullft.layers=attention+mlp"),
-            (f"full fine-tuning{ON}", f"LoRA rank 8{ON}"),
+            (f"full fine-tuning{ON}", f"LoRA rank 16{ON}"),
         ),
-        ((MATRICES,), ("full fine-tuning", f"LoRA rank 8{ON}", f"full fine-tuning{ON}")),
+        ((MATRICES,), ("full fine-tuning", f"LoRA rank 16{ON}", f"full fine-tuning{ON}")),
     ],
 )  # fmt: skip
 def test_each_run_counts_in_the_line_of_its_arm_and_the_best_arm_is_named_and_written(
@@ -396,7 +396,7 @@ def test_a_search_that_the_analysis_cannot_divide_into_arms_is_refused_in_the_pl
 @pytest.mark.parametrize(
     "method, advised",
     [
-        ("dora", "+sweep.arms.dora={method: dora, rank: [8, 32], layers: attention+mlp}"),
+        ("dora", "+sweep.arms.dora={method: dora, rank: [16, 64], layers: attention+mlp}"),
         ("lora", "arms=lora"),
     ],
 )
@@ -514,14 +514,15 @@ def test_what_is_used_is_what_was_measured(compose, losses, outcome, lowest, met
     results = {"arms": arms, "best": names[8] if losses else None, "judged": top}
     results |= {"reference": names[None] if None in losses else None}
     results |= {"start": 2.0, "allowed": 0.05, "verdicts": verdicts, "chosen_on": "validation"}
-    found = runs.conclude(compose(*TUNE), results, lowest)
+    request = compose(*TUNE, "lora.rank=8,32")
+    found = runs.conclude(request, results, lowest)
     assert (found["method"], found["lr"] is None) == (method, method is None)
     left = [text for text in found["open"] if "no run of full" not in text]
     assert len(left) == len(open_) and all(words in text for words, text in zip(open_, left))
     assert re.search(why, found["why"])
     for arm in arms:  # of a curve with two valleys, not the one that the fit took
         arm["best_lr"] = {**rate, "value": 1e-2}
-    astray = runs.conclude(compose(*TUNE), results, lowest)
+    astray = runs.conclude(request, results, lowest)
     assert astray["lr"] == (method and 1e-3) and ("1.0e-02" in str(astray["open"])) == bool(arms)
 
 

@@ -120,8 +120,7 @@ def test_pages_replace_earlier_ones_once_all_of_them_can_be_written(reports, tmp
     (tmp_path / "questions").mkdir()
     for name, text in before.items():
         (tmp_path / name).write_text(text)
-    # a text that cannot be made, a figure, and a full disk
-    for broken in ("ledger", "plots_study.forest", "Path.write_text"):
+    for broken in ("ledger", "Path.write_text"):  # a text that cannot be made, and a full disk
         with monkeypatch.context() as patch:
             patch.setattr(f"analysis.report.study.page.{broken}", lambda *given: 1 / 0)
             with pytest.raises(ZeroDivisionError):
@@ -132,7 +131,6 @@ def test_pages_replace_earlier_ones_once_all_of_them_can_be_written(reports, tmp
     assert {n: (tmp_path / n).read_text() for n in texts} == texts
     beside = {"ledger.md", "rows.csv", "questions/README.md", "questions/rank.md"}
     assert set(texts) == {"study.md", *beside}
-    assert f"]({page.FOREST})" in texts["ledger.md"] and (tmp_path / page.FOREST).is_file()
     assert page.MAP not in texts["study.md"] and not (tmp_path / page.MAP).exists()
     assert not (tmp_path / "questions" / "gone.md").exists()
     assert (tmp_path / "questions" / "notes.md").read_text() == "mine"
@@ -176,37 +174,19 @@ def bases(folder, verdicts):
     return [answer(folder, v, scale=f"tiny_{k}", base=f"b{k}") for k, v in enumerate(named)]
 
 
-@pytest.mark.parametrize(
-    ("expected", "margin", "log", "value", "place", "band"),
-    [
-        (10, (5, 20), True, 2.5, -2, (-1, 1)),
-        (0, (-0.1, 0.1), False, 0.05, 0.5, (-1, 1)),
-        (0.7, (0, 0.9), True, 0.9, 1, (-math.inf, 1)),
-        (1, (1, 1000), True, 0.25, -2, (0, math.inf)),  # a factor of 2 is the unit
-        (0, (-10, 0), False, 0.03, 3, (-math.inf, 0)),  # 0.01 nats are the unit
-        (1, (0.5, 1), False, 0.75, -0.5, (-1, 0)),  # a correlation: 1 is the most there is
-    ],
-)
-def test_values_are_placed_in_units_of_the_margin(expected, margin, log, value, place, band):
-    v = verdict(value, expected=float(expected), margin=margin, log=log)
-    at, of_margin = plots_study.scale_for(v)
-    assert at(value) == pytest.approx(place) and of_margin == pytest.approx(band)
-
-
-def test_the_figure_of_claims_has_the_primary_verdicts_that_count(tmp_path):
-    made = bases(tmp_path, [verdict(v) for v in (0.5, 0.6, 0.7)])
-    nothing = verdict(0.0, estimate=Estimate(None), group=NO_CELL)
-    out = [{"exploratory": "later"}, {"primary": False}, {"gates": WITHDRAWN}]
-    left = [verdict(0.9, claim=f"c{k}", **change) for k, change in enumerate(out)]
-    made.append(answer(tmp_path, nothing, *left, sweep="other"))
-    ours = answer(tmp_path, verdict(0.9, claim="ours"), sweep="another")
-    ours.question["claims"]["ours"]["source"] = "ours"
-    rows = plots_study.claim_rows([*made, ours])
-    assert [r.value for r in rows] == pytest.approx([-5, -4, -3])
-    assert (rows[0].margin, rows[0].outcome) == ("0.9 to 1.1", "REFUTED")
-    many = answer(tmp_path, *(verdict(0.5, claim=f"c{k}") for k in range(14)))
-    assert "and 2 of 14 for want of room." in pages([many], tmp_path)["ledger.md"]
-    assert "for want" not in pages(made[:1], tmp_path)["ledger.md"]
+def test_the_figure_of_ratios_has_the_numbers_of_the_rows(kept_rows, tmp_path):
+    found, rows = kept_rows
+    pairs = {p.row.scale: p for p in plots_study.ratio_pairs(found)}
+    assert pairs.keys() == {"tiny", "small"}
+    for scale, quantity in (("tiny", "lr_ratio"), ("small", "lr_ratio, all runs")):
+        p, own = pairs[scale], {"sweep": "lr_ratio", "scale": scale, "verdict": None}
+        row = pick(rows, quantity, **own)[0]
+        ratio = p.lora.best_lr.value / p.full.best_lr.value
+        assert ratio == pytest.approx(row.estimate.value, rel=1e-6)
+        assert p.percent(p.full.best_nll) == 0
+        assert p.percent(p.full.curve.nll_start) == pytest.approx(100)
+    plots_study.ratio_figure([*pairs.values()], tmp_path / "ratio.png")
+    assert (tmp_path / "ratio.png").stat().st_size > 10_000
 
 
 def plain(value, half=1.0):
