@@ -19,14 +19,23 @@ LOWEST := .venv-lowest
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
+# uv installs several times as fast as pip; where it is not to be had, pip does. pip's own settings (an index, a
+# certificate) are not uv's: if uv fails for want of them, pip is tried, too.
+define install
+	@echo "Installing into $(1): 6.5 GB with CUDA's libraries, or 1 GB if UV_TORCH_BACKEND=cpu is set (torch's CPU build)."
+	$(PYTHON) -m venv $(1)
+	@if $(1)/bin/pip install --quiet --upgrade pip uv && $(1)/bin/uv pip install --python $(1)/bin/python $(2); \
+	then echo "Installed with uv."; \
+	else echo "uv cannot install here. Installing with pip, which takes some minutes."; $(1)/bin/pip install $(2); fi
+	touch $(1)/.installed
+endef
+
 $(VENV)/.installed: pyproject.toml $(TESTED)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c $(TESTED) -e '.[test]'
-	touch $@
+	$(call install,$(VENV),-c $(TESTED) -e '.[test]')
 
 run: $(VENV)/.installed ## answer the main question on this machine (a few minutes)
 	$(BIN)/python -m lorasweep +sweep=lr_ratio scale=$(SCALE)
+	@echo "next: . $(BIN)/activate; lorasweep plan tune MODEL ROWS   (your model and rows: what is understood, what it costs)"
 
 small: weights data/gsm8k/train.jsonl ## answer it on SmolLM2-135M and GSM8K (one to two hours on two cores)
 	$(BIN)/python -m lorasweep +sweep=lr_ratio scale=small
@@ -66,10 +75,7 @@ test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (ab
 	$(BIN)/python -m pytest $(PARALLEL) $(FAST)
 
 $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
-	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install --quiet --upgrade pip
-	$(LOWEST)/bin/pip install --quiet -c constraints/lowest.txt -e '.[test-core]'
-	touch $@
+	$(call install,$(LOWEST),-c constraints/lowest.txt -e '.[test-core]')
 
 test-lowest: $(LOWEST)/.installed ## the fast tests, packs, processes and the command with the lowest versions (Python 3.11, installs 5 GB)
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(FAST)
