@@ -173,9 +173,8 @@ class Pair(NamedTuple):
     @property
     def ten_times(self) -> Estimate:
         """What LoRA loses at ten times full fine-tuning's best LR, in percent of the gain."""
-        lost = self.lora.regret(10 * (self.full.best_lr.value or math.nan))
-        gain = self.full.curve.nll_start - (self.full.best_nll or math.nan)
-        return Estimate(100 * (lost or math.nan) / gain)
+        lost = self.lora.regret(10 * (self.full.best_lr.value or math.nan)) or math.nan
+        return Estimate(self.percent((self.full.best_nll or math.nan) + lost))
 
 
 def ratio_pairs(answers: Sequence[Answer]) -> list[Pair]:
@@ -188,45 +187,34 @@ def ratio_pairs(answers: Sequence[Answer]) -> list[Pair]:
         if row.setting == Setting.REAL:
             runs = pd.concat([b.runs[b.runs["model"] == row.base] for b in mine], ignore_index=True)
             runs = runs.drop_duplicates("run_id").reset_index(drop=True)
-        fits = [o for o in fit_all(lr_curves(runs)) if o.curve.group == row.task]
-        fits.sort(key=lambda o: o.best_lr.n)
-        full = next((o for o in fits[::-1] if o.curve.is_full), None)
-        if full is not None:
-            pairs.append(Pair(row, full, lora_of(fits)[-1]))
+        fits = sorted(fit_all(lr_curves(runs)), key=lambda o: o.best_lr.n)
+        fits = [o for o in fits if o.curve.group == row.task]
+        pairs.append(Pair(row, [o for o in fits if o.curve.is_full][-1], lora_of(fits)[-1]))
     return pairs
-
-
-MOST_LOST = 32
-"""Upper end of the y axis of `ratio_figure`, percent of the gain."""
 
 
 def ratio_figure(pairs: Sequence[Pair], path: Path, inputs: str = "") -> None:
     """Draw both methods' loss over learning rate, with both optima and ten times marked."""
     with drawn(path, inputs, len(pairs), (6.2, 4.0), bbox_inches="tight") as (fig, axes):
         for ax, p in zip(axes, pairs):
-            arms = ((p.full, COLOURS[0], "full fine-tuning"), (p.lora, COLOURS[1], "LoRA"))
-            for o, colour, name in arms:
+            ends = [float(o.best_lr.value or 0) for o in (p.full, p.lora)]
+            names = ("full fine-tuning", f"LoRA, rank {rank_of(p.lora)}")
+            for o, best, name, colour in zip((p.full, p.lora), ends, names, COLOURS):
                 x, y = rate_means(o.curve)
                 ax.plot(np.exp(x), p.percent(y), "o", color=colour, ms=5)
                 grid = np.geomspace(np.exp(x[0]), np.exp(x[-1]), 300)
-                label = f"{name}, rank {rank_of(o)}" if o is p.lora else name
-                ax.plot(grid, p.percent(o.predict(grid)), color=colour, lw=1.6, label=label)
-                best, low = float(o.best_lr.value or 0), float(p.percent(o.best_nll))
-                ax.plot([best, best], [-6, low], color=colour, lw=1, ls=":")
-                middle: dict[str, Any] = {"color": colour, "ha": "center", "va": "top"}
-                ax.text(best, -6.4, f"best: {rate(best)}", fontsize=9, **middle)
-            ends = [float(o.best_lr.value or 0) for o in (p.full, p.lora)]
+                ax.plot(grid, p.percent(o.predict(grid)), color=colour, lw=1.6, label=name)
+                ax.plot([best, best], [-6, p.percent(o.best_nll)], color=colour, lw=1, ls=":")
+                ax.text(best, -8.3, f"best: {rate(best)}", color=colour, fontsize=9, ha="center")
             ax.annotate("", (ends[1], -3.5), (ends[0], -3.5), arrowprops={"arrowstyle": "->"})
-            times = f"{ends[1] / ends[0]:.1f} times"
-            ax.text(
-                math.sqrt(ends[0] * ends[1]), -3.2, times, ha="center", va="bottom", weight="bold"
-            )
+            times, middle = f"{ends[1] / ends[0]:.1f} times", math.sqrt(ends[0] * ends[1])
+            ax.text(middle, -2.8, times, ha="center", weight="bold")
             ax.axvline(10 * ends[0], color=COLOURS[2], lw=1.2, ls="--")
             said = f" ten times: {p.ten_times.value:.1f}% worse\n than LoRA's best"
-            ax.text(10 * ends[0], MOST_LOST - 1, said, color=COLOURS[2], fontsize=9, va="top")
-            ax.set(xscale="log", xlabel="learning rate", ylim=(-9, MOST_LOST))
+            ax.text(10 * ends[0], 31, said, color=COLOURS[2], fontsize=9, va="top")
+            ax.set(xscale="log", xlabel="learning rate", ylim=(-9, 32))
             ax.set_ylabel("loss above full fine-tuning's lowest,\n% of what training gains")
-            ax.set_xlim(0.7 * math.exp(min(p.full.curve.x)), 2.2 * math.exp(max(p.lora.curve.x)))
+            ax.set_xlim(right=2.2 * math.exp(max(p.lora.curve.x)))
             ax.set_title(where(p.row), fontsize=10)
             ax.minorticks_off()
             ax.legend(**LEGEND, loc="upper left")

@@ -295,7 +295,7 @@ class Advice:
 
     def trained(self, rank: int, layers: str = "") -> int:
         """Count LoRA's trained parameters; adapters of experts have rank `rank` / (active)."""
-        return trained(self.model, rank, layers or self.known.layers)
+        return LoRA(rank=rank, layers=layers or self.known.layers).n_trainable(self.model)
 
     def load_at(self, rank: int, layers: str = "") -> tuple[float, float, float] | None:
         """Return the bits, and the ends of their interval, divided by the capacity of a rank."""
@@ -462,12 +462,6 @@ def ranks_of(model: ModelSpec, layers: str = LAYERS) -> tuple[int, ...]:
             widest = max(1, model.hidden_size // WIDEST)
             return tuple(found[:1] + [rank for rank in found[1:] if rank <= widest])
     raise RowError(f"column model: no rank of LoRA fits {model.name}. Check its shape.")
-
-
-@cache
-def trained(model: ModelSpec, rank: int, layers: str) -> int:
-    """Count LoRA's trained parameters; see `Advice.trained`."""
-    return LoRA(rank=rank, layers=layers).n_trainable(model)
 
 
 def choose(a: Advice) -> None:

@@ -71,10 +71,6 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
     return points + added_points(looks.read(looks.path_of(store.root, request.title)), points)
 
 
-EARLIER_RANKS = "sweep.arms.lora.rank=[8,32]"
-"""Ranks that tune compared up to version 0.3."""
-
-
 def as_begun(request: Request, typed: Sequence[str], compose: Callable[..., Request]) -> Request:
     """Return a search with version 0.3's ranks if only such a search has begun; else `request`."""
     store = RunStore(request.exec.runs_dir)
@@ -84,19 +80,16 @@ def as_begun(request: Request, typed: Sequence[str], compose: Callable[..., Requ
 
     def begun(asked: Request) -> bool:
         assert asked.sweep is not None and asked.sweep.search is not None
-        first = search(_starts(asked), asked.sweep.search, *_NOTHING_YET)
+        nothing: Any = (lambda rid: None, lambda known, new: True, lambda points: (True, {}))
+        first = search(_starts(asked), asked.sweep.search, *nothing)
         return any(store.folder(p.id).is_dir() for p in first if p.spec.method.name != "fullft")
 
-    earlier = compose([*typed, EARLIER_RANKS])
+    earlier = compose([*typed, "sweep.arms.lora.rank=[8,32]"])
     if begun(request) or not begun(earlier):
         return request
     words = "resuming the search of ranks 8 and 32, the default of version 0.3; another: lora.rank="
     notifier(request, always=True)(words + ",".join(map(str, RANKS)))
     return earlier
-
-
-_NOTHING_YET: Any = (lambda rid: None, lambda known, new: True, lambda points: (True, {}))
-"""Losses, budget and look of a search without finished runs."""
 
 
 def final_loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:

@@ -58,7 +58,7 @@ class Outcome:
 
         The gain is the decrease of the loss on test rows in nats per token. Its 95% interval is by
         Student's t over the prompts of the test rows, or over the test rows if they were not split
-        by prompt (gain_se in train/objectives/held_out.py).
+        by prompt (gain_se in train/objectives/nll.py).
         """
         m, found, spec = self.member, self.result, self.spec
         if spec is None:

@@ -9,12 +9,10 @@ RANK = 16
 RANKS = (RANK, 64)
 """Ranks that `tune` compares: both match full fine-tuning on SmolLM2."""
 LAYERS = "attention+mlp"
-"""The unembedding made no difference in supervised learning, costs rank 1 reward in RL, and some
-servers refuse it."""
+"""The unembedding made no difference in supervised learning, and costs rank 1 reward in RL."""
 ALPHA = 32
 BATCH = {"sft": 32, "rl": 512}
-"""Take no larger one. For sft, the smallest that the study names, and 16 to 32 end lowest here. For
-RL in episodes: 32 problems x 16 samples, the smallest in tinker-cookbook's recipes for maths."""
+"""For sft the study's smallest; for RL, in episodes, tinker-cookbook's smallest for maths."""
 UPDATES = {"sft": 100, "rl": 50}
 """Smallest sufficient number of updates. For sft: tinker-cookbook, docs/sl-hyperparams.mdx, which
 asks for 1,000 where possible. For RL: GRPO runs reached the plateau of full fine-tuning (zhu)."""

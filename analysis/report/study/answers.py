@@ -302,27 +302,20 @@ def settings(rows: Sequence[Row]) -> list[Advice]:
             str(entry[k]).format(**numbers) for k in ("start", "why", "tag", "set")
         )
         lines += entry.get("elsewhere", ())
-        pages = (entry["sweep"], *entry.get("also", ()))
-        one = Advice(entry["setting"], start, why, tag, advice, (*lines,), pages, (*used,))
-        out.append(one)
+        pages, name = (entry["sweep"], *entry.get("also", ())), entry["setting"]
+        out.append(Advice(name, start, why, tag, advice, (*lines,), pages, (*used,)))
     return out
 
 
 def _lines(
-    known: dict[str, list[Row]],
-    says: str,
-    of: str,
-    we: str = "",
-    claim: str = "",
-    place: str = "",
-    **values: Any,
+    known: dict[str, list[Row]], says: str, of: str, we: str = "", place: str = "", **values: Any
 ) -> tuple[list[Sequence[str]], list[Row]]:
     """Return a line for each row that `_number` finds, and the rows with their verdicts.
 
     `we`: what was expected in words; `claim`: the claim that was, if `of` names a measurement;
     `place`: where, if the row does not say it.
     """
-    most = values.pop("join", "") == "most"
+    most, claim = values.pop("join", "") == "most", values.pop("claim", "")
     _, rows = _number(known, of, join="all", **values)
     rows = sorted(rows, key=lambda r: r.estimate.value or 0.0)[-1:] if most else rows
     lines, used = list[Sequence[str]](), list(rows)

@@ -146,7 +146,6 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
             "study/page.md",
             **common,
             settings=settings(rows) if kept else [],
-            heads=(("measured on", "result", "we expected: outcome"),),
             pages=partial(links, rows),
             law=law if kept else [],
             findings=found[:ON_PAGE],

@@ -279,7 +279,7 @@ def test_regret_of_small_models_says_nothing_of_a_model_twice_as_wide():
 def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else():
     """Regret 1% and 7% at loads a factor 16 apart: half-way in the logarithm it is 4%."""
     load = 0.04
-    bits = load * 2 * 8 * rules.trained(known().models["tiny128"](), 1, "all")
+    bits = load * 2 * 8 * LoRA(rank=1, layers="all").n_trainable(known().models["tiny128"]())
     planted = ((8, load / 4, 1.0), (8, load * 4, 7.0), (4, load, 9.0), (4, 3 * load, 9.0))
     kept = rows(*(row for each in planted for row in regret(*each)))
     world = dataclasses.replace(known(None), kept=kept)

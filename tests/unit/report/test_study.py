@@ -27,8 +27,12 @@ from analysis.report.study.answers import claims_table, read_answers
 from analysis.runs.curves import at_step, lr_curves, title
 from analysis.runs.table import TableError
 from lorasweep.advise import rules
+from lorasweep.advise.advice import plain_of
 from lorasweep.cli.answer import KEPT
+from lorasweep.config.compose import compose_request as compose
+from lorasweep.spec import recommended
 from tests import planted
+from tests.customers import advice
 from tests.planted import kept_answer
 from tests.world import ROOT
 
@@ -181,7 +185,7 @@ def test_the_figure_of_ratios_has_the_numbers_of_the_rows(kept_rows, tmp_path):
         p, own = pairs[scale], {"sweep": "lr_ratio", "scale": scale, "verdict": None}
         row = pick(rows, quantity, **own)[0]
         ratio = p.lora.best_lr.value / p.full.best_lr.value
-        assert ratio == pytest.approx(row.estimate.value, rel=1e-6)
+        assert ratio == pytest.approx(row.estimate.value, rel=5e-3)  # a mean of draws there
         assert p.percent(p.full.best_nll) == 0
         assert p.percent(p.full.curve.nll_start) == pytest.approx(100)
     plots_study.ratio_figure([*pairs.values()], tmp_path / "ratio.png")
@@ -317,9 +321,9 @@ def test_every_number_that_a_text_writes_out_is_one_of_its_rows(path, kept_rows)
         "3e-5",
         "1000",
     }  # predictions in docs/learning_rates.md
-    for text, made in zip(
-        yaml.safe_load(path.read_text()), answers.findings(rows, path), strict=True
-    ):
+    constants |= {"29", "7000", "4.4", "5.0", "6"}  # 1 - 1 / sqrt(2); what the next test looks up
+    made_of = answers.findings if path == answers.TEXTS else answers.settings
+    for text, made in zip(yaml.safe_load(path.read_text()), made_of(rows), strict=True):
         mine = {(r.sweep, r.scale) for r in made.used}
         near = [r for r in rows if (r.sweep, r.scale) in mine]
         used = {id(r): r for r in made.used}.values()
@@ -332,28 +336,31 @@ def test_every_number_that_a_text_writes_out_is_one_of_its_rows(path, kept_rows)
         known |= set(re.findall(r"\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", words)))
         known |= {f"{abs(v):g}" for r in used if r.verdict for v in r.verdict.margin}
         known |= {str(len(outcomes)) for outcomes in text.get("rests", {}).values()}
-        said = " ".join(str(text.get(k, "")) for k in ("lead", "set", "said", "where", "more"))
-        # not numbers of rows: placeholders, commands, names, and what the next test looks up
-        bare = said.replace(found_elsewhere(), "")
-        bare = re.sub(r"\{.*?\}|`.*?`|\b(tiny\d+(-\w+)?|SmolLM2|2e-4)\b", "", bare)
+        keys = ("lead", "said", "more", "short", "start", "why", "tag", "set", "elsewhere")
+        said = " ".join(str(text.get(k, "")) for k in keys)
+        for line in text.get("measured", ()):
+            said += " ".join(str(line.get(k, "")) for k in ("says", "place", "we"))
+        # not numbers of rows: placeholders, commands, names
+        bare = re.sub(r"\{.*?\}|`.*?`|\b(tiny\d+(-\w+)?|SmolLM2|2e-4)\b", "", said)
         bare = re.sub(r"(?<=\d),(?=\d{3})", "", bare)
         written = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", bare))
-        assert written <= known, (text["lead"], written - known)
+        assert written <= known, (text.get("lead") or text["setting"], written - known)
 
 
 def found_elsewhere():
-    """What the table says of the search and of the adviser, from their kept results."""
+    """What the page says of the search and of the adviser, from their kept results."""
     search = json.loads((KEPT / "search" / "search.json").read_text())["replays"]
     tune = [r["methods"]["tune"] for r in search]
     right = sum(round(t["searches"] * t["right"]) for t in tune)
     ends = sorted(f"{t['end']:.1f}" for t in tune)
     rates = (KEPT / "advice" / "README.md").read_text().partition("## Best learning rates")[2]
     of, hits = re.search(r"Of (\d+) rows (\d+) are hits", rates).groups()
-    return (
-        f"In {right:,} of {sum(t['searches'] for t in tune):,} replays on kept runs the search cost less "
-        f"than 1%, and it ended after {ends[0]} to {ends[-1]} runs of full length per method "
-        f"(measured). The range that `lorasweep advise` prints contains {hits} of {of}"
-    )
+    every = sum(t["searches"] for t in tune)
+    return [
+        f"{right:,} of {every:,} replayed searches cost less than 1%",
+        f"a search ended after {ends[0]} to {ends[-1]} runs of full length per method",
+        f"the range that `lorasweep advise` prints contains {hits} of {of}",
+    ]
 
 
 def test_the_ratio_on_the_real_model_is_of_every_kept_run_once(kept_rows, tmp_path):
@@ -371,31 +378,59 @@ def test_the_ratio_on_the_real_model_is_of_every_kept_run_once(kept_rows, tmp_pa
     assert not plots_study.joined_rows(moved)  # somebody's own reports
 
 
-def test_the_table_states_each_outcome_and_no_other(kept_rows):
-    """In brackets stands a claim with its outcome, and nothing else is marked as judged."""
-    found, rows = kept_rows
+def test_the_page_states_every_outcome_beside_what_was_expected(kept_rows):
+    """Also of the search and the adviser; a cell fits on a line of a terminal."""
+    _, rows = kept_rows
     texts = yaml.safe_load(answers.SETTINGS.read_text())
-    assert found_elsewhere() in " ".join(text["said"] for text in texts)
-    exploratory = {a.folder.name for a in found if a.exploratory}
-    for text, made in zip(texts, answers.findings(rows, answers.SETTINGS), strict=True):
-        marks = " ".join(re.findall(r"\(([^()]*)\)", made.row[2]))
-        said = set(re.findall(r"supported|refuted|undecided|exploratory", marks))
-        outcomes = " ".join(str(o) for of in text.get("rests", {}).values() for o in of).lower()
-        known = set(re.findall(r"\w+", outcomes))
-        of = {n["of"].partition(": ")[0] for n in text["numbers"].values()}
-        known |= {"exploratory"} if of & exploratory or "lorasweep advise" in made.row[2] else set()
-        assert said == known, made.row[0]
+    assert [line[1] for text in texts for line in text.get("elsewhere", ())] == found_elsewhere()
+    made = answers.settings(rows)
+    assert all(len(cell) <= 100 for s in made for line in s.lines for cell in line)
+    for text, s in zip(texts, made, strict=True):
+        judged = {v.shown.lower() for r in s.used if (v := r.verdict)}
+        for _, result, outcome in s.lines:
+            assert outcome.startswith("measured") or outcome.partition(": ")[2] in judged, result
+        assert len({line["of"] for line in text["measured"]}) <= len(s.lines)
+        assert max(len(cell.split()) for cell in (s.start, s.why)) <= 15, s.setting
     asked = json.loads((KEPT / "recipes-tiny" / "question.json").read_text())["claims"]
     assert "2e-4" in asked["default_rate"]["text"]
 
 
-def test_the_table_advises_what_the_adviser_does():
-    """Its smallest rank in supervised learning, its alpha, and the batch that it takes for safe."""
-    advice = {text["lead"]: text["set"] for text in yaml.safe_load(answers.SETTINGS.read_text())}
+def test_a_line_without_its_verdict_or_with_one_that_it_does_not_state_is_refused(kept_rows):
+    known = answers.by_answer(kept_rows[1])
+    of, ten = "regime-small: regret_percent", {"of": "lr_ratio-tiny: ratio", "show": "times"}
+    for line in (
+        {"of": of, "rank": 16, "show": "percent", "we": "a match"},  # no claim is named
+        {"of": of, "rank": 16, "show": "percent", "claim": "real_17", "we": "a match"},
+        ten,  # a claim whose outcome is not said
+    ):
+        with pytest.raises(TableError, match=r"verdicts on"):
+            answers._lines(known, "{}", **line)
+    ((place, said, outcome),), _ = answers._lines(known, "{} times", **ten, we="ten")
+    assert (said, outcome) == ("4.2 [3.4, 5.1] times", "ten: refuted") and "tiny128" in place
+
+
+def test_one_set_of_settings_is_recommended_everywhere(kept_rows):
+    """By the search, the adviser, fleets and README; each with a claim that supports it."""
+    r, made = recommended, {s.setting: s.start for s in answers.settings(kept_rows[1])}
     floors = [e["rank"] for e in rules.texts("published")["least_rank"] if e["task"] == "sft"]
-    assert advice["rank, supervised"].startswith(f"{max(floors)};")
-    assert advice["alpha"].startswith(f"{rules.ALPHA}, ")
-    assert advice["batch size"].startswith(f"{rules.SAFE} rows or fewer")
+    assert max(floors) == r.RANK == r.RANKS[0] and made["Rank"].startswith(f"{r.RANK};")
+    assert made["Alpha"].startswith(f"{r.ALPHA}, ") and r.METHOD == "lora"
+    assert made["Batch"].startswith(f"{r.BATCH['sft']} rows or fewer") and rules.SAFE == 32
+    assert made["Layers"].lower().startswith("attention and mlp,") and r.LAYERS == "attention+mlp"
+    request = compose(["+sweep=tune", "model=llama-3.2-1b", "dataset=tulu3"])
+    arms = [p.spec.method for p in request.points if p.arm == "lora"]
+    assert [(m.rank, m.layers, m.alpha) for m in arms] == [(k, r.LAYERS, r.ALPHA) for k in r.RANKS]
+    run = request.points[0].spec
+    assert (run.schedule, run.warmup_steps) == (r.SCHEDULE, 0) and run.batch_size <= r.BATCH["sft"]
+    plan = plain_of(advice(examples=1000))
+    assert (plan["layers"], plan["alpha"], plan["rank"]) == (r.LAYERS, r.ALPHA, r.RANK)
+    for name, claims in r.SUPPORT.items():
+        assert hasattr(r, name) and claims
+        for place in claims:
+            answer, _, claim = place.partition(": ")
+            judged = pick(answers.by_answer(kept_rows[1])[answer], claim=claim)
+            assert "SUPPORTED" in {row.verdict.outcome for row in judged}, place
+    assert {*r.SUPPORT, "UPDATES"} == {k for k in vars(r) if k.isupper()} - {"SUPPORT"}
 
 
 def test_pages_of_planted_answers_are_the_golden_ones(tmp_path):
