@@ -273,6 +273,30 @@ def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(
 
 
 @pytest.mark.slow
+def test_a_search_of_the_ranks_before_resumes_and_a_new_one_has_those_recommended(
+    tune, compose, capsys
+):
+    """Version 0.3 compared ranks 8 and 32; asking again, killed or finished, trains none of them twice."""
+    world, before, typed = Valley(10, noise=2e-4), "lora.rank=8,32", [*TUNE]
+
+    def begun(*more):
+        asked = [*typed, *more]
+        return answer.as_begun(compose(*asked), asked, lambda given: compose(*given))
+
+    def ranks(request):
+        return {p.spec.method.rank for p in request.points if p.arm == "lora"}
+
+    assert ranks(begun()) == {16}  # the toy is too narrow for the second rank
+    tune(world, before, "budget=9runs")
+    capsys.readouterr()
+    assert ranks(begun()) == {8} and "resuming the search of ranks 8" in capsys.readouterr().err
+    assert begun().title == compose(*typed, before).title
+    assert ranks(begun("lora.rank=16")) == {16}  # what is typed holds
+    tune(world, "lora.rank=16", "budget=3runs")  # both have begun: what is recommended
+    assert ranks(begun()) == {16} and "resuming" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_budget_ends_the_search_and_a_larger_one_goes_on(tune):
     world = Valley(10, noise=2e-4)
     nothing, said, _, trainer = tune(world, "budget=3runs")

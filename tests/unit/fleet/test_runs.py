@@ -23,11 +23,13 @@ from lorasweep.errors import DataError, SpecError
 from lorasweep.fleet import adapters
 from lorasweep.fleet.choice import MOST_TRIED, Outcome, outcome_of, with_further
 from lorasweep.fleet.rows import Rows, Rules, named_rows, rows_of
-from lorasweep.fleet.runs import RULES, Member, build_runs, folder_of, planned, read_rules
+from lorasweep.fleet.runs import RULES, Member, build_runs, folder_of, planned, read_rules, rules_of
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.find import license_of
 from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.recommended import LAYERS
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, around
@@ -180,6 +182,18 @@ def test_the_rules_are_kept_in_the_folder_and_earlier_ones_said_less(tmp_path):
         (tmp_path / RULES).write_text(json.dumps(earlier | odd))
         with pytest.raises(SpecError, match="is not known"):
             read_rules(tmp_path)
+
+
+def test_new_fleets_adapt_the_recommended_layers_and_earlier_ones_go_on_as_they_were(tmp_path):
+    """Also in the count of parameters from which the adviser takes the rank."""
+    asked = ["action=fleet", "customers=c.csv", f"out={tmp_path}"]
+    for more, layers in (([], LAYERS), (["method.layers=all"], "attention+mlp+unembedding")):
+        found = rules_of(compose_request([*asked, *more]))
+        assert parse_layers(found.layers) == parse_layers(found.counted_layers)
+        assert parse_layers(found.layers) == parse_layers(layers)
+    (tmp_path / RULES).write_text(json.dumps({"layers": "all", "answers": "all"}))
+    found = rules_of(compose_request(asked))
+    assert (found.layers, found.counted_layers) == ("all", "all")
 
 
 # ---------------------------------------------------------------- which rate is chosen
