@@ -279,7 +279,7 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
     world.set_table(*({"name": name, **row} for name in ("few", "a b")))
     with pytest.raises(SpecError, match=r"method.layers=.*serve=vllm.*Add method.layers=att"):
         world.run("serve=vllm", "method.layers=all")
-    assert world.run() == 0 and "served" not in world.facts("few")
+    assert world.run("method.layers=all") == 0 and "served" not in world.facts("few")
     plain = world.facts("few")["run"]
     capsys.readouterr()
     assert world.run("serve=vllm") == 0

@@ -111,7 +111,7 @@ def test_planted_runs_of_both_scales_give_back_the_law(tmp_path):
     results, found, _ = answer(ByLaw(lost=0.05), kept=tmp_path)
     assert len(results["cells"]) == COUNTED + FROZEN
     assert {k: v["outcome"] for k, v in found.items()} == dict.fromkeys(found, "SUPPORTED")
-    assert "Yes: on SmolLM2, tiny128, " in results["page"]  # the bases of both scales
+    assert "Yes: on 11 bases (all new" in results["page"]  # of both scales
     value = {k: v["estimate"]["value"] for k, v in found.items()}
     assert value["predicts"] < 0.05 and value["form"] == pytest.approx(1, abs=0.2)
     assert value["frozen"] == pytest.approx(-math.log(1.2), abs=0.04)
