@@ -19,14 +19,15 @@ LOWEST := .venv-lowest
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# uv installs several times as fast as pip; where it is not to be had, pip does. pip's own settings (an index, a
-# certificate) are not uv's: if uv fails for want of them, pip is tried, too.
+# uv installs several times as fast as pip. It does not read pip's settings: pip installs where they name an index or
+# constraints, and where uv fails.
 define install
 	@echo "Installing into $(1): 6.5 GB with CUDA's libraries, or 1 GB if UV_TORCH_BACKEND=cpu is set (torch's CPU build)."
 	$(PYTHON) -m venv $(1)
-	@if $(1)/bin/pip install --quiet --upgrade pip uv && $(1)/bin/uv pip install --python $(1)/bin/python $(2); \
+	@if ! $(1)/bin/pip config list | grep -qE 'index-url|constraint' && \
+	  $(1)/bin/pip install --quiet --upgrade pip uv && $(1)/bin/uv pip install --python $(1)/bin/python $(2); \
 	then echo "Installed with uv."; \
-	else echo "uv cannot install here. Installing with pip, which takes some minutes."; $(1)/bin/pip install $(2); fi
+	else echo "Installing with pip, which takes some minutes."; $(1)/bin/pip install $(2); fi
 	touch $(1)/.installed
 endef
 
@@ -96,7 +97,7 @@ lint: $(VENV)/.installed ## check style, format and types
 	$(BIN)/mypy
 
 lock: ## write constraints/tested.txt: the versions in .venv, with which make run and make test install
-	$(BIN)/pip list --format=freeze --exclude lorasweep --exclude pip --exclude setuptools \
+	$(BIN)/pip list --format=freeze --exclude lorasweep --exclude pip --exclude setuptools --exclude uv \
 	  | grep -vE '^(nvidia|cuda|triton)' | sed 's/+.*//' > $(TESTED)
 
 wheelhouse: ## gather what a machine without a network lacks: HAS=pip-list.txt PYTHON_VERSION=3.12 (both optional)

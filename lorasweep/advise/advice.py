@@ -18,6 +18,7 @@ from lorasweep.plan.planner import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Placeme
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.recommended import LAYERS
 from lorasweep.spec.run import RunSpec
 
 PAPER_RANK, HUGE_BATCH = 64, 512
@@ -210,10 +211,10 @@ def _conditions(a: Advice) -> list[dict[str, str]]:
 def _judge_habits(a: Advice) -> None:
     """Warn of habits in a customer's plan that the study calls wrong, with their expected cost."""
     c, model, published, rate = a.customer, a.model, a.known.published, a.lora_rate
-    if "mlp" not in parse_layers(c.layers or a.known.layers):
+    if "mlp" not in parse_layers(c.layers or LAYERS):
         gaps = [e["nats"] for e in published["attention_gaps"]] or [float("nan")]
         cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models, published"
-        share = a.trained(a.rank, c.layers or "") / a.trained(a.rank)
+        share = a.trained(a.rank, c.layers or "") / a.trained(a.rank, LAYERS)
         a.warn("attention_only", layers=c.layers, cost=cost, share=share)
     if c.rank is not None and c.rank != a.rank:
         loads = a.load_at(c.rank)

@@ -74,7 +74,8 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
 def as_begun(request: Request, typed: Sequence[str], compose: Callable[..., Request]) -> Request:
     """Return a search with version 0.3's ranks if only such a search has begun; else `request`."""
     store = RunStore(request.exec.runs_dir)
-    named = any("rank" in t or "arms" in t for t in typed)
+    keys = {t.partition("=")[0].lstrip("+~") for t in typed}
+    named = keys & {"lora.rank", "sweep.arms", "sweep.arms.lora", "sweep.arms.lora.rank"}
     if request.sweep_name != "tune" or named or not store.root.is_dir():
         return request
 

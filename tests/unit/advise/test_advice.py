@@ -145,6 +145,8 @@ def test_each_wrong_habit_is_flagged_with_its_cost(columns, says):
     assert all(text in warned for text in says), warned
     good = advice(**PLAN, layers="all", rank=16, lr=3e-4, batch_size=32)
     assert "habit" not in " ".join(good.warnings)
+    fleet = dataclasses.replace(known(), layers="attention")  # method.layers of a whole fleet
+    assert "adapters on" not in " ".join(advice(fleet, **PLAN).warnings)
 
 
 def test_every_number_has_its_source_and_conditions_are_met_missed_or_unknown():

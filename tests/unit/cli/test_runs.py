@@ -291,6 +291,9 @@ def test_a_search_of_the_ranks_before_resumes_and_a_new_one_has_those_recommende
     capsys.readouterr()
     assert ranks(begun()) == {8} and "resuming the search of ranks 8" in capsys.readouterr().err
     assert begun().title == compose(*typed, before).title
+    dora = "+sweep.arms.dora={method: dora, rank: 8, layers: attention+mlp}"
+    for more in ("arms=lora", dora, "out=ranking"):  # these words set no rank of LoRA
+        assert ranks(begun(more)) == {8}
     assert ranks(begun("lora.rank=16")) == {16}  # what is typed holds
     tune(world, "lora.rank=16", "budget=3runs")  # both have begun: what is recommended
     assert ranks(begun()) == {16} and "resuming" not in capsys.readouterr().err
