@@ -104,7 +104,7 @@ def needed(
     return None
 
 
-N_DRAWS = 4000
+N_DRAWS = 32_000
 PROBABILITIES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
 """Probabilities whose quantiles are taken as equally likely draws."""
 LEVEL = 0.95

@@ -22,7 +22,7 @@ U = TypeVar("U")
 V = TypeVar("V")
 K = TypeVar("K")
 
-N_LR_DRAWS = 120
+N_LR_DRAWS = 480
 """Number of posterior draws of the optimum at which metrics are read. With fewer, the draws of two
 curves would be correlated by chance."""
 UNREAD = 0.05
@@ -67,14 +67,6 @@ class AtBest(Generic[T]):
         )
         return AtBest(best, tuple(rest))
 
-    def reordered(self) -> "AtBest[T]":
-        """Return the draws in another order, to be paired with those of another list of curves.
-
-        The k-th curves of two lists have their draws in the same order, as if one error moved both.
-        """
-        order = np.random.default_rng(20261201).permutation(len(self.draws))
-        return AtBest(self.best, tuple(self.draws[k] for k in order))
-
     def minus(self: "AtBest[float]", other: "AtBest[float]") -> "AtBest[float]":
         """Subtract the values of another curve, seed by seed."""
         return self.paired(other, lambda a, b: a - b)
@@ -112,16 +104,15 @@ def is_finite(values: AtBest[float]) -> bool:
     return bool(values.best) and all(map(math.isfinite, values.best.values()))
 
 
-def best_and_draws(o: Optimum, which: int) -> list[float]:
+def best_and_draws(o: Optimum) -> list[float]:
     """Return the optimal learning rate, then N_LR_DRAWS equally likely posterior draws of it.
 
-    Without a posterior the list has one value; without an optimum it is empty. The draws are in
-    random order, seeded by `which`, the index of the curve.
+    Without a posterior the list has one value; without an optimum it is empty.
     """
     if o.best_lr.value is None or o.best_lr.draws is None:
         return [] if o.best_lr.value is None else [o.best_lr.value]
     lrs = np.quantile(o.best_lr.draws, (np.arange(N_LR_DRAWS) + 0.5) / N_LR_DRAWS)
-    return [o.best_lr.value, *np.random.default_rng([20251126, which]).permutation(lrs).tolist()]
+    return [o.best_lr.value, *o.curve.stream("losses").permutation(lrs).tolist()]
 
 
 def values_at_best(
@@ -138,14 +129,14 @@ def values_at_best(
     up to 1. A part's distance from its share is interpolated, so the parts add up to the loss.
     """
     finished, found = table[(table["status"] == "done") & (table["lr"] > 0)], []
-    for k, o in enumerate(optima):
+    for o in optima:
         usable = _losses(o)
         runs: ByLr = {}
         for _, row in runs_of(finished, o.curve).iterrows() if o.best_lr.value is not None else ():
             seed, x = int(row["seed"]), round(math.log(row["lr"]), 6)
             if x in usable.get(seed, ()) and (values := read(row)):
                 runs.setdefault(seed, {})[x] = values
-        found.append((_parts if parts else _interpolated)(o, k, runs))
+        found.append((_parts if parts else _interpolated)(o, runs))
     return found
 
 
@@ -156,13 +147,13 @@ def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
     rates a factor 2 apart would miss the minimum of the curve by up to 2e-3 nats, in all seeds.
     """
     found = []
-    for k, o in enumerate(optima):
+    for o in optima:
         runs = {s: {x: {"": y} for x, y in v.items()} for s, v in _losses(o).items()}
-        found.append(_parts(o, k, runs).map(lambda v: v[""]))
+        found.append(_parts(o, runs).map(lambda v: v[""]))
     return found
 
 
-def _parts(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
+def _parts(o: Optimum, runs: ByLr) -> AtBest[Values]:
     """Interpolate each part's distance from its share of the fitted LR curve's height."""
     shape = o.shape
     if shape is None or o.best_lr.value is None or not runs:
@@ -183,8 +174,8 @@ def _parts(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
         seed: {x: moved(v, -float(shape.height(np.array([x]))[0])) for x, v in by_lr.items()}
         for seed, by_lr in runs.items()
     }
-    read = _interpolated(o, which, off)
-    heights = shape.height(np.log(best_and_draws(o, which))).tolist()
+    read = _interpolated(o, off)
+    heights = shape.height(np.log(best_and_draws(o))).tolist()
     best, *draws = (
         {s: moved(v, height) for s, v in by_seed.items()}
         for by_seed, height in zip([read.best, *read.draws], heights)
@@ -201,7 +192,7 @@ def _losses(o: Optimum) -> dict[int, dict[float, float]]:
     return out
 
 
-def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
+def _interpolated(o: Optimum, runs: ByLr) -> AtBest[Values]:
     if o.best_lr.value is None or not runs:
         return AtBest({})
     heights = pd.DataFrame(_losses(o)).mean(axis=1).to_dict()
@@ -218,7 +209,7 @@ def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
         near = {s: w for s, w in own.items() if len(w) > 1 or abs(next(iter(w)) - x) <= NEAR}
         return {s: mixed(runs[s], w) for s, w in near.items()}
 
-    best, *draws = (at(math.log(lr)) for lr in best_and_draws(o, which))
+    best, *draws = (at(math.log(lr)) for lr in best_and_draws(o))
     return AtBest(best, tuple(draws))
 
 

@@ -225,7 +225,7 @@ def loads_of(table: pd.DataFrame, o: Optimum, bits: Mapping[str, float]) -> dict
 
 def growth(first: Gap, last: Gap) -> Estimate:
     """Return how much the gap of a rank grows between two numbers of updates, in nats."""
-    return over_seeds(last.nats.minus(first.nats.reordered()))
+    return over_seeds(last.nats.minus(first.nats))
 
 
 def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
@@ -309,5 +309,5 @@ def change_of_needed(
     first: AtBest[float], last: AtBest[float], doublings: float
 ) -> AtBest[float] | None:
     """Return the change of log2(needed rank) per doubling of updates; None if a seed has none."""
-    change = last.paired(first.reordered(), lambda b, a: (b - a) / doublings)
+    change = last.paired(first, lambda b, a: (b - a) / doublings)
     return change if is_finite(change) else None

@@ -375,9 +375,7 @@ def prefixes_of(table: pd.DataFrame, examples: bool = False) -> list[Prefix]:
     for _, steps in sorted((n, of_batch) for n, of_batch in seen.items() if len(of_batch) > 1):
         parts = [_cut(table[table["batch_size"] == b], step) for b, step in steps.items()]
         part = pd.concat(parts, ignore_index=True)
-        # The order of a curve's draws depends on its index in the list. Small batches come first:
-        # they have the most updates, so a curve keeps its index at all numbers of updates.
-        optima = sorted(fit_all(lr_curves(part)), key=lambda o: o.curve.key["batch_size"])
+        optima = fit_all(lr_curves(part))
         points = dict(zip(map(id, optima), curves_at_best(part, optima)))
         full = {o.curve.group: o for o in optima if o.curve.is_full}
         for o in optima:

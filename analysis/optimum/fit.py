@@ -22,7 +22,6 @@ calibration that tests the constants uses different seeds.
 """
 
 import functools
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -672,12 +671,8 @@ def _optimum(
         answer = Estimate(math.exp(median))
     else:
         # Quantiles, evenly spaced in probability, in a random order: sums of such draws have
-        # smoother distributions than sums of random draws. The order is derived from the curve's
-        # settings, the same on every machine.
-        name = repr(sorted((k, str(v)) for k, v in curve.key.items()))
-        stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        order = np.random.default_rng([20251125, stream]).permutation(len(PROBABILITIES))
-        draws = np.exp(posterior.quantile(PROBABILITIES)[order])
+        # smoother distributions than sums of random draws.
+        draws = np.exp(curve.stream("optimum").permutation(posterior.quantile(PROBABILITIES)))
         answer = Estimate(math.exp(median), math.exp(low), math.exp(high), draws=draws)
     flags = (*few, *(() if known else ("no_variance",)), *answer.flags)
     side = 0 if below == above else -1 if below else 1

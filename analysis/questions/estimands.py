@@ -295,7 +295,7 @@ def _cost_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
 
 def _cost(t: Task, p: Pair, said: Said) -> at_best.Cost:
     """Return the first arm's regret at `times` the second's best LR, in percent of the gain."""
-    lrs = [_times(t, p, said, lr) * lr for lr in at_best.best_and_draws(p.over, 1)]
+    lrs = [_times(t, p, said, lr) * lr for lr in at_best.best_and_draws(p.over)]
     gain, peers = t.gap(p).gain, {id(o): o for o in t.peers(p.one)}
 
     def percent(k: int, losses: at_best.AtBest[float]) -> at_best.AtBest[float]:
@@ -592,8 +592,6 @@ def conditions(
                 base.refuse(fit[0].curve, fit[1].curve)
             for o in fit:
                 named[g][name], left = o, [other for other in left if other is not o]
-    first = [o for g, mine in groups.items() for o in (base.full_of(mine), *named[g].values()) if o]
-    order = base.distinct([*(first if variants else ()), *optima])  # seeds the draws of losses
 
     @functools.cache
     def points() -> dict[int, at_best.AtBest[Points]]:
@@ -601,7 +599,7 @@ def conditions(
 
     @functools.cache
     def losses() -> dict[int, at_best.AtBest[float]]:
-        return dict(zip(map(id, order), at_best.losses_at_best(order)))
+        return dict(zip(map(id, optima), at_best.losses_at_best(optima)))
 
     tasks = []
     for g, mine in groups.items():

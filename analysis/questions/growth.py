@@ -60,7 +60,7 @@ class Schedules(base.Condition):
 
     def apart(self, steps: int) -> AtBest[float]:
         """Return the gap under a decaying rate minus that at a constant one, by seed."""
-        return self.percent(steps, DECAYING).minus(self.percent(steps, CONSTANT).reordered())
+        return self.percent(steps, DECAYING).minus(self.percent(steps, CONSTANT))
 
     def growth(self, of: Any, between: tuple[int, int] | None = None) -> Estimate:
         """Return the change of a gap, `of` updates, in points; from the fewest to the most."""

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import Gate, GateCode
-from analysis.inference.estimate import Estimate, exactly, exp_of, from_draws
+from analysis.inference.estimate import N_DRAWS, Estimate, exactly, exp_of, from_draws
 from analysis.measures.at_best import AtBest, over_seeds, pooled_over, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.speed import curves_at_best, log_rho, rho
@@ -134,7 +134,7 @@ class Arms(base.TwoArms):
             both, seconds = (self.seconds(rank), of_full), base.UNKNOWN
             if min(map(len, both)) >= MIN_RUNS:  # bootstrapped over runs
                 rng, n = np.random.default_rng(20251125), sum(map(len, both))
-                draws = (rng.choice(v, (4000, len(v))) for v in both)
+                draws = (rng.choice(v, (N_DRAWS, len(v))) for v in both)
                 x, y = (np.log(np.quantile(v, FASTEST, axis=1)) for v in draws)
                 seconds = exp_of(from_draws(x - y, n))
             steps = rho(goal, reached[rank].points, pooled)  # LoRA's steps over full fine-tuning's

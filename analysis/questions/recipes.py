@@ -73,8 +73,8 @@ class Recipes(base.Condition):
     def recipes(self) -> dict[str, at_best.Cost]:
         """The cost of each recipe, as a share of tuned LoRA's gain."""
         one, rank = self.one, float(self.tuned.curve.key["rank"])
-        of_full = at_best.best_and_draws(self.full, 1)
-        of_tuned = at_best.best_and_draws(self.tuned, 0)
+        of_full = at_best.best_and_draws(self.full)
+        of_tuned = at_best.best_and_draws(self.tuned)
         every = {"layers": EVERY_LAYER, "schedule": "constant"}
         attention = one(method="lora", layers="attention", schedule="constant")
         arms: dict[str, tuple[Optimum | None, list[float]]] = {

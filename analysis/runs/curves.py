@@ -4,6 +4,7 @@ At a constant learning rate a run of S updates equals the first S updates of any
 task's floor is the NLL of the generator that wrote the data: no model can beat it.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -59,6 +60,18 @@ class LrCurve:
     shown: Shown = NLL
     mixed: bool = False
     """Whether a foreign trainer's runs were trained with several versions of its libraries."""
+    prints: tuple[str, ...] = ()
+    """Fingerprints of the base weights and of the data, where known."""
+
+    def stream(self, purpose: str) -> np.random.Generator:
+        """Return random numbers seeded by the purpose and by what the curve's runs were.
+
+        So they depend on no list. Curves of other settings, lengths, seeds, base or data are
+        independent, and of one curve every reader gets the same draws.
+        """
+        settings = sorted((k, str(v)) for k, v in self.key.items())
+        name = repr((purpose, settings, sorted(set(self.seed.tolist())), self.prints))
+        return np.random.default_rng(int(hashlib.sha256(name.encode()).hexdigest(), 16))
 
     @property
     def name(self) -> str:
@@ -182,6 +195,11 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
                 floor=lowest,
                 cut_from=int(updates) if updates and updates > part["steps"].max() else None,
                 shown=shown(part),
+                prints=tuple(
+                    str(v)
+                    for c in ("base_sha256", "data_sha256")
+                    for v in sorted(part.get(c, part["seed"].iloc[:0]).dropna().unique())
+                ),
             )
         )
 

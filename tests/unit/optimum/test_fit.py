@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 from scipy import integrate
 
+from analysis.measures.at_best import N_LR_DRAWS, best_and_draws, losses_at_best
 from analysis.optimum.fit import ELL, MIN_DF, STEP, fit_all, gather, linex, misfit, weights_of
 from analysis.runs.curves import lr_curves
 from benchmarks.calibration import coverage
 from benchmarks.generators import FAMILIES, Design, plant
-from tests.planted import GRID, lr_curve, table
+from tests.planted import GRID, lr_curve, planted, table
 
 
 def fitted(loss, **grid):
@@ -26,6 +27,24 @@ def test_a_noise_free_curve_of_the_family_is_found(steepness):
     assert o.best_nll == pytest.approx(2.0, abs=2e-3)
     # without degrees of freedom there is no interval
     assert o.pooled.df < MIN_DF and not o.best_lr.has_interval() and "no_variance" in o.flags
+
+
+def test_draws_depend_on_the_curve_and_not_on_the_list_that_it_is_in():
+    runs = planted().assign(steps=64, base_sha256="a", data_sha256="b")
+    optima = fit_all(lr_curves(runs.sample(frac=1, random_state=1)))
+    once, again = losses_at_best(optima), losses_at_best(optima[::-1])[::-1]
+    assert once == again == losses_at_best(fit_all(lr_curves(runs)))
+    assert losses_at_best(optima[1:2]) == once[1:2] and len(once[1].draws) == N_LR_DRAWS
+    # Arms, and the same arm over other seeds, updates, weights or rows, have errors of their own.
+    others = [runs.assign(seed=runs.seed + 9), runs.assign(steps=65)]
+    others += [runs.assign(**{c: "c"}) for c in ("base_sha256", "data_sha256")]
+    drawn = [o for table in (runs, *others) for o in fit_all(lr_curves(table))]
+    for draws in (
+        [np.log(o.best_lr.draws) for o in drawn],
+        [np.log(best_and_draws(o)[1:]) for o in drawn],
+    ):
+        shared = np.corrcoef(draws) - np.eye(len(drawn))
+        assert len(drawn) == 15 and np.abs(shared).max() < 4 / math.sqrt(len(draws[0]))
 
 
 def test_what_is_flat_or_broken_or_repeated_nowhere():
