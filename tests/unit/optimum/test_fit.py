@@ -30,7 +30,8 @@ def test_a_noise_free_curve_of_the_family_is_found(steepness):
 
 
 def test_draws_depend_on_the_curve_and_not_on_the_list_that_it_is_in():
-    runs = planted().assign(steps=64, base_sha256="a", data_sha256="b")
+    runs = planted().assign(dataset="d", steps=64, base_sha256="a", data_sha256="b")
+    runs["method"] = np.where(runs["rank"].isna(), "fullft", "lora")
     optima = fit_all(lr_curves(runs.sample(frac=1, random_state=1)))
     once, again = losses_at_best(optima), losses_at_best(optima[::-1])[::-1]
     assert once == again == losses_at_best(fit_all(lr_curves(runs)))
