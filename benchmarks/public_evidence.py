@@ -20,7 +20,6 @@ from scipy import stats
 from analysis.inference.estimate import Estimate, meta_regression, number, rate
 from analysis.measures.ratio import MIN_RANK
 from analysis.optimum.fit import rate_means
-from analysis.questions import base
 from analysis.runs.curves import LrCurve, lr_curves
 from analysis.runs.table import Reading, load, read_any
 from analysis.tables import commands
@@ -225,7 +224,10 @@ def _law(sweep: Reading) -> dict[str, Any]:
     costs = [c for c in costs if c["percent"] is not None]
     values = [c["percent"] for c in costs]
     names = ("family", "lr_at_2000", "p", "models", "regret_percent", "flags")
-    laws = [base.plain(v) for v in by_loss(curves, hidden)]
+    laws = [
+        {k: v.plain() if isinstance(v, Estimate) else v for k, v in law.items()}
+        for law in by_loss(curves, hidden)
+    ]
     return {
         "regrets": values,
         "law": {

@@ -26,6 +26,7 @@ from analysis.inference.estimate import (
     needed,
     number,
 )
+from analysis.inference.where import Where
 
 MIN_SEEDS = 3
 """Seeds that a verdict needs at the LRs around the optimum: fewer do not show the noise there."""
@@ -174,6 +175,8 @@ class Verdict:
     gates: tuple[Gate, ...] = ()
     exploratory: str = ""
     """Why the verdict does not confirm the claim; empty: it may."""
+    where: Where = field(default_factory=Where)
+    """The place of the measurement."""
     missing: int | None = None
     """Units still needed for a decision; None: unknown, or too many. `plain` leaves it out."""
 
@@ -212,6 +215,7 @@ class Verdict:
             "estimate": self.estimate.plain(),
             "margin": list(self.margin),
             "gates": [g.plain() for g in self.gates],
+            "where": self.where.plain(),
         }
 
 

@@ -303,11 +303,3 @@ def crossing(x: Sequence[float] | np.ndarray, y: Sequence[float]) -> float:
         return -math.inf
     # A monotone cubic (Fritsch and Butland 1984) adds no crossings of 0 to those of the points.
     return float(PchipInterpolator(x, y).roots(extrapolate=False).max())
-
-
-def change_of_needed(
-    first: AtBest[float], last: AtBest[float], doublings: float
-) -> AtBest[float] | None:
-    """Return the change of log2(needed rank) per doubling of updates; None if a seed has none."""
-    change = last.paired(first, lambda b, a: (b - a) / doublings)
-    return change if is_finite(change) else None

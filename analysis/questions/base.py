@@ -7,7 +7,7 @@ the claim's estimand applies. If an arm or all conditions are missing, the claim
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,9 @@ import pandas as pd
 
 from analysis.inference.decide import LOOK_LEVELS, MIN_SEEDS, Gate, GateCode, Verdict, holm, judge
 from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, with_interval
+from analysis.inference.rows import Row
+from analysis.inference.where import Setting, Where
+from analysis.measures import places
 from analysis.measures.at_best import AtBest
 from analysis.measures.next_runs import lines, suggest
 from analysis.measures.ratio import MIN_RANK
@@ -137,9 +140,10 @@ class Analysis:
     optima: list[Optimum]
     verdicts: list[Verdict]
     sections: list[Section] = field(default_factory=list)
-    measures: dict[str, Any] = field(default_factory=dict)
-    """Plain values for results.json. `read`: estimand -> the rank and the number of updates at
-    which it was measured, in words."""
+    rows: list[Row] = field(default_factory=list)
+    """Measurements beside the curves and the verdicts."""
+    search: dict[str, Any] = field(default_factory=dict)
+    """What a search decides by, as plain values: see `tune`."""
     members: dict[str, list[Optimum]] = field(default_factory=dict)
     """Curves on which a verdict rests, by the verdict's group."""
     of_rates: bool = False
@@ -163,17 +167,6 @@ def panel_over(
 def best_lr(o: Optimum) -> str:
     """Format a curve's optimal learning rate with its interval."""
     return with_interval(o.best_lr, rate)
-
-
-def plain(value: Any) -> Any:
-    """Return measures as values for JSON: estimates without draws, keys as text."""
-    if isinstance(value, Estimate):
-        return value.plain()
-    if dataclasses.is_dataclass(value):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- curves
@@ -255,6 +248,11 @@ def refuse(a: LrCurve, b: LrCurve) -> NoReturn:
 def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
     """Return the optima in order, without duplicates."""
     return list({id(o): o for o in optima}.values())
+
+
+def both(*gaps: Gap) -> list[Optimum]:
+    """Return the curves that gaps compare."""
+    return distinct(o for g in gaps for o in (g.lora, g.full))
 
 
 def fewest_seeds(optima: Sequence[Optimum]) -> int:
@@ -346,6 +344,37 @@ class Condition:
     def parts(self) -> Sequence["Condition"]:
         """The conditions that this condition joins; empty if it joins none."""
         return ()
+
+    @property
+    def keys(self) -> list[dict[str, Any]]:
+        """The settings of its curves; without curves, model and data set of its runs."""
+        if self.optima:
+            return [o.curve.key for o in self.optima]
+        each = self.runs[list(TASK)].drop_duplicates()
+        return [dict(zip(TASK, values)) for values in each.itertuples(index=False)]
+
+    @property
+    def data(self) -> str:
+        """The data sets in words."""
+        return " and ".join(dict.fromkeys(places.short_name(k["dataset"]) for k in self.keys))
+
+    @cached_property
+    def place(self) -> Where:
+        """Task, base, data and setting."""
+        base = " and ".join(sorted({k["model"] for k in self.keys}))
+        known, mine = places.settings_of(self.runs), [o.curve.key for o in self.optima]
+        return Where(self.name, base, self.data, places.setting_of(mine or self.keys, known))
+
+    def where(self, used: Sequence[Optimum] | None = None, at: str = "") -> Where:
+        """Return the place of what is measured on some curves (None: on all).
+
+        `at`: rank and updates in words; empty: those that the curves share.
+        """
+        keys = self.keys if used is None else [o.curve.key for o in used]
+        found, is_full = places.shared(keys), {k.get("method") for k in keys} == {"fullft"}
+        arm = f"rank {found['rank']}" if found["rank"] else "full fine-tuning" * is_full
+        said = at or ", ".join(filter(None, (arm, places.length_of(keys))))
+        return replace(self.place, **found, at=said)
 
     @property
     def missing(self) -> str:
@@ -449,8 +478,10 @@ class Estimand:
     """Gates that depend on the upper end of the claim's margin; listed last."""
     each: "Estimand | None" = None
     """A claim is SUPPORTED only if this one is SUPPORTED in each part, by the same margin."""
-    read: Callable[[Any], str] = lambda c: ""
-    """The rank and the number of updates at which it is measured, in words."""
+    used: Callable[[Any], Sequence[Optimum] | None] = lambda c: None
+    """The curves on which it is measured, for its rank, batch and updates; None: all."""
+    at: Callable[[Any], str] = lambda c: ""
+    """Rank and updates in words, where the curves do not tell them."""
 
 
 def over_allowed(name: str, gap: Callable[[Any], Gap | None], **more: Any) -> Estimand:
@@ -459,6 +490,7 @@ def over_allowed(name: str, gap: Callable[[Any], Gap | None], **more: Any) -> Es
         name,
         lambda c: g.over_allowed() if (g := gap(c)) else None,
         lambda c: gates_on_gap(g) if (g := gap(c)) else [],
+        used=lambda c: both(gap(c)),
         **more,
     )
 
@@ -479,9 +511,9 @@ class Question:
     estimands: Sequence[Estimand]
     conditions: Callable[[pd.DataFrame], Sequence[Any]]
     """Split a table into conditions and fit their curves."""
-    report: Callable[..., tuple[dict[str, Any], list[Section]]]
-    """Make the values for results.json, with estimates, and the report's sections, from the
-    question as asked and the conditions that are shown."""
+    report: Callable[..., tuple[list[Row], list[Section]]]
+    """Make further measurements and the report's sections, from the question as asked and the
+    conditions that are shown."""
     ratios: Callable[[Any], list[tuple[str, Estimate]]] = lambda c: []
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
@@ -490,6 +522,8 @@ class Question:
     """Whether a claim may leave out base models (`except_models`)."""
     of_rates: bool = False
     """Whether the claims are about optimal learning rates themselves."""
+    search: Callable[[Asked, Any], dict[str, Any]] | None = None
+    """Return what a search decides by, from the question as asked and its one condition."""
 
     @property
     def names(self) -> list[str]:
@@ -526,7 +560,8 @@ class Question:
             if not any(map(e.applies, conditions)):
                 by_data = Gate.BY_DATA * any(map(e.by_data, conditions))
                 at, gates = (NO_CELL, UNKNOWN), [Gate(e.unanswered, by_data)]
-                verdicts.append(judge(name, claim, *at, gates, 0, e.log, level))
+                v = judge(name, claim, *at, gates, 0, e.log, level)
+                verdicts.append(dataclasses.replace(v, where=_nowhere(conditions)))
         return holm(verdicts, 1 - level)
 
     def analyse(self, table: pd.DataFrame, asked: Asked, kept: Path | None = None) -> Analysis:
@@ -549,27 +584,23 @@ class Question:
                 )
         each = self.parts(table)
         conditions = [c for found in each.values() for c in found]
-        measures, sections = {}, []
+        rows, sections, search = list[Row](), [], dict[str, Any]()
         for k, (name, found) in enumerate(each.items(), 1):
             if shown := [c for c in found if c.shown]:
+                search |= self.search(asked, *shown) if self.search else {}
                 measured, parts = self.report(asked, *shown)
-                measures[name] = plain(measured)
+                rows += measured
                 of_task = f": {name}" if len(each) > 1 else ""
                 for s in parts:
                     figure = s.figure and k > 1 and f"{Path(s.figure).stem}_{k}.png"
                     title = s.title + of_task
                     sections.append(dataclasses.replace(s, title=title, figure=figure or s.figure))
-        values = {"tasks": measures} if len(each) > 1 else next(iter(measures.values()), {})
-        read = {}
-        for e in (estimands[claim["estimand"]] for claim in claims.values()):
-            where = {e.read(c) for c in conditions if e.applies(c) and not c.missing} - {""}
-            if len(where) == 1:
-                (read[e.name],) = where
         answer = Analysis(
             optima=distinct(o for c in conditions for o in c.optima),
             verdicts=self.judge(conditions, asked),
             sections=sections,
-            measures=values | ({"read": read} if read else {}),
+            rows=rows,
+            search=search,
             members={c.name: c.rests for c in conditions if not c.missing},
             of_rates=self.of_rates,
             ratios=[(c.name, *ratio) for c in conditions if c.shown for ratio in self.ratios(c)],
@@ -584,6 +615,13 @@ class Question:
         return answer
 
 
+def _nowhere(conditions: Sequence[Any]) -> Where:
+    """Return the place of a claim that no condition can answer."""
+    bases = sorted({k["model"] for c in conditions for k in c.keys})
+    setting = max((c.place.setting for c in conditions), default=Setting.BEYOND)
+    return Where(NO_CELL, " and ".join(bases), NO_CELL, setting)
+
+
 def _judged(
     c: Any, e: Estimand, name: str, claim: dict[str, Any], level: float, together: int
 ) -> Verdict:
@@ -592,13 +630,15 @@ def _judged(
     If the parts differ, their outcomes are in the reason, and SUPPORTED becomes UNDECIDED.
     """
     estimate, gates, seeds = None, missing(c.missing), 0
+    where = replace(c.where(at=places.length_of(c.keys)), rank=None)
     if not c.missing:
         if (estimate := e.measure(c)) is None:
             gates = missing(e.absent if isinstance(e.absent, str) else e.absent(c))
         else:
             gates = [*e.gates(c), *e.margin_gates(c, float(claim["margin"][1]))]
-            seeds = e.seeds(c)
+            seeds, where = e.seeds(c), c.where(e.used(c), e.at(c))
     v = judge(name, claim, c.name, estimate or UNKNOWN, gates, seeds, e.log, level, together)
+    v = dataclasses.replace(v, where=where)
     each = (_judged(p, e.each, name, claim, level, together) for p in c.parts if e.each)
     outcomes = sorted(part.outcome for part in each)
     split = {"SUPPORTED", "REFUTED"} <= set(outcomes)

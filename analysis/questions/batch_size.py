@@ -8,10 +8,10 @@ for the batch size and the number of updates.
 import math
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Any
 
 from analysis.inference.decide import Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, with_interval
+from analysis.inference.rows import Row, measured
 from analysis.measures import speed
 from analysis.measures.at_best import losses_at_best, mean_of, over_seeds
 from analysis.measures.regret import ALLOWED, Gap, gaps_of, growth
@@ -171,8 +171,8 @@ def _over_allowed(batch: int) -> base.Estimand:
         f"over_allowed_at_{batch}",
         lambda c: c.gap_at(batch),
         absent=f"batch {batch}",
-        seeds=lambda c: base.fewest_seeds([c.gap_at(batch).lora, c.gap_at(batch).full]),
-        read=lambda c: f"rank {c.top}, after {c.at_equal_examples[0]:,} examples",
+        seeds=lambda c: base.fewest_seeds(base.both(c.gap_at(batch))),
+        at=lambda c: f"rank {c.top}, after {c.at_equal_examples[0]:,} examples",
     )
 
 
@@ -182,7 +182,8 @@ ESTIMANDS = [
         lambda c: c.effects.get(c.top, base.UNKNOWN),
         lambda c: c.gates_on_effect(c.top),
         seeds=lambda c: c.seeds_of(c.top),
-        read=Batches.read,
+        used=lambda c: [p.lora for p in c.usable[c.top]],
+        at=Batches.read,
     ),
     base.Estimand(
         "batch_effect_difference",
@@ -199,24 +200,23 @@ ESTIMANDS = [
         lambda c: base.gates_on(c.small_best[0]),
         absent=f"batches up to {SMALL} and above, of both methods",
         seeds=lambda c: base.fewest_seeds(c.small_best[0]),
-        read=lambda c: f"rank {c.top} or FullFT, after {c.at_equal_examples[0]:,} examples",
+        at=lambda c: f"rank {c.top} or FullFT, after {c.at_equal_examples[0]:,} examples",
     ),
     base.Estimand(
         "gap_change_at_32",
         lambda c: growth(*c.gap_change) if c.gap_change else None,
         lambda c: [gate for g in c.gap_change for gate in base.gates_on_gap(g)],
         absent=f"batch {SMALL}",
-        seeds=lambda c: base.fewest_seeds([o for g in c.gap_change for o in (g.full, g.lora)]),
-        read=lambda c: (
+        seeds=lambda c: base.fewest_seeds(base.both(*c.gap_change)),
+        used=lambda c: base.both(*c.gap_change),
+        at=lambda c: (
             f"rank {c.top}, update {(n := c.gap_change[1].full.curve.key['steps']) // SHARE} to {n}"
-            if c.gap_change
-            else ""
         ),
     ),
 ]
 
 
-def report(asked: base.Asked, c: Batches) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, c: Batches) -> tuple[list[Row], list[base.Section]]:
     """Return rho at equal updates, regret at equal examples, and their figure."""
     batches, rows = sorted({p.batch for p in c.prefixes}), []
     panels: list[base.Panel] = []
@@ -239,13 +239,14 @@ def report(asked: base.Asked, c: Batches) -> tuple[dict[str, Any], list[base.Sec
         "between those tried, or have fewer seeds than a verdict needs.",
     ]
     equal_updates = base.Section.of("At equal updates", head, rows, text)
-    (examples, each), rows, measured = c.at_equal_examples, [], []
+    (examples, each), rows, out = c.at_equal_examples, [], list[Row]()
     regrets: dict[int, dict[float, Estimate]] = {}
     for b, g in each:
         regrets.setdefault(g.rank, {})[b] = percent = g.percent()
         rows.append([b, examples // b, g.rank, mean_of(g.gain), percent])
-        place = {"batch_size": b, "updates": examples // b, "rank": g.rank}
-        measured.append({**place, "regret_percent": at_level(percent, base.level_of(asked))})
+        place = {"arm": f"lora r{g.rank}", "rank": g.rank, "batch_size": b}
+        e = at_level(percent, base.level_of(asked))
+        out.append(measured(c.place, "regret_percent", e, **place, updates=examples // b))
     text = [
         f"After {examples:,} examples at every batch. Regret: LoRA's loss minus full fine-tuning's,"
         f" in percent of what full fine-tuning gains; up to {ALLOWED:.0%} counts as none.",
@@ -262,12 +263,10 @@ def report(asked: base.Asked, c: Batches) -> tuple[dict[str, Any], list[base.Sec
     panels.append(base.panel_over("batch size (sequences)", title, y, lines, band=band))
     caption = "step efficiency over updates by batch, and regret over the batch"
     figure = base.Section("Batch size", figure="batch.png", panels=panels, caption=caption)
-    measures = {
-        "batch_effect": c.effects,
-        "batch_effect_at_equal_examples": c.effects_at_equal_examples,
-        "regrets": measured,
-    }
-    return measures, [equal_updates, equal_examples, figure]
+    equal = "batch_effect_at_equal_examples"
+    for name, of in (("batch_effect", c.effects), (equal, c.effects_at_equal_examples)):
+        out += [measured(c.place, name, e, arm=f"lora r{r}", rank=r) for r, e in of.items()]
+    return out, [equal_updates, equal_examples, figure]
 
 
 QUESTION = base.Question(ESTIMANDS, base.whole(Batches), report, split_by=base.TASK)

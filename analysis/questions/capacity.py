@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import AT_LEAST, Estimate, exactly, from_sample, rate
+from analysis.inference.rows import Row
 from analysis.questions import base
 from analysis.runs.curves import lr_curves
 from analysis.runs.table import TableError
@@ -107,6 +108,7 @@ class Facts(base.Condition):
     """All runs of one model, as `loads`."""
 
     loads: list[Load]
+    data = "facts of 16 bits"
 
     @property
     def of_lora(self) -> list[Load]:
@@ -164,7 +166,7 @@ def conditions(table: pd.DataFrame) -> list[Facts]:
     base.check_same(lr_curves(table), "dataset", "steps")
     if any(json.loads(text)["dataset"]["location"] != "facts" for text in table["spec"]):
         raise TableError("capacity counts the bits of facts: it needs dataset=facts.")
-    return [Facts(f"{table['model'].iloc[0]}, facts of 16 bits", table, [], loads_of(table))]
+    return [Facts(f"{table['model'].iloc[0]}, {Facts.data}", table, [], loads_of(table))]
 
 
 ESTIMANDS = [
@@ -192,7 +194,7 @@ ESTIMANDS = [
 ]
 
 
-def report(asked: base.Asked, c: Facts) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, c: Facts) -> tuple[list[Row], list[base.Section]]:
     """Return the bits stored at every load, and their figure."""
     rows: list[list[Any]] = []
     for v in c.loads:
@@ -224,10 +226,8 @@ def report(asked: base.Asked, c: Facts) -> tuple[dict[str, Any], list[base.Secti
         "exposures take few updates.",
     ]
     caption = "bits stored per parameter, over load"
-    fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
-    cells = [{k: getattr(v, k) for k in fields} for v in c.loads]
     loads = base.Section.of("Loads", head, rows, text, "capacity.png", panels, caption)
-    return {"cells": cells}, [loads]
+    return [], [loads]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",))

@@ -43,7 +43,8 @@ from analysis.inference.estimate import (
     signed,
     within_groups,
 )
-from analysis.measures import at_best, laws, rewards
+from analysis.inference.rows import Row, measured
+from analysis.measures import at_best, laws, places, rewards
 from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of
 from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho, stalled
@@ -421,6 +422,10 @@ class AllTasks(base.Condition):
     tasks: list[Task]
 
     @property
+    def keys(self) -> list[dict[str, Any]]:
+        return [key for t in self.tasks for key in t.keys]
+
+    @property
     def parts(self) -> Sequence[Task]:
         return self.tasks
 
@@ -554,17 +559,21 @@ def on_task(name: str, said: Said) -> base.Estimand:
         applies=lambda c: isinstance(c, Task) and c.applies(name, said),
         seeds=lambda t: base.fewest_seeds(t.used(t.pairs[name], said["measure"] != "points")),
         margin_gates=lambda t, high: q.margin_gates(t, t.pairs[name], said, high),
-        read=lambda t: _read(t, name, said),
+        used=lambda t: t.pairs[name].all if q.of is not bits_per_episode else [t.pairs[name].one],
+        at=lambda t: _at(t, t.pairs[name], said),
     )
 
 
-def _read(t: Task, name: str, said: Said) -> str:
-    """Return the rank and the updates of a comparison with full fine-tuning, in words."""
-    p = t.pairs.get(name)
-    if p is None or p.over is not t.whole or len(p.of) > 1 or "rank" not in said["of"]:
+def _at(t: Task, p: Pair, said: Said) -> str:
+    """Return rank and updates in words: of layer sets of several ranks, and of a speed."""
+    if said["measure"] == "speed" and p.over is t.whole and "rank" in said["of"]:
+        last = read_to([t.points()[id(o)] for o in p.all])
+        return f"rank {base.rank_of(p.one)}, to update {last}"
+    arms = {o.curve.key["layers"]: base.rank_of(o) for o in (*p.of, p.over) if base.rank_of(o)}
+    if len(arms) < 2 or len({*arms.values()}) < 2:
         return ""
-    to = f", to update {read_to([t.points()[id(o)] for o in p.all])}"
-    return f"rank {base.rank_of(p.one)}" + (to if said["measure"] == "speed" else "")
+    named = " and ".join(f"{layers} at rank {rank}" for layers, rank in arms.items())
+    return f"{named}, {p.one.curve.key['steps']:.0f} updates"
 
 
 def conditions(
@@ -660,15 +669,14 @@ def against_full(t: Task) -> list[tuple[Optimum, str, Estimate, dict[str, float 
     ]
 
 
-def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.Section]]:
-    """Return the arms' comparisons, and a table of every task.
+def report(asked: base.Asked, *tasks: Task) -> tuple[list[Row], list[base.Section]]:
+    """Return every arm's ratio of learning rates and what rules cost it, and tables of the tasks.
 
-    `compared`: the curves that each estimand compares; `direct`: where that is a ratio of speeds,
-    the second arm's updates over the first's to one loss; `ratios`: every arm's ratio of learning
-    rates. A curve is an index of the analysis' optima; a ratio over several ranks has none.
+    For a ratio of speeds also the second arm's updates over the first's to one loss; for rewarded
+    arms the trained parameters for each episode.
     """
-    place = {id(o): k for k, o in enumerate(base.distinct(o for t in tasks for o in t.optima))}
-    ratios, independent, out = [], [], []
+    at = places.places_of(base.distinct(o for t in tasks for o in t.optima), tasks[0].runs)
+    found, independent, out = list[Row](), [], []
     of_rates = any(s.get("rates") for s in tasks[0].estimands.values())
     head = (
         "arm | trained parameters | best LR [95%] | over FullFT's [95%] | rho [95%] | best NLL | "
@@ -677,17 +685,28 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
     )
     for k, t in enumerate(tasks, 1):
         arms = against_full(t)
-        rows: list[Any] = [(place[id(o)], o, name, r, lost) for o, name, r, lost in arms]
+        for o, _, ratio, lost in arms if of_rates else ():
+            found.append(measured(at[id(o)], "lr_ratio", ratio))
+            gain = t.whole.curve.nll_start - (t.whole.best_nll or math.nan)
+            for rule, nats in lost.items():
+                percent = None if nats is None or math.isnan(gain) else 100 * nats / gain
+                found.append(measured(at[id(o)], f"nats lost at {rule}", nats))
+                found.append(measured(at[id(o)], f"% of the gain lost at {rule}", percent))
         for name, p in t.pairs.items():
             said = t.estimands[name]
-            if said["measure"] == "best_lr" and "min_rank" in said["of"]:
-                rows.append((None, p.one, name, ratio_of(p.of, p.over), {}))
+            if of_rates and said["measure"] == "best_lr" and "min_rank" in said["of"]:
+                ratio = ratio_of(p.of, p.over)
+                found.append(measured(t.place, "lr_ratio", ratio, alpha=p.one.curve.key["alpha"]))
             if said.get("rates") and ";" not in t.name:  # variants share a FullFT curve
                 independent.append(ratio_of(p.of, p.over))
-        for at, o, name, ratio, lost in rows if of_rates else ():
-            rank = None if at is None else base.rank_of(o)
-            of = {"group": t.name, "name": name, "rank": rank, "alpha": o.curve.key.get("alpha")}
-            ratios.append({**of, "ratio": ratio, "regrets": lost, "at": at})
+            if said["measure"] == "speed" and p.over is not t.whole:
+                direct = rho(t.points()[id(p.one)], t.points()[id(p.over)])
+                where = t.where(p.all, _at(t, p, said))
+                found.append(measured(where, f"{name}, counted directly", direct))
+        for o in t.main:
+            if base.rank_of(o) and is_rewarded(o) and (size := t.size(o)):
+                episodes = o.curve.key["batch_size"] * o.curve.key["steps"]
+                found.append(measured(at[id(o)], "parameters_an_episode", size / episodes))
         if is_rewarded(t.optima[0]):
             out.append(_rewarded(t, "rewards.png" if k == 1 else f"rewards_{k}.png"))
             continue
@@ -708,18 +727,7 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
             f"Between groups it varies by a factor {number(spread)}."
         )
         out.append(base.Section("Ratio over all groups", text=[sentence]))
-    compared = {
-        t.name: {e: [place[id(o)] for o in (*p.of, p.over)] for e, p in t.pairs.items()}
-        for t in tasks
-    }
-    found = pooled and {"ratio": pooled[0], "spread": pooled[1]}
-    direct = [
-        {"group": t.name, "of": e, "speed": rho(t.points()[id(p.one)], t.points()[id(p.over)])}
-        for t in tasks
-        for e, p in t.pairs.items()
-        if t.estimands[e]["measure"] == "speed" and p.over is not t.whole
-    ]
-    return {"ratios": ratios, "compared": compared, "pooled": found, "direct": direct}, out
+    return found, out
 
 
 # ---------------------------------------------------------------- rewards

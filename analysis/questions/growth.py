@@ -7,6 +7,7 @@ updates and that schedule, in percent of full fine-tuning's gain there, paired b
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from analysis.inference.decide import Gate, at_level
 from analysis.inference.estimate import Estimate, from_draws
+from analysis.inference.rows import Row, measured
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import Gap, gaps_of
@@ -51,8 +53,7 @@ class Schedules(base.Condition):
 
     @property
     def rests(self) -> list[base.Optimum]:
-        ends = (self.gaps[s][n] for s in BOTH for n in self.ends)
-        return base.distinct(o for gap in ends for o in (gap.full, gap.lora))
+        return base.both(*(self.gaps[s][n] for s in BOTH for n in self.ends))
 
     def percent(self, steps: int, schedule: str) -> AtBest[float]:
         """Return the gap in percent of the gain, by seed."""
@@ -91,14 +92,14 @@ def _growth(name: str, of: Any, *schedules: str) -> base.Estimand:
     """Declare the growth of `of`, which rests on these schedules; the short runs' seeds count."""
 
     def seeds(c: Schedules) -> int:
-        short = [c.gaps[s][c.ends[0]] for s in schedules]
-        return base.fewest_seeds([o for gap in short for o in (gap.full, gap.lora)])
+        return base.fewest_seeds(base.both(*(c.gaps[s][c.ends[0]] for s in schedules)))
 
     return base.Estimand(
         name,
         lambda c: c.growth(lambda n: of(c, n)),
         lambda c: c.gates(schedules, c.ends),
-        read=lambda c: f"rank {c.top}, from {c.ends[0]} to {c.ends[1]} updates",
+        used=lambda c: c.rests,
+        at=lambda c: f"rank {c.top}, from {c.ends[0]} to {c.ends[1]} updates",
         seeds=seeds,
     )
 
@@ -113,12 +114,13 @@ ESTIMANDS = [
         "gap_decaying",
         lambda c: over_seeds(c.percent(c.ends[1], DECAYING)),
         lambda c: c.gates([DECAYING], c.ends[1:]),
-        read=lambda c: f"rank {c.top}, after {c.ends[1]} updates",
+        used=lambda c: base.both(c.gaps[DECAYING][c.ends[1]]),
+        at=lambda c: f"rank {c.top}, after {c.ends[1]} updates",
     ),
 ]
 
 
-def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, c: Schedules) -> tuple[list[Row], list[base.Section]]:
     """Return the gaps by schedule and length, as a table and a figure."""
     percent = {s: {n: of[n].percent() for n in sorted(of)} for s, of in c.gaps.items() if of}
     # Growth may be the loss of an early lead alone, so it is measured from length to length, too.
@@ -138,16 +140,15 @@ def report(asked: base.Asked, c: Schedules) -> tuple[dict[str, Any], list[base.S
     panel = base.panel_over("updates", in_words(c.name), "regret, % of the gain", percent)
     figure = ("growth.png", [panel], "LoRA's regret over the updates, by schedule")
     section = base.Section.of("Growth of the gap", head, rows, (), *figure)
-    level = base.level_of(asked)
-    regrets = [
-        {"schedule": s, "updates": n, "rank": g.rank}
-        | {"batch_size": g.lora.curve.key.get("batch_size")}
-        | {"regret_percent": at_level(percent[s][n], level), "since": since.get((s, n))}
-        | {"growth_percent": at_level(e, level) if (e := grown.get((s, n))) else None}
-        for s, of in c.gaps.items()
-        for n, g in sorted(of.items())
-    ]
-    return {"regrets": regrets}, [section]
+    level, out = base.level_of(asked), []
+    for s, of in c.gaps.items():
+        for n, g in sorted(of.items()):
+            place = replace(c.where([g.lora]), arm=f"lora r{g.rank}, {s}", at="")
+            out.append(measured(place, "regret_percent", at_level(percent[s][n], level)))
+            if e := grown.get((s, n)):
+                place = replace(place, at=f"since {since[s, n]} updates")
+                out.append(measured(place, "regret_growth_percent", at_level(e, level)))
+    return out, [section]
 
 
 QUESTION = base.Question(ESTIMANDS, base.whole(Schedules), report, split_by=base.TASK)

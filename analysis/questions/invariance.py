@@ -13,12 +13,12 @@ eps must scale with them: one eps can do so only if p = q.
 import itertools
 import math
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exactly, with_interval
+from analysis.inference.rows import Row
 from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
 from analysis.measures.ratio import lr_drift
 from analysis.optimum.fit import Optimum
@@ -165,7 +165,7 @@ ESTIMANDS = [
 ]
 
 
-def report(asked: base.Asked, c: Settings) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, c: Settings) -> tuple[list[Row], list[base.Section]]:
     """Return the drifts of the optimal LR by scaling rule, and the sections on twins and rules."""
     text = (
         "Largest difference of the held-out NLL at any step. If p = q, a single eps scaled by 1/p "
@@ -178,7 +178,7 @@ def report(asked: base.Asked, c: Settings) -> tuple[dict[str, Any], list[base.Se
         for r, e in c.drifts.items()
     ]
     rules = base.Section.of("Scaling rules", "", [], slopes)
-    return {"drifts": c.drifts}, [twins, rules]
+    return [], [twins, rules]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=base.TASK)

@@ -21,6 +21,7 @@ import pandas as pd
 
 from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import N_DRAWS, Estimate, exactly, exp_of, from_draws
+from analysis.inference.rows import Row, measured
 from analysis.measures.at_best import AtBest, over_seeds, pooled_over, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.speed import curves_at_best, log_rho, rho
@@ -194,7 +195,7 @@ def compute_conditions(table: pd.DataFrame) -> list[Arms]:
     return [Arms(optima[0].curve.group, runs, optima, note)]
 
 
-def compute_report(asked: base.Asked, c: Arms) -> tuple[dict[str, Any], list[base.Section]]:
+def compute_report(asked: base.Asked, c: Arms) -> tuple[list[Row], list[base.Section]]:
     """Return all costs by rank, the lengths at which ranks reach the loss, and a table of both."""
     rows = []
     for rank, cost in c.costs.items():
@@ -214,8 +215,7 @@ def compute_report(asked: base.Asked, c: Arms) -> tuple[dict[str, Any], list[bas
         "plan's estimate.",
         c.note,
     ]
-    lengths = {str(r): v.length for r, v in c.reached.items()}
-    return {"compute": c.costs, "lengths": lengths}, [base.Section.of("Compute", head, rows, text)]
+    return [], [base.Section.of("Compute", head, rows, text)]
 
 
 def _cost(name: str, gates: Callable[[Arms], Sequence[Gate]], place: str = "") -> base.Estimand:
@@ -225,7 +225,8 @@ def _cost(name: str, gates: Callable[[Arms], Sequence[Gate]], place: str = "") -
         lambda c: c.costs[c.top][name],
         gates,
         log=True,
-        read=lambda c: f"rank {c.top}" + place.format(c),
+        used=lambda c: [c.lora[c.top], c.full],
+        at=lambda c: place and f"rank {c.top}" + place.format(c),
     )
 
 
@@ -352,7 +353,7 @@ def short_conditions(table: pd.DataFrame) -> list[Lengths]:
     return [Lengths(optima[0].curve.group, part, optima, note, table, horizons, *ends)]
 
 
-def short_report(asked: base.Asked, c: Lengths) -> tuple[dict[str, Any], list[base.Section]]:
+def short_report(asked: base.Asked, c: Lengths) -> tuple[list[Row], list[base.Section]]:
     """Return the ratio by horizon."""
     rows: list[list[Any]] = []
     for h in c.horizons:
@@ -365,9 +366,9 @@ def short_report(asked: base.Asked, c: Lengths) -> tuple[dict[str, Any], list[ba
         f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones.",
         c.note,
     ]
-    horizons = [{"step": h.step, **h.ratio.plain()} for h in c.horizons]
     by_horizon = base.Section.of("The ratio by horizon", head, rows, text)
-    return {"horizons": horizons}, [by_horizon]
+    out = [measured(c.where(h.optima), "lr_ratio", h.ratio, at="") for h in c.horizons]
+    return out, [by_horizon]
 
 
 SHORT_RUNS = base.Question(
@@ -377,14 +378,14 @@ SHORT_RUNS = base.Question(
             Lengths.short_over_long,
             lambda c: base.gates_on(c.rests),
             log=True,
-            read=lambda c: f"{c.short.step} updates against {c.long.step}",
+            at=lambda c: f"{c.short.step} updates against {c.long.step}",
         ),
         base.Estimand(
             "sigma_b_over_a",
             lambda c: c.of_top["growth"],
             lambda c: base.gates_on(base.lora_of(c.ends, MIN_RANK)),
             log=True,
-            read=lambda c: c.end,
+            at=lambda c: c.end,
         ),
         base.Estimand(
             "movement_ratio",
@@ -393,7 +394,7 @@ SHORT_RUNS = base.Question(
                 [o for o in c.ends if base.rank_of(o) not in range(1, MIN_RANK)]
             ),
             log=True,
-            read=lambda c: c.end,
+            at=lambda c: c.end,
         ),
     ],
     short_conditions,

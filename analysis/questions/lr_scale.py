@@ -16,6 +16,8 @@ import pandas as pd
 
 from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import Estimate, number
+from analysis.inference.rows import Row, measured
+from analysis.measures import places
 from analysis.measures.ratio import Ratio, RatioLaw, ratio_law, ratio_of
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
@@ -110,7 +112,7 @@ def scale_conditions(table: pd.DataFrame) -> list[Bases]:
     return [Bases(str(table["dataset"].iloc[0]), table, optima, found)]
 
 
-def scale_report(asked: base.Asked, c: Bases) -> tuple[dict[str, Any], list[base.Section]]:
+def scale_report(asked: base.Asked, c: Bases) -> tuple[list[Row], list[base.Section]]:
     """Return the laws, and the ratios they are fitted to."""
     rows: list[list[Any]] = [
         [name, law.bases, law.p, law.q, law.bases_q] for name, law in c.laws.items()
@@ -136,13 +138,8 @@ def scale_report(asked: base.Asked, c: Bases) -> tuple[dict[str, Any], list[base
         "ratio [95%]"
     )
     ratios = base.Section.of("Ratios", head, rows)
-    place = {id(o): k for k, o in enumerate(c.optima)}
-    measured = [
-        {"alpha": b.alpha, "ratio": b.ratio, "regrets": {}, "at": place[id(b.lora)]}
-        for b in c.bases
-    ]
-    found = {k: {"p": w.p, "q": w.q} for k, w in c.laws.items()}
-    return {"laws": found, "ratios": measured}, [laws, ratios]
+    at = places.places_of(c.optima, c.runs)
+    return [measured(at[id(b.lora)], "lr_ratio", b.ratio) for b in c.bases], [laws, ratios]
 
 
 def _hidden(name: str, of: str) -> base.Estimand:

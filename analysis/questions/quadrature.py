@@ -32,7 +32,8 @@ from analysis.inference.estimate import (
     from_draws,
     pseudo_values,
 )
-from analysis.measures import laws
+from analysis.inference.rows import Row, measured
+from analysis.measures import laws, places
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.curves import lr_curves
@@ -48,6 +49,7 @@ TUNED = 32.0
 """The alpha from whose tuned learning rate others are computed."""
 BEFORE = Path(__file__).parents[1] / "results" / "ratios_before.csv"
 """Ratios that were known before the first run; not in an installed package."""
+NAME = "all new conditions"
 COUNTED, FROZEN = 65, 10
 """Conditions that are judged, and those with A frozen."""
 
@@ -258,8 +260,14 @@ class AllCells(base.Condition):
     cells: list[Cell]
     """Conditions in which A may move."""
     frozen: list[Cell]
+    data = NAME
     others: list[Optimum] = field(repr=False)
     """The curves of the other scale's kept answer."""
+
+    @property
+    def keys(self) -> list[dict[str, Any]]:
+        others = self.others if self.is_judged else []
+        return [o.curve.key for o in (*self.optima, *others)]
 
     @cached_property
     def planned(self) -> list[tuple[int, int]]:
@@ -334,7 +342,8 @@ def conditions(table: pd.DataFrame, *others: pd.DataFrame) -> list[AllCells]:
     free = [c for c in cells if c.b_ratio == 1]
     curves = [o for found in elsewhere for o in found]
     frozen = [c for c in cells if c.b_ratio > 1]
-    return [AllCells("all new conditions", table, optima, free, frozen, curves)]
+    runs = pd.concat([table, *others], ignore_index=True) if others else table
+    return [AllCells(NAME, runs, optima, free, frozen, curves)]
 
 
 class OverScales(base.Question):
@@ -358,10 +367,10 @@ class OverScales(base.Question):
         return base.Question.analyse(joined, table, asked, kept)
 
 
-def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, c: AllCells) -> tuple[list[Row], list[base.Section]]:
     """Return the conditions with the ratios by the law, and the errors of all laws and rules."""
     if not c.cells or not c.is_judged:
-        return {"cells": []}, []
+        return [], []
     errors = {law: over_bases(c.cells, partial(rms, law=law), log=True) for law in laws.NAMES}
     rows: list[list[Any]] = [
         [law, e, rms(c.cells, law), rms(c.cells, law, noise=False)] for law, e in errors.items()
@@ -412,13 +421,13 @@ def report(asked: base.Asked, c: AllCells) -> tuple[dict[str, Any], list[base.Se
     panel = base.Panel("", x, y_name, series, log_x=True, log_y=True, y_range=(0.015, 2))
     figure = ("quadrature.png", [panel], "R / L over z")
     sections.append(base.Section.of("New conditions", head, rows, [], *figure))
-    listed = [
-        {k: v for k, v in x._asdict().items() if k not in ("full", "lora")}
-        | {"full": x.full_lr, "ratio": x.lora_lr / x.full_lr, "law": x.predicted, "z": x.z}
-        | {"low": x.measured.low, "high": x.measured.high}
-        for x in (*c.cells, *c.frozen)
-    ]
-    found = {"cells": listed, "errors": errors, "carried": costs, "from_full": by_full}
+    each = {"rms_error": errors, "carried_cost": costs, "cost_from_full": by_full}
+    found = [measured(c.place, k, e, arm=a) for k, of in each.items() for a, e in of.items()]
+    at = places.places_of([*c.optima, *c.others], c.runs)
+    for one in (*c.cells, *c.frozen):
+        name = "measured_over_law" + ", A frozen" * (one.b_ratio > 1)
+        ratio = one.lora_lr / one.full_lr / one.predicted
+        found.append(measured(at[id(one.lora)], name, ratio))
     return found, sections
 
 

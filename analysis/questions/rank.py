@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import Estimate, number, rate, signed
+from analysis.inference.rows import Row
 from analysis.measures import speed
 from analysis.measures.at_best import AtBest, pooled_over
 from analysis.measures.ratio import MIN_RANK, lr_drift, ratio_of
@@ -120,7 +121,7 @@ def _slope_where(name: str, in_regime: bool) -> base.Estimand:
         name,
         lambda c: c.slope if c.in_regime == in_regime else base.UNKNOWN,
         lambda c: c.gates_on_slope() if c.in_regime == in_regime else [Gate(GateCode.NO_CELL)],
-        read=lambda c: f"ranks {min(c.lora)} to {c.top}, to update {c.last}",
+        at=lambda c: f"ranks {min(c.lora)} to {c.top}, to update {c.last}",
     )
 
 
@@ -139,7 +140,7 @@ def _at_start(name: str, value: str) -> base.Estimand:
         lambda c: getattr(c.start, value) if c.start else None,
         gates,
         absent="redraws of A at two ranks",
-        read=lambda c: f"all ranks at {rate(c.start.lr)}" if c.start else "",
+        at=lambda c: f"all ranks at {rate(c.start.lr)}, {c.last} updates",
     )
 
 
@@ -150,14 +151,15 @@ ESTIMANDS = [
         "departure_slope",
         lambda c: speed.slope_of(c.departures),
         lambda c: c.gates_on(list(c.by_rank)) + c.unresolved(),
-        read=lambda c: f"to update {c.last}",
+        at=lambda c: f"to update {c.last}",
     ),
     base.Estimand(
         "rho_top_rank",
         lambda c: c.rho[c.top],
         lambda c: c.gates_on([0, c.top]),
         log=True,
-        read=lambda c: f"rank {c.top}, to update {c.last}",
+        used=lambda c: [c.by_rank[c.top], c.full],
+        at=lambda c: f"rank {c.top}, to update {c.last}",
     ),
     # Judged on a linear scale, although it is a number of updates.
     _at_start("identical_steps", "first"),
@@ -179,7 +181,8 @@ ESTIMANDS = [
         lambda c: speed.least_straight(c.points[0], c.points[c.top]),
         lambda c: c.gates_on([0, c.top]),
         log=True,
-        read=lambda c: (
+        used=lambda c: [c.by_rank[c.top], c.full],
+        at=lambda c: (
             f"rank {c.top} and full fine-tuning, from update {max(1, c.last // speed.SPAN**2)} to "
             f"{c.last}"
         ),
@@ -187,7 +190,7 @@ ESTIMANDS = [
 ]
 
 
-def report(asked: base.Asked, c: Ranks) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, c: Ranks) -> tuple[list[Row], list[base.Section]]:
     """Return the steps from which ranks are behind, and the start of learning."""
 
     def shown(d: speed.Departure) -> str:
@@ -218,12 +221,7 @@ def report(asked: base.Asked, c: Ranks) -> tuple[dict[str, Any], list[base.Secti
     ]
     head = "rank | leaves the band at step | difference at the first step (nats) | band there"
     lr = f"Ranks against redraws of A, at one learning rate ({c.start.lr:g})." if c.start else ""
-    steps = {
-        r: [None if math.isinf(v.high) else v.high for v in d.best.values()]
-        for r, d in c.departures.items()
-    }
-    found = {"departures": steps, "cells": [{"cell": c.name, "about": {"rho_top_rank": c.top}}]}
-    return found, [behind, base.Section.of("The start", head, rows, [lr])]
+    return [], [behind, base.Section.of("The start", head, rows, [lr])]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=base.TASK)

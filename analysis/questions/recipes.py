@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import number, rate, signed
+from analysis.inference.rows import Row
 from analysis.measures import at_best
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import Optimum
@@ -40,6 +41,10 @@ class Recipes(base.Condition):
     @property
     def missing(self) -> str:
         return "fullft" if self.full is None else "" if self.tuned else "lora, tuned"
+
+    @property
+    def keys(self) -> list[dict[str, Any]]:
+        return [o.curve.key for o in self.main]
 
     @property
     def rests(self) -> list[Optimum]:
@@ -197,6 +202,11 @@ ESTIMANDS = [
         lambda c: base.gates_on_speed(c.few_ends),
         absent="two ranks on few rows",
         log=True,
+        used=lambda c: c.few_ends,
+        at=lambda c: (
+            f"ranks {' and '.join(str(base.rank_of(o)) for o in c.few_ends)} on few rows, "
+            f"{c.full.curve.key['steps']:.0f} updates"
+        ),
     ),
     base.Estimand(
         "retention",  # tuned LoRA's loss on the pretraining task over full fine-tuning's (`lost`)
@@ -217,12 +227,12 @@ ESTIMANDS = [
         ),
         Recipes.gates_on_equal,
         absent=PRETRAINING,
-        read=lambda c: f"{len(c.equal.best) if c.is_retained else 0} seed(s)",
+        at=lambda c: f"{len(c.equal.best)} seed(s), {c.full.curve.key['steps']:.0f} updates",
     ),
 ]
 
 
-def report(asked: base.Asked, c: Recipes) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, c: Recipes) -> tuple[list[Row], list[base.Section]]:
     """Return every estimand, and the sections on the recipes' costs and on forgetting."""
     rows: list[list[Any]] = []
     for name, r in c.recipes.items():
@@ -265,8 +275,7 @@ def report(asked: base.Asked, c: Recipes) -> tuple[dict[str, Any], list[base.Sec
         "curve | at LR | test NLL on the new task | NLL on the pretraining task | before | "
         "forgotten (nats) [95%]"
     )
-    measures = {e.name: e.measure(c) or base.UNKNOWN for e in ESTIMANDS}
-    return {"shares": measures}, [costs, base.Section.of("What is forgotten", head, rows)]
+    return [], [costs, base.Section.of("What is forgotten", head, rows)]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",))

@@ -19,6 +19,7 @@ import pandas as pd
 
 from analysis.inference.decide import Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, number, signed, with_interval
+from analysis.inference.rows import Row, measured
 from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
 from analysis.measures.ratio import MIN_RANK, ratio_of
@@ -63,6 +64,10 @@ class Data(base.Condition):
         """The smallest rank tried of an eighth of the hidden size or more, else the highest one."""
         large = (r for r in self.last if r * EIGHTH >= self.of("hidden_size"))
         return min(large, default=max(self.last, default=0))
+
+    @property
+    def data(self) -> str:
+        return self.novelty.name if self.novelty else str(self.of("dataset"))
 
     @property
     def gap(self) -> regret.Gap:
@@ -185,7 +190,8 @@ def _mapped(e: Estimate, f: Callable[[float], float]) -> Estimate:
 class Base(base.Condition):
     """All data sets of one base on which something is new."""
 
-    data: list[Data]
+    sets: list[Data]
+    data = "all cells"
 
     @property
     def shown(self) -> bool:
@@ -193,8 +199,7 @@ class Base(base.Condition):
 
     @property
     def rests(self) -> list[Optimum]:
-        gaps = [g for c in self.data for g in c.last.values()]
-        return base.distinct(o for g in gaps for o in (g.lora, g.full))
+        return base.both(*(g for c in self.sets for g in c.last.values()))
 
     @functools.cached_property
     def change(self) -> AtBest[float] | None:
@@ -202,13 +207,13 @@ class Base(base.Condition):
 
         Mean over data sets; None if it is known for none.
         """
-        changes = []
-        for c in (c for c in self.data if c.first):
+        known = []
+        for c in (c for c in self.sets if c.first):
             gaps = (c.first, c.last_on_first_rows)
             first, last = (regret.rank_needed_by_seed(_judged(g)) for g in gaps)
             doublings = math.log2(c.of("steps") / FIRST)
-            changes.append(regret.change_of_needed(first, last, doublings))
-        known = [change for change in changes if change is not None]
+            change = last.minus(first).map((1 / doublings).__mul__)
+            known += [change] * is_finite(change)
         if not known:
             return None
         total = functools.reduce(lambda a, b: a.paired(b, operator.add), known)
@@ -216,7 +221,7 @@ class Base(base.Condition):
 
     def gates_on_change(self) -> list[Gate]:
         """Return the gate of a change that is not known."""
-        if not any(len(c.first) > 1 for c in self.data):
+        if not any(len(c.first) > 1 for c in self.sets):
             return base.missing(f"two ranks over {FIRST} updates, at constant learning rates")
         return [Gate(GateCode.NO_LAW)] if self.change is None else []
 
@@ -276,13 +281,15 @@ def _on(where: Callable[[Data], Any], name: str, measure: Any, gates: Any, **mor
         return lambda c: isinstance(c, Data) and not c.missing and bool(where(c))
 
     later = on(LATER.get(name, lambda c: False))
-    return base.Estimand(name, measure, gates, **{"applies": on(where), "by_data": later, **more})
+    more = {"applies": on(where), "by_data": later, "used": lambda c: base.both(c.gap), **more}
+    return base.Estimand(name, measure, gates, **more)
 
 
 def _regret(
     where: Callable[[Data], Any], name: str, gap: Callable[[Data], Any], **more: Any
 ) -> Any:
     gates = more.pop("gates", lambda c: base.gates_on_gap(gap(c)))
+    more["used"] = lambda c: base.both(gap(c))
     return _on(where, name, lambda c: gap(c).over_allowed(), gates, **more)
 
 
@@ -315,7 +322,8 @@ ESTIMANDS = [
         "gap_growth",
         lambda c: regret.growth(*c.growing),
         _gates_on_growth,
-        read=lambda c: f"smallest rank, update {FIRST} to the last",
+        used=lambda c: base.both(c.growing[1]),
+        at=lambda c: f"rank {min(c.last)}, update {FIRST} to {c.of('steps')}",
     ),
     _on(
         lambda c: c.is_low and c.growths,
@@ -330,14 +338,16 @@ ESTIMANDS = [
                 for gate in base.gates_on_gap(g)
             )
         ),
-        read=lambda c: f"ranks {min(c.growths)} to {max(c.growths)}, update {FIRST} to the last",
+        used=lambda c: base.both(*(c.last_on_first_rows[r] for r in c.growths)),
+        at=lambda c: f"ranks {min(r := c.growths)} to {max(r)}, update {FIRST} to {c.of('steps')}",
     ),
     _on(
         lambda c: c.is_new and not c.is_low,
         "rho_slope_lists",
         lambda c: c.ranks.slope,
         lambda c: c.ranks.gates_on_slope(),
-        read=lambda c: f"ranks {min(c.last)} to {max(c.last)}",
+        used=lambda c: None,
+        at=lambda c: f"ranks {min(c.last)} to {max(c.last)}, to update {c.ranks.last}",
     ),
     _on(
         lambda c: c.is_new and 1 in c.lora and c.high,
@@ -346,20 +356,22 @@ ESTIMANDS = [
         lambda c: base.gates_on([c.lora[1], *c.high]),
         log=True,
         seeds=lambda c: base.fewest_seeds([c.lora[1], *c.high]),
-        read=lambda c: f"ranks {MIN_RANK} to {max(c.last)}, after the last update",
+        used=lambda c: None,
+        at=lambda c: f"ranks {MIN_RANK} to {max(c.last)} over rank 1, {c.of('steps')} updates",
     ),
     _on(
         lambda c: c.is_new and c.overfull,
         "fall_overfull",
         lambda c: fall_over(c.ranks.points[c.overfull], c.ranks.points[0]),
         lambda c: c.ranks.gates_on([0, c.overfull]),
-        read=lambda c: f"rank {c.overfull}",
+        used=lambda c: base.both(c.last[c.overfull]),
     ),
     _on(
         lambda c: c.is_new and {regret.GENERATOR, regret.FIRST_PASS} <= set(c.bits),
         "generator_over_first_pass",
         lambda c: over_seeds(regret.share_of_first_pass(c.runs, c.gap.full)),
         lambda c: base.gates_on([c.gap.full]),
+        used=lambda c: [c.gap.full],
     ),
     _on(lambda c: c.is_low, "gap_low", lambda c: c.gap.mean(), Data.gates_at_eighth),
     _on(
@@ -375,6 +387,7 @@ ESTIMANDS = [
         "gap_matrices",
         lambda c: c.controls[0].mean(),
         lambda c: base.gates_on_gap(c.controls[0]),
+        used=lambda c: base.both(c.controls[0]),
     ),
     _on(
         lambda c: c.is_low and c.parts_of_gap[c.eighth],
@@ -392,8 +405,7 @@ ESTIMANDS = [
         lambda c: c.novelty is None and 16 in c.last,
         "over_allowed_real_16",
         lambda c: c.last[16],
-        seeds=lambda c: base.fewest_seeds([c.last[16].lora, c.last[16].full]),
-        read=lambda c: "rank 16",
+        seeds=lambda c: base.fewest_seeds(base.both(c.last[16])),
     ),
     base.Estimand(
         "rank_by_updates",
@@ -407,9 +419,9 @@ ESTIMANDS = [
 # ---------------------------------------------------------------- report
 
 
-def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, *found: Data) -> tuple[list[Row], list[base.Section]]:
     """Return regret, load, gap and its parts by condition and rank; the gap over updates."""
-    cells: list[dict[str, Any]] = []
+    out: list[Row] = []
     rows: list[list[Any]] = []
     text = [
         "Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
@@ -420,51 +432,35 @@ def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.S
         "each before the model trains on it. The gap in nats is the sum of two parts: of contexts "
         "whose next-symbol probabilities are new (changed), and of the others."
     ]
-    growth = []
-    at_eighth = "gap_low gap_nothing unchanged_minus_changed over_allowed_low over_allowed_beyond "
-    at_eighth += "over_allowed_real"
+    growth, level = [], base.level_of(asked)
     for c in found:
-        name, steps, ranks = c.name, int(c.of("steps")), []
+        name, steps = c.name, int(c.of("steps"))
+        place = replace(c.place, batch_size=int(c.of("batch_size")), updates=steps)
+        for count, bits in c.bits.items():
+            out.append(measured(place, f"bits, {count}", bits))
+            load = c.load_needed(count)
+            out.append(measured(place, f"load at the needed rank, {count}", load))
+        out.append(measured(place, "needed_rank", c.rank_needed))
+        low, high = (v if 0 < v < math.inf else None for v in c.needed)
+        out.append(measured(place, "needed_rank_between", Estimate(None, low, high)))
         for r, g in c.last.items():
             percent, parts, first = g.percent(), c.parts_of_gap[r], c.first.get(r)
             of_parts = [with_interval(over_seeds(v), signed) for v in parts.values()]
             loads = [c.loads[r].get(count) for count in regret.COUNTS]
             shares = [mean_of(g.gain), percent, *loads, *(of_parts or (None, None))]
             rows.append([name, steps, r, *shares])
-            ranks.append(
-                {
-                    "rank": r,
-                    "load": g.load,
-                    "loads": c.loads[r],
-                    "gain_nats": mean_of(g.gain) if g.gain.best else None,
-                    "gap_nats": g.mean(),
-                    "parts_nats": {k: mean_of(v) for k, v in parts.items()},
-                    "regret_percent": at_level(percent, base.level_of(asked)),
-                    "gap_nats_first": first.mean() if first else None,
-                }
-            )
+            arm = replace(place, arm=f"lora r{r}", rank=r)
+            out += [measured(arm, f"load, {k}", load) for k, load in c.loads[r].items()]
+            out.append(measured(arm, "regret_percent", at_level(percent, level)))
+            if first and g.gain.best:
+                of_gain = functools.partial(operator.mul, 100 / mean_of(g.gain))
+                share = _mapped(first.mean(), of_gain)
+                out.append(measured(arm, "regret_percent_first", share))
             if first and (last := c.last_on_first_rows.get(r)):
                 gaps = [first.mean(), last.mean(), regret.growth(first, last)]
                 growth.append([name, r, *(with_interval(e, signed) for e in gaps)])
         rank, loads_needed = c.rank_needed, {k: c.load_needed(k) for k in regret.COUNTS}
         needed = c.needed
-        cells.append(
-            {
-                "cell": name,
-                "batch_size": int(c.of("batch_size")),
-                "updates": steps,
-                "about": {
-                    **dict.fromkeys(at_eighth.split(), c.eighth),
-                    "over_allowed_fitting": c.fitting,
-                    "over_allowed_overfull": c.overfull,
-                },
-                "bits": c.bits,
-                "rank_interpolated": rank,
-                "loads_needed": loads_needed,
-                "rank_needed": [needed.above, None if math.isinf(needed.up_to) else needed.up_to],
-                "ranks": ranks,
-            }
-        )
         if str(needed) != "-":  # "-": no rank could be judged
             of_counts = ", ".join(number(e.value) for e in loads_needed.values())
             between = f"; interpolated {with_interval(rank)}, loads {of_counts}"
@@ -479,7 +475,7 @@ def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.S
         "gaps are on the same held-out rows."
     ]
     head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
-    return {"cells": cells}, [
+    return out, [
         over_rank,
         base.Section.of("Speed or capacity", head, growth, text),
     ]

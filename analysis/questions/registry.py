@@ -29,8 +29,6 @@ QUESTIONS: dict[str, Question] = {
 ROOT = Path(__file__).parents[2]
 SWEEPS = next((p for p in (ROOT / "sweeps", ROOT / "lorasweep/conf/sweep") if p.is_dir()), ROOT)
 """The shipped sweeps: of the repository, or of an installed package."""
-OLDER_NAMES = {"rl_bits": "rl_unembedding"}
-"""Analysis of reports from before version 0.3 -> its name today."""
 
 
 FINAL = ("best_lr", "lr_drift", "over_allowed", "cost_at", "lr_scale", "tune")
@@ -41,7 +39,7 @@ def on_final_losses(name: str, estimands: Mapping[str, Any]) -> set[str]:
     """Return the estimands of a question that losses at the end of runs determine."""
     if not estimands and name in QUESTIONS:
         return {*QUESTIONS[name].names} if name in FINAL else set()
-    declared = estimands or shipped(OLDER_NAMES.get(name, name))["estimands"]
+    declared = estimands or shipped(name)["estimands"]
     return {key for key, said in declared.items() if said.get("measure") in FINAL}
 
 
@@ -61,7 +59,7 @@ def question_named(
         if name in QUESTIONS:
             return QUESTIONS[name]
         declared = {p.stem for p in SWEEPS.glob("*.yaml") if "\nestimands:" in p.read_text()}
-        if (name := OLDER_NAMES.get(name, name)) not in declared:
+        if name not in declared:
             known = ", ".join(sorted([*QUESTIONS, *declared]))
             raise TableError(f"analysis: unknown {name!r}. Use one of: {known}.")
         content = shipped(name)
@@ -74,7 +72,7 @@ def question_named(
 @functools.cache
 def shipped(name: str) -> dict[str, Any]:
     """Return the content of a shipped sweep's file; empty if there is no such file."""
-    path = SWEEPS / f"{OLDER_NAMES.get(name, name)}.yaml"
+    path = SWEEPS / f"{name}.yaml"
     return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import number, rate
+from analysis.inference.rows import Row
 from analysis.measures import at_best
 from analysis.measures.regret import ALLOWED, Gap, gain_from, starts_of
 from analysis.optimum.fit import Optimum
@@ -125,14 +126,14 @@ def conditions(table: pd.DataFrame) -> list[Arms]:
     return [Arms(name, table, optima, rows) for name, optima in groups.items()]
 
 
-def report(asked: base.Asked, c: Arms) -> tuple[dict[str, Any], list[base.Section]]:
+def search(asked: base.Asked, c: Arms) -> dict[str, Any]:
     """Return for each arm the learning rate and its range, the loss, and the cost of a run.
 
     `gap_percent`: the gap in percent of the reference's gain. `start`: the test loss before
     training. `allowed`: the share of the gain up to which LoRA has no regret. `best`, `reference`,
     and `judged` if it was compared: names of arms.
     """
-    arms, rows = [], []
+    arms = []
     for k, (o, runs) in enumerate(zip(c.optima, c.members)):
         gain = at_best.mean_of(c.gains[k])
         done = [json.loads(text) for text in runs.loc[runs["status"] == "done", "result"]]
@@ -147,29 +148,21 @@ def report(asked: base.Asked, c: Arms) -> tuple[dict[str, Any], list[base.Sectio
             "method": o.curve.key["method"],
             "rank": _rank(o.curve.key),
             "runs": runs["run_id"].tolist(),
-            "best_lr": o.best_lr,
+            "best_lr": o.best_lr.plain(),
             "best_tried": _best_tried(o),
             "good": band,
             "loss": c.loss(k),
             "gain": _known(gain),
             "regret_percent": regret,
             "known": regret is not None and regret <= KNOWN_PERCENT,
-            "gap_percent": gap,
+            "gap_percent": gap and gap.plain(),
             "seconds": float(np.median(times)) if times else None,
             "seeds": len(c.losses[k].best),
             "flags": list(o.flags),
         }
         arms.append(arm)
-        of_band = "-" if not band else " to ".join(map(rate, band))
-        numbers = [number(c.loss(k), 5), regret, gap, arm["seconds"]]
-        rows.append([c.names[k], base.best_lr(o), of_band, *numbers])
-    head = (
-        "arm | best LR [95%] | within 1% of the gain | test NLL | regret of the LR, at most, % | "
-        "gap, % of FullFT's gain [95%] | seconds a run"
-    )
-    notes = [f"Learning rates are chosen on {c.chosen_on} rows, losses are on test rows."]
     named = {"best": c.best, "reference": c.reference, "judged": None if c.missing else c.judged}
-    measures = {
+    return {
         "arms": arms,
         "chosen_on": c.chosen_on,
         "best_rank": None if c.best is None else arms[c.best]["rank"],
@@ -178,7 +171,23 @@ def report(asked: base.Asked, c: Arms) -> tuple[dict[str, Any], list[base.Sectio
         "allowed": ALLOWED,
         "n_test": json.loads(c.runs["result"].iloc[0]).get("n_test"),
     }
-    return measures, [base.Section.of("The arms", head, rows, notes)]
+
+
+def report(asked: base.Asked, c: Arms) -> tuple[list[Row], list[base.Section]]:
+    """Return the table of the arms."""
+    rows = []
+    for o, arm, gap in zip(
+        c.optima, search(asked, c)["arms"], map(c.gaps.get, range(len(c.optima)))
+    ):
+        of_band = " to ".join(map(rate, arm["good"] or ())) or "-"
+        numbers = [number(arm["loss"], 5), arm["regret_percent"], gap and gap.percent()]
+        rows.append([arm["arm"], base.best_lr(o), of_band, *numbers, arm["seconds"]])
+    head = (
+        "arm | best LR [95%] | within 1% of the gain | test NLL | regret of the LR, at most, % | "
+        "gap, % of FullFT's gain [95%] | seconds a run"
+    )
+    notes = [f"Learning rates are chosen on {c.chosen_on} rows, losses are on test rows."]
+    return [], [base.Section.of("The arms", head, rows, notes)]
 
 
 def _known(value: float) -> float | None:
@@ -202,9 +211,10 @@ QUESTION = base.Question(
             "over_allowed_top_rank",
             lambda c: c.gaps[c.judged],
             seeds=lambda c: base.fewest_seeds([c.optima[c.reference], c.optima[c.judged]]),
-            read=lambda c: c.names[c.judged],
+            at=lambda c: c.names[c.judged],
         )
     ],
     conditions,
     report,
+    search=search,
 )

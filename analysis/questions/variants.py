@@ -19,6 +19,7 @@ import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS, Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, rate
+from analysis.inference.rows import Row, measured
 from analysis.measures import at_best
 from analysis.measures.at_best import AtBest
 from analysis.measures.regret import gain_from, starts_of
@@ -121,6 +122,7 @@ class Variants(base.Condition):
     """All cells."""
 
     cells: list[Cell]
+    data = "all data sets and ranks"
 
     @property
     def missing(self) -> str:
@@ -180,10 +182,10 @@ def conditions(table: pd.DataFrame) -> list[Variants]:
         if method in cell.arms:
             base.refuse(cell.arms[method].curve, o.curve)
         cell.arms[method], cell.losses[method] = o, losses[id(o)]
-    return [Variants("all data sets and ranks", table, optima, list(cells.values()))]
+    return [Variants(Variants.data, table, optima, list(cells.values()))]
 
 
-def report(asked: base.Asked, c: Variants) -> tuple[dict[str, Any], list[base.Section]]:
+def report(asked: base.Asked, c: Variants) -> tuple[list[Row], list[base.Section]]:
     """Return every method of every cell beside the law, and the order of every pair."""
     by_law = {id(x.lora): x for x in quadrature.cells_of(c.runs, c.optima)}
     rows: list[list[Any]] = []
@@ -203,8 +205,12 @@ def report(asked: base.Asked, c: Variants) -> tuple[dict[str, Any], list[base.Se
     rows = [[name, o.tuned, *o.shared, o.said] for name, o in named.items()]
     head = f"mean difference, % of the gain [{100 * REVERSED:g}%] | tuned | {at} | order"
     of_pairs = base.Section.of("Orders of methods, over all data and ranks", head, rows)
-    pairs = [{"pair": list(p), "order": o.said, **o._asdict()} for p, o in c.orders.items()]
-    return {"pairs": pairs}, [each, of_pairs]
+    out = [
+        measured(c.where(), f"difference, {at}", e, arm=f"{METHODS[a]} - {METHODS[b]}")
+        for (a, b), o in c.orders.items()
+        for at, e in zip(("tuned", *(f"at {s}" for s in SHARES.values())), (o.tuned, *o.shared))
+    ]
+    return out, [each, of_pairs]
 
 
 def _behind(m: str) -> base.Estimand:

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, rate
+from analysis.inference.rows import Row, pick
+from analysis.inference.where import Setting
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import ALLOWED, novelty_of
-from analysis.measures.rows import Row, Setting, pick
 from analysis.measures.speed import EARLIEST, curves_at_best, rho
 from analysis.optimum.fit import Optimum, fit_all, rate_means
 from analysis.questions.base import full_of, lora_of, rank_of

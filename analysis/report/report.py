@@ -21,6 +21,7 @@ import pandas as pd
 from analysis.inference.decide import Verdict
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.measures import laws
+from analysis.measures.places import places_of
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import WITHIN, Optimum
 from analysis.questions.base import NO_CELL, Analysis, by_group, level_of
@@ -72,7 +73,7 @@ def judge_and_report(
     """
     found = analyse(table, question, kept)
     results, left_out = results_of(found, question, table), ""
-    answer = sentences_of(found, question, results, table)
+    answer = sentences_of(found, question, results)
     said = [*lines_of(answer, question), *results.get("cautions", ())]
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +144,7 @@ def write_answer(
 def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
     """Return an analysis as plain values, without paths: the same on every machine."""
     figures = [[s.figure, s.caption or s.title] for s in found.sections if s.panels]
+    at = places_of(found.optima, table)
     return {
         "sweep": question["name"],
         "scale": question["scale"],
@@ -160,10 +162,12 @@ def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -
                 "best_nll": o.best_nll,
                 "flags": list(o.flags),
                 "band": o.band(WITHIN),
+                "where": at[id(o)].plain(),
             }
             for o in found.optima
         ],
-        **found.measures,
+        "rows": [r.measurement() for r in found.rows],
+        **found.search,
         **({"cautions": cautions} if (cautions := cautions_of(found, table)) else {}),
         "verdicts": [v.plain() for v in found.verdicts],
     }
@@ -172,7 +176,7 @@ def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -
 def answer_lines(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> list[str]:
     """Return the answer as sentences, the first lines of every text."""
     results = results_of(found, question, table)
-    answer = sentences_of(found, question, results, table)
+    answer = sentences_of(found, question, results)
     return [*lines_of(answer, question), *results.get("cautions", ())]
 
 

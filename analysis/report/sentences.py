@@ -14,8 +14,8 @@ import yaml
 
 from analysis.inference.decide import FAR, REMEDIES, GateCode, Verdict
 from analysis.inference.estimate import AT_LEAST, fixed
+from analysis.inference.rows import Row, rows_of
 from analysis.measures.regret import ALLOWED
-from analysis.measures.rows import Row, rows_of
 from analysis.questions.base import NO_CELL, Analysis, level_of
 from analysis.questions.registry import shipped
 from analysis.report.study.answers import SHOWN, Show, where, within
@@ -30,7 +30,7 @@ ARMS = {"full": "full fine-tuning", "control": "full fine-tuning of LoRA's matri
 
 
 def sentences_of(
-    found: Analysis, question: Mapping[str, Any], results: Mapping[str, Any], table: pd.DataFrame
+    found: Analysis, question: Mapping[str, Any], results: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return one object for each verdict on a primary claim; on any claim if none is primary.
 
@@ -38,7 +38,7 @@ def sentences_of(
 
     `do`, what to do, is the end of `sentence`. `results`: see `report.results_of`.
     """
-    rows = [r for r in rows_of(results, question, table) if r.verdict]
+    rows = [r for r in rows_of(results, question) if r.verdict]
     asked = [r for r in rows if r.verdict.primary] or rows
     asked = [r for r in asked if not r.verdict.not_asked] or asked  # the table names them
     names, claims, out = list(question["claims"]), worded(question), []
@@ -182,7 +182,7 @@ def _arm(arm: str | Mapping[str, Any]) -> str:
 
 def _gain(found: Analysis, group: str) -> float | None:
     """Return how much full fine-tuning lowers the loss in a group, if it is one curve; in nats."""
-    if arms := found.measures.get("arms"):  # of a search, whose curves may be of validation rows
+    if arms := found.search.get("arms"):  # of a search, whose curves may be of validation rows
         return next((arm["gain"] for arm in arms if arm["method"] == "fullft"), None)
     full = [o for o in found.members.get(group, ()) if o.curve.is_full and o.best_nll is not None]
     return full[0].curve.nll_start - full[0].best_nll if len(full) == 1 else None

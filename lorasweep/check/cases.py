@@ -8,10 +8,13 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -169,65 +172,62 @@ def measure(
     limit_s: float = LIMIT_S,
 ) -> None:
     """Measure the cases that have no result, or that failed; keep and report each."""
-    until, child, pipe = time.monotonic() + limit_s, None, None
+    until, alone = time.monotonic() + limit_s, (1, get_context("spawn"), _begin, (folder, threads))
     (folder / "cases").mkdir(parents=True, exist_ok=True)
-    try:
-        for case in cases:
-            path, before = path_of(folder, case), predicted.get(case.name, {})
-            known, left_s = files.read_json(path), until - time.monotonic()
-            if "misfit" in before:
-                result = {"misfit": before["misfit"]}
-            elif (known is not None and "failed" not in known) or left_s <= 0:
-                continue
-            else:
-                if child is None:
-                    spawn = get_context("spawn")
-                    pipe, other_end = spawn.Pipe()
-                    child = spawn.Process(target=_serve, args=(other_end, folder, threads))
-                    child.start()
-                    other_end.close()
-                assert pipe is not None
-                try:
-                    pipe.send((case, before))
-                    late = f"it took more than {LAST_S:.0f} s beyond the time of all cases"
-                    result = pipe.recv() if pipe.poll(left_s + LAST_S) else {"failed": late}
-                except (EOFError, OSError):  # it died
-                    child.join()
-                    result = {"failed": f"it died with status {child.exitcode} (below 0: a signal)"}
-                if "failed" in result:
-                    child.kill()
-                    child.join()
-                    child = None
-            files.write_atomic(path, json.dumps(result).encode())
-            report(case, result)
-    finally:
-        if child is not None and child.pid:  # it was started
-            child.kill()
-            child.join()
+    pool: ProcessPoolExecutor | None = None
+    for case in cases:
+        path, before = path_of(folder, case), predicted.get(case.name, {})
+        known, left_s = files.read_json(path), until - time.monotonic()
+        if "misfit" in before:
+            result = {"misfit": before["misfit"]}
+        elif (known is not None and "failed" not in known) or left_s <= 0:
+            continue
+        else:
+            pool = pool or ProcessPoolExecutor(*alone)
+            try:
+                result = pool.submit(_measured, case, before, left_s + LAST_S).result()
+            except BrokenProcessPool:
+                late = f"or it took more than {LAST_S:.0f} s beyond the time of all cases"
+                result = {"failed": f"its process died (see log.txt), {late}"}
+            if "failed" in result:  # the next case gets another process
+                pool.shutdown()
+                pool = None
+        files.write_atomic(path, json.dumps(result).encode())
+        report(case, result)
+    if pool:
+        pool.shutdown()
 
 
-def _serve(other_end: Any, folder: Path, threads: int) -> None:
-    """Measure the cases that come through a pipe; what libraries print goes into log.txt."""
+_kept: dict[str, Any] = {}
+"""In the process of the cases: the base of a case, which may serve for the next one."""
+
+
+def _begin(folder: Path, threads: int) -> None:
+    """Begin the process of the cases; what libraries print goes into log.txt."""
     die_with_parent()
     keep_freed_memory()
     os.environ.update(worker_environment(threads))
     with (folder / "log.txt").open("a") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    kept: dict[str, Any] = {}  # the base of a case may serve for the next one
-    while True:
-        case, predicted = other_end.recv()
-        arguments, started = {"spec": case.spec} if case.spec else {}, time.monotonic()
-        if predicted:
-            arguments |= {"kept": kept, "n_runs": case.n_runs, "predicted": predicted}
-        try:
-            from lorasweep.check import measures  # after the environment is set: it imports torch
 
-            result = getattr(measures, case.measure)(**arguments)
-        except Exception as error:
-            traceback.print_exc()
-            result = {"failed": " ".join(f"{type(error).__name__}: {error}".split())}
-        other_end.send({**result, "seconds": round(time.monotonic() - started, 1)})
+
+def _measured(case: Case, predicted: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Measure a case; after so many seconds the alarm ends the process, whatever it does."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    arguments: dict[str, Any] = {"spec": case.spec} if case.spec else {}
+    started = time.monotonic()
+    if predicted:
+        arguments |= {"kept": _kept, "n_runs": case.n_runs, "predicted": predicted}
+    try:
+        from lorasweep.check import measures  # after the environment is set: it imports torch
+
+        result = getattr(measures, case.measure)(**arguments)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"failed": " ".join(f"{type(error).__name__}: {error}".split())}
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return {**result, "seconds": round(time.monotonic() - started, 1)}
 
 
 # ---------------------------------------------------------------- the page

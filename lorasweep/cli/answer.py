@@ -229,7 +229,7 @@ def rehearse(sweep: Sweep, points: Sequence[Point], scale: str = "") -> "list[Ve
         question = {**dataclasses.asdict(sweep), "scale": scale}
         found = asked.analyse(pd.DataFrame(rows), question, KEPT)
         if arms:
-            lines = [a["arm"] for a in found.measures.get("arms", ())]
+            lines = [a["arm"] for a in found.search.get("arms", ())]
             if sorted(lines) != sorted(arms.values()):
                 raise TableError(f"arms {', '.join(arms.values())}: not each has its own line.")
             return []

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-from analysis.measures.rows import csv_of
+from analysis.inference.rows import csv_of
 from analysis.questions.registry import analyse
 from analysis.report import notebook, report
 from analysis.report.plots import INPUTS

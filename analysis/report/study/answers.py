@@ -1,6 +1,6 @@
 """Read the sweeps' answers as rows, and fill rows into the findings and the ledger.
 
-Nothing is judged again: all rows are made from results.json; see `analysis.measures.rows`. A
+Nothing is judged again: all rows are read from results.json; see `analysis.inference.rows`. A
 finding (findings.yaml) has numbers from the kept rows, and lists the outcomes that its words state,
 those of its main claim first. If the rows have others, the text is stale. The ledger (ledger.yaml)
 has every sentence of the study and of its popular summaries, with all verdicts on it.
@@ -23,7 +23,8 @@ import yaml
 
 from analysis.inference.decide import EXPLORATORY, FAR, WITHDRAWN, Verdict
 from analysis.inference.estimate import AT_LEAST, fixed, number, with_interval
-from analysis.measures.rows import Row, Setting, pick, rows_of
+from analysis.inference.rows import Row, pick, rows_of
+from analysis.inference.where import Setting
 from analysis.questions.registry import read_question
 from analysis.runs.table import TableError
 
@@ -72,7 +73,7 @@ class Answer:
     @functools.cached_property
     def rows(self) -> list[Row]:
         """The rows of the answer, verdicts last."""
-        return rows_of(self.results, self.question, self.runs)
+        return rows_of(self.results, self.question)
 
     @property
     def judged(self) -> list[tuple[Row, Verdict]]:
@@ -136,7 +137,7 @@ def read_answers(folders: Sequence[Path]) -> list[Answer]:
                 try:
                     results, question = json.loads(path.read_text()), read_question(path.parent)
                     answer = Answer(path.parent, results, question)
-                    _ = answer.scale, answer.rows  # reads all of its files
+                    _ = answer.scale, answer.rows, answer.runs  # reads all of its files
                     found[path.parent.name] = answer
                 except (OSError, ValueError, LookupError, TypeError) as error:  # others count
                     print(f"left out: {path.parent}: {error!r}", file=sys.stderr)

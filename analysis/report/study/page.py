@@ -18,8 +18,8 @@ import yaml
 
 from analysis.inference.decide import BETTER, EXPLORATORY, WITHDRAWN, Verdict
 from analysis.inference.estimate import number, with_interval
+from analysis.inference.rows import Row, csv_of, pick
 from analysis.measures.regret import FIRST_PASS
-from analysis.measures.rows import Row, csv_of, pick
 from analysis.questions.registry import analyse, read_question
 from analysis.report import plots_study
 from analysis.report.report import added_after, command_of, write_answer

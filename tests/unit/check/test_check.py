@@ -100,7 +100,7 @@ def test_a_case_that_fails_or_dies_fails_alone_and_is_measured_again(tmp_path, m
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     case = Case(CORRECTNESS, "good", "update_as_on_cpu", tiny_spec(steps=1))
     bad = Case(CORRECTNESS, "bad", "no_such_function")
-    dies = Case(CORRECTNESS, "dies", "device")  # returns no result, of which the process dies
+    dies = Case(CORRECTNESS, "dies", "update_as_on_cpu", case.spec)
 
     def found(cases, large, **more):
         got = {}
@@ -108,8 +108,12 @@ def test_a_case_that_fails_or_dies_fails_alone_and_is_measured_again(tmp_path, m
         return got
 
     assert not found([bad, case], {}, limit_s=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(all_cases, "LAST_S", 0.2)  # its alarm ends the process
+        late = found([dies], {}, limit_s=0.2)["dies"]["failed"]
+    assert late.startswith("its process died") and "more than 0 s" in late
     first = found([bad, dies, case], {})
-    assert "no_such_function" in first["bad"]["failed"] and "status 1" in first["dies"]["failed"]
+    assert "no_such_function" in first["bad"]["failed"] and "failed" not in first["dies"]
     assert first["good"]["difference"] < 1e-10 and list(found([bad, case], {})) == ["bad"]
     large = {"good": {"misfit": "too large"}}  # left out without a process
     assert found([case], large) == large

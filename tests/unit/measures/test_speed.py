@@ -12,7 +12,7 @@ from analysis.inference.estimate import from_draws
 from analysis.measures import ratio, speed
 from analysis.measures.at_best import AtBest, over_seeds, weights
 from analysis.measures.ratio import Ratio, ratio_law
-from analysis.measures.regret import change_of_needed, crossing
+from analysis.measures.regret import crossing
 from analysis.measures.rewards import collapsed_at_best, gates_on_stable, good_range, stable
 from analysis.measures.speed import Prefix, difference, effect, stalled, within
 from analysis.optimum.fit import fit_all, linex
@@ -157,9 +157,6 @@ def test_the_needed_rank_lies_where_the_gap_last_falls_to_what_is_allowed():
     ):
         assert low - 1e-9 <= crossing(x, y) <= high + 1e-9
     assert math.isnan(crossing(x, [3.0, math.nan, -1.0, -2.0]))
-    first, last = AtBest({100: 2.0, 101: 3.0}), AtBest({100: 3.0, 101: 5.0})
-    assert change_of_needed(first, last, 2).best == {100: 0.5, 101: 1.0}
-    assert change_of_needed(first, AtBest({100: 3.0, 101: math.inf}), 2) is None
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.measures.rows import pick, rows_of
+from analysis.inference.rows import pick, rows_of
 from analysis.questions import base
 from analysis.questions.growth import BOTH, Schedules
 from analysis.runs.table import TableError
@@ -60,7 +60,7 @@ def test_growth_by_schedule_is_measured_in_percent_of_the_gain():
 def test_growth_is_measured_from_length_to_length_so_that_a_lost_lead_is_told_from_later_losses():
     lead = {(s, n): v for s in BOTH for n, v in ((8, -0.05), (16, 0.0), (64, 0.01))}
     out, _ = ask("growth", Behind(lead), specs(lengths=(8, 16, 64)))
-    every = rows_of(out, {"claims": {}}, planted_table(Behind(lead), specs()))
+    every = rows_of(out, {"claims": {}})
     found = {(r.arm, r.updates, r.at): r.estimate for r in pick(every, "regret_growth_percent")}
     wanted = {(16, "since 8 updates"): 5, (64, "since 16 updates"): 1}
     assert {k: pytest.approx(e.value, abs=0.3) for k, e in found.items()} == {

@@ -96,7 +96,7 @@ def answer(world, scale="tiny", keep=lambda spec: True, kept=None):
     found = analyse(table, asked, kept)
     results = json.loads(json.dumps(report.results_of(found, asked, table), allow_nan=False))
     results["page"] = page = report.render(found, asked, table)
-    assert ("New conditions" in page) == bool(results["cells"])
+    assert ("New conditions" in page) == bool(results["rows"])
     assert "](../" not in page  # it may lie in any folder
     return results, {v["claim"]: v for v in results["verdicts"]}, table
 
@@ -109,7 +109,8 @@ def test_planted_runs_of_both_scales_give_back_the_law(tmp_path):
     (tmp_path / "quadrature-tiny").mkdir()
     answer(ByLaw(lost=0.05))[2].to_parquet(tmp_path / "quadrature-tiny/table.parquet")
     results, found, _ = answer(ByLaw(lost=0.05), kept=tmp_path)
-    assert len(results["cells"]) == COUNTED + FROZEN
+    by_law = [r for r in results["rows"] if r["quantity"].startswith("measured_over_law")]
+    assert len(by_law) == COUNTED + FROZEN
     assert {k: v["outcome"] for k, v in found.items()} == dict.fromkeys(found, "SUPPORTED")
     assert "Yes: on 11 bases (all new" in results["page"]  # of both scales
     value = {k: v["estimate"]["value"] for k, v in found.items()}
@@ -117,23 +118,16 @@ def test_planted_runs_of_both_scales_give_back_the_law(tmp_path):
     assert value["frozen"] == pytest.approx(-math.log(1.2), abs=0.04)
     assert value["carried"] < 0.2 and value["moving"] < 0.2
     assert value["still"] == pytest.approx(5 / 1.12, abs=0.5)  # of a gain of 1.12 nats
-    assert results["errors"]["linear law"]["value"] > 2 * value["predicts"]
-    costs = results["carried"]
-    assert [costs[k]["value"] for k in (laws.LAW, "1/sqrt(alpha)", "1/alpha", "kept")] == sorted(
-        v["value"] for v in costs.values()
-    )
-    assert (
-        results["from_full"][laws.LAW]["value"]
-        < 0.2
-        < 5
-        < results["from_full"]["10 times"]["value"]
-    )
-    frozen = [c for c in results["cells"] if c["b_ratio"] > 1]
-    limits = [laws.limit(c["hidden"], c["alpha"]) for c in frozen]
-    assert [c["ratio"] for c in frozen] == pytest.approx(limits, rel=0.05)
+    by = {(r["quantity"], r.get("arm")): r["estimate"]["value"] for r in results["rows"]}
+    assert by["rms_error", "linear law"] > 2 * value["predicts"]
+    costs = [by["carried_cost", k] for k in (laws.LAW, "1/sqrt(alpha)", "1/alpha", "kept")]
+    assert costs == sorted(costs)
+    assert by["cost_from_full", laws.LAW] < 0.2 < 5 < by["cost_from_full", "10 times"]
+    frozen = [r["estimate"]["value"] for r in by_law if r["quantity"].endswith("A frozen")]
+    assert frozen == pytest.approx([1.0] * FROZEN, rel=0.05)
     # the smaller scale's answer leaves the verdict to the other
     mine, elsewhere, _ = answer(ByLaw(), "small", kept=tmp_path)
-    assert mine["cells"] == []
+    assert mine["rows"] == []
     assert {v["gates"][0]["code"] for v in elsewhere.values()} == {"ELSEWHERE"}
 
 
@@ -156,7 +150,7 @@ def test_a_grid_with_its_optimum_at_an_edge_is_extended_although_no_condition_is
     table = planted_table(world, specs)
     found = analyse(table, asked)
     codes = {v.gates[0].code.name for v in found.verdicts}
-    assert codes == {"FLAGGED"} and not found.measures["cells"]
+    assert codes == {"FLAGGED"} and not found.rows
     assert "missing arm" not in report.render(found, asked, table)
     wanted = suggest(found)
     assert {s.curve.name for s in wanted} == {"fullft"} and len(wanted) == 2
@@ -260,7 +254,7 @@ def test_kept_runs_of_the_other_scale_join_the_shipped_grid_alone():
     mine = mine.assign(model="mine", dataset="rows")
     for scale in ("tiny", "small"):
         found = analyse(mine, {**asked, "scale": scale}, kept)
-        assert {c["base"] for c in found.measures["cells"]} == {"mine"}
+        assert {r.base for r in found.rows} == {"mine"}
         assert all("conditions" in v.why for v in found.verdicts)  # too few of them
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -76,12 +77,17 @@ def _loss(world):
     return lambda run: v if math.isfinite(v := world.nll(by_id[run])) else None
 
 
+def shared(results, pair):
+    """A pair's differences at the shared learning rates."""
+    mine = [r for r in results["rows"] if r["arm"] == pair and ", at" in r["quantity"]]
+    return [r["estimate"] for r in mine]
+
+
 def test_methods_that_are_equal_when_tuned_are_equal_and_not_reversed():
     results, found = answer(Methods())
     check(found, dora="SUPPORTED", pissa="SUPPORTED", plus="SUPPORTED", reversed="REFUTED")
     assert found["dora"]["estimate"]["value"] == pytest.approx(0, abs=0.05)
-    by_pair = {tuple(p["pair"]): p for p in results["pairs"]}
-    apart = [e["value"] for e in by_pair["plus", "lora"]["shared"]]
+    apart = [e["value"] for e in shared(results, "LoRA+ - LoRA")]
     # at a quarter of LoRA's best rate LoRA is two doublings off, and LoRA+ one
     off = [math.log(v) for v in (3e-4 / 1.25e-3, 6.5e-4 / 2.5e-3, 9 * 3e-4 / 1.25e-3, 9 * 0.26)]
     at_quarter = 0.06 * (np.square(off[2:]).mean() - np.square(off[:2]).mean()) / ONE
@@ -101,10 +107,10 @@ def test_methods_that_are_equal_when_tuned_are_equal_and_not_reversed():
 def test_a_shared_rate_that_puts_two_methods_in_the_other_order_counts():
     results, found = answer(Methods(pissa=-3.0, plus=2.0))
     check(found, dora="SUPPORTED", pissa="REFUTED", plus="REFUTED", reversed="SUPPORTED")
-    order = {tuple(p["pair"]): p["order"] for p in results["pairs"]}
-    assert order["pissa", "lora"] == order["plus", "lora"] == "reversed"
+    order = dict(re.findall(r"\| (\S+ - \S+) \|.*\| ([a-z ]+) \|$", results["page"], re.MULTILINE))
+    assert order["PiSSA - LoRA"] == order["LoRA+ - LoRA"] == "reversed"
     # PiSSA is better than LoRA+ wherever they are compared, and DoRA is LoRA
-    assert order["plus", "pissa"] == order["dora", "lora"] == "not reversed"
+    assert order["LoRA+ - PiSSA"] == order["DoRA - LoRA"] == "not reversed"
     n = found["reversed"]["estimate"]["value"]
     assert n == list(order.values()).count("reversed") == 4  # with DoRA, too
 
@@ -150,7 +156,7 @@ def test_a_diverged_run_counts_with_the_loss_before_training():
     world, nll = Methods(), Methods().nll
     world.nll = lambda s: math.nan if name_of(s) == "pissa" and s.lr > 1e-3 else nll(s)
     results, found = answer(world)
-    worse = next(p for p in results["pairs"] if p["pair"] == ["pissa", "lora"])["shared"][1]
+    worse = shared(results, "PiSSA - LoRA")[1]
     assert worse["value"] == pytest.approx(100, abs=2) and worse["low"] > 95
     check(found, dora="SUPPORTED")
 

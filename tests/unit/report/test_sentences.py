@@ -45,7 +45,7 @@ def said(ratio, changes=None, claim="ratio", **asked):
         dataclasses.replace(v, primary=v.claim == claim, **(changes or {})) for v in found.verdicts
     ]
     found = dataclasses.replace(found, verdicts=verdicts)
-    answer = sentences_of(found, question, report.results_of(found, question, table), table)
+    answer = sentences_of(found, question, report.results_of(found, question, table))
     return answer, lines_of(answer, question)
 
 
@@ -148,7 +148,9 @@ def test_of_many_groups_three_are_said_and_the_others_counted(ratio):
     table, question, found = ratio
     (v,) = (v for v in found.verdicts if v.claim == "ratio")
     group = f"{v.group.removesuffix('batch 16, steps 128')}batch {{}}, steps 128"
-    many = [dataclasses.replace(v, group=group.format(k)) for k in (1, 2, 4, 8)]
+    groups = [group.format(k) for k in (1, 2, 4, 8)]
+    places = [dataclasses.replace(v.where, task=g) for g in groups]
+    many = [dataclasses.replace(v, group=g, where=w) for g, w in zip(groups, places)]
     many[2] = dataclasses.replace(many[2], outcome="SUPPORTED")
     asked = table, question, dataclasses.replace(found, verdicts=many)
     answer, lines = said(asked)

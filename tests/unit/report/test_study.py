@@ -1,6 +1,7 @@
 """The pages of all answers, on planted ones: figures, findings, ledger, and golden pages; rows of answers."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -14,10 +15,12 @@ from matplotlib.text import Annotation
 
 from analysis.inference.decide import Gate, GateCode, Verdict
 from analysis.inference.estimate import AT_LEAST, Estimate
+from analysis.inference.rows import measured, pick, rows_of
+from analysis.inference.where import Setting, Where
 from analysis.measures import next_runs
+from analysis.measures.places import places_of, setting_of, settings_of
 from analysis.measures.regret import COUNTS
-from analysis.measures.rows import Setting, pick, rows_of
-from analysis.optimum.fit import fit_all
+from analysis.optimum.fit import Optimum, fit_all
 from analysis.questions.base import NO_CELL, Panel, Series
 from analysis.questions.registry import analyse, read_question
 from analysis.report import plots, plots_study, report
@@ -61,6 +64,14 @@ def curve(model, dataset="dialect", **more):
     return {**found, **dict.fromkeys(("best_lr", "low", "high", "best_nll")), **more}
 
 
+def place(group, data=LISTS, **more):
+    """The place of a condition that is named `base on data` or `base, data`."""
+    base, name = re.fullmatch(r"(\w+)(?:, | on )(.*)", group).groups()
+    spec = [json.dumps({"dataset": d}) for d in data]
+    known = settings_of(pd.DataFrame({"model": base, "dataset": range(len(data)), "spec": spec}))
+    return Where(group, base, name, max(known.values()), **more)
+
+
 def answer(folder, *verdicts, sweep="rank", scale="tiny", base="b", data=LISTS, **more):
     """Write an answer with one run per seed and data set; `more`: keys of results or question."""
     at = folder / f"{sweep}-{scale}"
@@ -73,11 +84,13 @@ def answer(folder, *verdicts, sweep="rank", scale="tiny", base="b", data=LISTS, 
     ]
     table = pd.DataFrame(rows).drop(columns=["flags", "band"])
     table.to_parquet(at / "table.parquet")
+    verdicts = [dataclasses.replace(v, where=place(v.group, data)) for v in verdicts]
     says = {v.claim: {"text": f"{v.claim} holds", "source": "study"} for v in verdicts}
     asked = {"name": sweep, "scale": scale, "question": f"{sweep}?", "source": "the study"}
     asked |= {"analysis": sweep, "claims": says}
     asked |= {k: more.pop(k) for k in ("withdrawn", "added_after") if k in more}
-    results = {"sweep": sweep, "scale": scale, "runs": len(table), "curves": [], **more}
+    results = {"sweep": sweep, "scale": scale, "runs": len(table), "curves": [], "rows": []}
+    results |= more
     results["verdicts"] = [v.plain() for v in verdicts]
     (at / "results.json").write_text(json.dumps(results))
     (at / "question.json").write_text(json.dumps(asked))
@@ -102,7 +115,7 @@ def test_a_verdict_is_the_one_of_its_own_report(reports):
     assert any(v.gates for _, v in kept.judged)
     for v in results["verdicts"]:
         v["outcome"], v["p"] = "SUPPORTED", 0.04
-        del v["gates"]  # older answers have none
+        v["gates"] = []
     path.write_text(json.dumps(results))
     (kept,) = read_answers([reports])
     # The report has corrected its two primary claims; the page corrects nothing again.
@@ -155,21 +168,22 @@ def test_a_broken_report_leaves_the_others(tmp_path, capsys, name, content):
 
 
 @pytest.mark.parametrize(
-    ("group", "setting"),
+    ("names", "setting"),
     [
-        ("b on low, batch 16, steps 256", Setting.IN_REGIME),
-        ("b, 8 symbols, drawn anew", Setting.IN_REGIME),
-        ("b on dialect", Setting.BEYOND),
-        ("b, gsm8k", Setting.REAL),
-        ("b on low, batch 16, steps 256 and b on facts, batch 16, steps 128", Setting.BEYOND),
-        ("all 4 tasks", Setting.REAL),  # names none: the hardest of all
+        (("low",), Setting.IN_REGIME),
+        (("dialect",), Setting.BEYOND),
+        (("gsm8k",), Setting.REAL),
+        (("low", "facts"), Setting.BEYOND),  # the last of both
     ],
 )
-def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group, setting):
+def test_the_setting_follows_from_the_data_of_the_curves(names, setting):
     low = data_set("low", rule_shift=0.25, new_exceptions=0)
     data = (low, *LISTS, FACTS, data_set("gsm8k", "gsm8k", "jsonl"))
-    found = answer(tmp_path, verdict(1, group=group), data=data)
-    assert found.judged[0][0].setting is setting
+    spec = [json.dumps({"dataset": d}) for d in data]
+    known = settings_of(
+        pd.DataFrame({"model": "b", "dataset": [d["name"] for d in data], "spec": spec})
+    )
+    assert setting_of([{"model": "b", "dataset": name} for name in names], known) is setting
 
 
 def bases(folder, verdicts):
@@ -192,34 +206,36 @@ def test_the_figure_of_ratios_has_the_numbers_of_the_rows(kept_rows, tmp_path):
     assert (tmp_path / "ratio.png").stat().st_size > 10_000
 
 
-def plain(value, half=1.0):
-    return Estimate(value, value - half, value + half).plain()
+def row(where, quantity, value, half=None, **more):
+    """A measurement as in results.json."""
+    e = Estimate(value) if half is None else Estimate(value, value - half, value + half)
+    return measured(where, quantity, e, **more).measurement()
 
 
 def condition(name, *ranks):
     """A condition of `regime`: (rank, regret in percent), and loads of the needed rank by count."""
-    by_count = dict(zip(COUNTS, (0.01, 6.0, 0.4)))
-    return {
-        **{"cell": name, "batch_size": 16, "updates": 256, "rank_interpolated": plain(5.0)},
-        "bits": {count: 100 * load for count, load in by_count.items()},
-        "loads_needed": {count: plain(load, 0.1) for count, load in by_count.items()},
-        "ranks": [
-            {"rank": r, "loads": by_count, "regret_percent": plain(percent), "gain_nats": 0.5}
-            for r, percent in ranks
-        ],
-    }
+    where, found = place(name, RULES, batch_size=16, updates=256), []
+    for count, load in zip(COUNTS, (0.01, 6.0, 0.4)):
+        found.append(row(where, f"bits, {count}", 100 * load))
+        found.append(row(where, f"load at the needed rank, {count}", load, 0.1))
+        found += [row(where, f"load, {count}", load, arm=f"lora r{r}", rank=r) for r, _ in ranks]
+    found.append(row(where, "needed_rank", 5.0, 1.0))
+    for r, percent in ranks:
+        found.append(row(where, "regret_percent", percent, 1.0, arm=f"lora r{r}", rank=r))
+    return found
 
 
 def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_path):
     low = condition("b, 8 symbols, drawn anew", (1, 20.0), (8, 0.05))
-    cells = [condition("b, nothing new", (8, 30.0)), low]
-    regime = answer(tmp_path, sweep="regime", data=RULES, cells=cells)
+    rows = [*condition("b, nothing new", (8, 30.0)), *low]
+    regime = answer(tmp_path, sweep="regime", data=RULES, rows=rows)
+    at = functools.partial(place, "c on dialect", RULES, arm="lora r8", rank=8)
     regrets = [
-        {"batch_size": b, "updates": n, "rank": 8, "regret_percent": plain(v, 2.5)}
+        row(at(batch_size=b, updates=n), "regret_percent", v, 2.5)
         for b, n, v in [(32, 384, 7.8), (512, 24, 9.0)]
     ]
     v = verdict(0.01, claim="at_32", group="c on dialect")
-    control = answer(tmp_path, v, sweep="large_batches", base="c", data=RULES, regrets=regrets)
+    control = answer(tmp_path, v, sweep="large_batches", base="c", data=RULES, rows=regrets)
     lines = plots_study.regret_lines([regime, control])
     values = {line.name: {r: e.value for r, e in line.regrets.items()} for line in lines}
     assert values == {
@@ -445,18 +461,26 @@ def test_pages_of_planted_answers_are_the_golden_ones(tmp_path):
         verdict(0.2, outcome="UNDECIDED", claim="growth_high", group="b, lists", why="too wide"),
         verdict(0.3, claim="growth_high", group="b, 8 symbols, drawn anew", **mark),
     ]
-    ratios = [
-        {"group": "b on dialect, batch 16, steps 100", "rank": 8, "alpha": 32.0, "at": k}
-        | {"ratio": plain(2.0 + k), "regrets": {"10 x FullFT's best LR": 0.02 * k}}
-        for k in (1, 2)
+    task, size = "b on dialect, batch 16, steps 100", {"batch_size": 16, "updates": 100}
+    arms = (("fullft", None, 1e-3), ("lora", 4, 3e-3), ("lora", 8, 5e-3))
+    at = [
+        dataclasses.replace(place("b on dialect", **size), task=task)
+        if r is None
+        else dataclasses.replace(place("b on dialect", **size), task=task, rank=r)
+        for _, r, _ in arms
     ]
-    arms = (("fullft", None, 1e-3), ("lora", 4.0, 3e-3), ("lora", 8.0, 5e-3))
-    curves = [curve("b", method=m, rank=r, best_lr=lr, steps=100) for m, r, lr in arms]
+    at = [dataclasses.replace(w, arm=m + (f" r{r}" if r else "")) for w, (m, r, _) in zip(at, arms)]
+    ratios = [row(at[k], "lr_ratio", 2.0 + k, 1.0, alpha=32.0) for k in (1, 2)]
+    ratios += [row(at[k], "nats lost at 10 x FullFT's best LR", 0.02 * k) for k in (1, 2)]
+    curves = [
+        curve("b", method=m, rank=r, best_lr=lr, steps=100, where=w.plain())
+        for w, (m, r, lr) in zip(at, arms)
+    ]
     added = [{"arm": "lora", "what": "learning rate 1e-3", "why": "four were left"}]
     gone = verdict(-20.0, claim="tie", outcome="UNDECIDED", gates=WITHDRAWN)
     made = [
-        answer(tmp_path, *regime, sweep="regime", data=RULES, cells=[low]),
-        answer(tmp_path, sweep="lr_ratio", curves=curves, ratios=ratios, added_after=added),
+        answer(tmp_path, *regime, sweep="regime", data=RULES, rows=low),
+        answer(tmp_path, sweep="lr_ratio", curves=curves, rows=ratios, added_after=added),
         *bases(tmp_path, [verdict(v, claim="parity") for v in (0.5, 0.6, 0.7)]),
         answer(tmp_path, gone, sweep="rl_bits", data=(FACTS,), withdrawn="an arm is missing, so"),
     ]
@@ -577,8 +601,7 @@ def test_every_kept_verdict_has_one_row_and_says_where_it_was_measured():
     rows, there = [], []
     for folder in planted.ANSWERS:
         results = json.loads((folder / "results.json").read_text())
-        table = pd.read_parquet(folder / "table.parquet")
-        rows += rows_of(results, read_question(folder), table)
+        rows += rows_of(results, read_question(folder))
         there += results["verdicts"]
     assert [r.verdict.plain() for r in rows if r.verdict] == there
     columns = ("sweep", "scale", "task", "quantity", "arm", "rank", "batch_size", "updates")
@@ -603,22 +626,26 @@ def test_every_kept_verdict_has_one_row_and_says_where_it_was_measured():
     assert known == [16, 1, 16, 64, 32, None]
 
 
-def test_arms_of_one_rank_have_each_their_own_ratio():
+def test_arms_of_one_rank_have_each_their_own_place():
     """They were joined by group and rank once, so that all had the ratio of the last one."""
-    common = {"model": "b", "dataset": "dialect", "batch_size": 4, "steps": 8, "flags": [], "n": 3}
-    common |= {"low": None, "high": None, "best_nll": 2.0, "band": None, "method": "lora"}
-    curves = [{**common, "method": "fullft", "rank": None, "best_lr": 1e-3, "layers": "all"}]
-    ratios, places = [], {"attention": 1, "mlp": 2, "attention+mlp": 3}
-    for layers, k in places.items():
-        curves.append({**common, "rank": 4.0, "alpha": 32.0, "layers": layers, "best_lr": k * 1e-3})
-        at = {"group": "b on dialect, batch 4, steps 8", "rank": 4, "alpha": 32.0, "at": k}
-        found = {"ratio": {"value": float(k), "flags": []}, "regrets": {"10x": k / 100}}
-        ratios.append(at | found)
-    results = {"sweep": "s", "scale": "tiny", "verdicts": [], "curves": curves, "ratios": ratios}
-    found = rows_of(results, {"claims": {}}, pd.DataFrame())
-    for quantity, unit in (("lr_ratio", 1), ("best_lr", 1e-3), ("nats lost at 10x", 0.01)):
-        values = {r.arm: r.estimate.value for r in pick(found, quantity) if r.arm != "fullft"}
-        assert values == {f"lora r4, {layers}": k * unit for layers, k in places.items()}
+    one = {"model": "b", "dataset": "dialect(x=1)", "method": "lora", "rank": 4.0, "steps": 8}
+    layers = ("attention", "mlp", "attention+mlp")
+    curves = [planted.lr_curve(*np.zeros((3, 1)), **one, layers=v) for v in layers]
+    made = [Optimum(c, Estimate(None), None, ()) for c in curves]
+    found = places_of(made, pd.DataFrame({"model": ["b"], "dataset": ["dialect(x=1)"]}))
+    arms = [f"lora r4, {v}" for v in layers]
+    assert [(w.arm, w.rank, w.updates, w.data) for w in map(found.get, map(id, made))] == [
+        (arm, 4, 8, "dialect") for arm in arms
+    ]
+
+
+def test_an_answer_of_an_earlier_version_is_left_out_with_what_to_do(reports, tmp_path, capsys):
+    shutil.copytree(reports / "rank-smoke", old := tmp_path / "rank-smoke")
+    results = json.loads((old / "results.json").read_text())
+    del results["rows"]
+    (old / "results.json").write_text(json.dumps(results))
+    assert read_answers([tmp_path]) == []
+    assert "earlier version: judge it again" in capsys.readouterr().err
 
 
 def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(drawn):

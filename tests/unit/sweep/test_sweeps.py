@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from analysis.inference import decide
-from analysis.questions.registry import OLDER_NAMES
 from lorasweep.cli.actions import act
 from lorasweep.cli.answer import check_claims
 from lorasweep.config import compose as compose_module
@@ -283,7 +282,7 @@ def compare_with_kept(today, name, scale):
         advice = dict.fromkeys(("if_supported", "if_refuted", "if_open", "cost"), "")
         later = {"planning": {}, "underpowered": False, **advice}
         assert {**kept["claims"][name], **later} == {**today["claims"][name], **later}, name
-    assert today["analysis"] == OLDER_NAMES.get(kept["analysis"], kept["analysis"])
+    assert today["analysis"] == kept["analysis"]
     wanted = {"withdrawn": kept.get("withdrawn", ""), "added_after": kept.get("added_after", [])}
     wanted |= {key: kept[key] for key in ("question", "source", "how", "rounds")}
     assert {key: today[key] for key in wanted} == wanted
