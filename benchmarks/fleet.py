@@ -25,7 +25,6 @@ from analysis.report.text import markdown
 from benchmarks import harness
 from benchmarks.harness import BENCH, Figures, Log, Page, command, cpu_s, packages_of, render
 from benchmarks.trl_baseline import symbol_tokenizer
-from lorasweep.cli.customers import plan_fleet
 from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
 from lorasweep.data.synthetic import dialect, generators
@@ -37,6 +36,7 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.streams import stream
 from lorasweep.store.run_store import RunStore
 from lorasweep.train import pretrain
+from lorasweep.work.fleet import plan_fleet
 
 WORKER = "lorasweep.launch.worker"
 WATCH_S = 0.5

@@ -34,8 +34,6 @@ from benchmarks import harness
 from benchmarks.generators import FAMILIES
 from benchmarks.harness import RESULTS, Figures, Log, Page, packages_of, render
 from lorasweep.advise import rates
-from lorasweep.cli import answer
-from lorasweep.cli.answer import start_of
 from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
 from lorasweep.launch.trainer import finetune
@@ -50,6 +48,8 @@ from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.question import Search
 from lorasweep.sweep.request import question
 from lorasweep.sweep.search import Look, is_short, search
+from lorasweep.work import answer
+from lorasweep.work.search import start_of
 
 RIGHT = 1.0
 """A learning rate is right if its regret is below this share of the gain, in percent."""

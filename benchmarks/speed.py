@@ -22,12 +22,12 @@ from analysis.report.text import Rows, markdown
 from benchmarks import harness, steps
 from benchmarks.harness import BENCH, Figures, Log, Page, command, render
 from benchmarks.steps import at
-from lorasweep.cli.answer import all_points
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
+from lorasweep.work.search import all_points
 
 GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}
 """Scale -> (batch of a run, updates) of the grids of 16 LoRA runs."""

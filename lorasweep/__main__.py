@@ -62,8 +62,8 @@ def _compose_and_act(given: list[str]) -> None:
     from omegaconf import OmegaConf
 
     from lorasweep.cli import actions
-    from lorasweep.cli.answer import as_begun
     from lorasweep.config.compose import composer
+    from lorasweep.work.search import as_begun
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", action="append", default=[])

@@ -15,13 +15,13 @@ from analysis.questions.registry import analyse
 from analysis.report import report
 from analysis.runs.curves import LrCurve
 from analysis.runs.table import read
-from lorasweep.cli import answer
 from lorasweep.config.compose import compose_request
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.metric import METRICS, eval_steps
 from lorasweep.store.table import table_row
 from lorasweep.sweep.request import question
+from lorasweep.work import answer
 from tests.world import planted_end
 
 FULL_BEST = 1.3e-3
@@ -304,7 +304,7 @@ def check(found, **expected):
 
 
 def analysed(table, question, folder, as_json):
-    """What `lorasweep.cli.answer.judge` returns as JSON, without a report's files and figures."""
+    """What `lorasweep.work.answer.judge` returns as JSON, without a report's files and figures."""
     found = analyse(table, question, answer.KEPT)
     return json.dumps(report.results_of(found, question, table))
 

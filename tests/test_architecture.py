@@ -101,7 +101,7 @@ ARROWS = [(module, other) for module, others in GRAPH.items() for other in other
 # From the bottom; a room uses those below it only. `methods` and `data` do not know each other.
 ORDER = {
     "lorasweep": "errors < plugins < spec < methods data < sweep < store < tracking < plan < models < train"
-    " < launch < check < advise < fleet < config < cli < follow_up < __main__",
+    " < launch < check < advise < fleet < config < work < cli < follow_up < __main__",
     "analysis": "runs < inference < optimum < measures < questions < report < tables < __main__",
 }
 RANK = {
@@ -110,7 +110,7 @@ RANK = {
     for rank, floor in enumerate(order.split(" < "))
     for room in floor.split()
 } | {"lorasweep": -1, "analysis": -1}
-DOOR = "lorasweep.cli.answer"  # the only module of lorasweep that reaches `analysis`
+DOOR = "lorasweep.work.answer"  # the only module of lorasweep that reaches `analysis`
 LAW = {
     ("lorasweep.advise.rates", r)
     for r in ("analysis", "analysis.measures", "analysis.measures.laws")
@@ -127,7 +127,7 @@ ONLY_IN = {
     **dict.fromkeys(("trl", "tokenizers"), "$"),
     "peft": r"lorasweep/methods/",
     "datasets": r"lorasweep/data/",
-    "safetensors": TORCH + r"|lorasweep/(methods|store|cli)/",
+    "safetensors": TORCH + r"|lorasweep/(methods|store|work)/",
     "jinja2": r"lorasweep/(advise/pages|cli/plans)\.py|analysis/report/",
     "matplotlib": r"analysis/report/plots\w*\.py",
     "plotly": r"analysis/report/report\.py",

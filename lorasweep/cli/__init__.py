@@ -1,1 +1,1 @@
-"""The actions of the command line, and their output; no torch: `launch` trains runs."""
+"""The table of actions, what a plan and a status show; `work` does the rest; no torch."""

@@ -15,8 +15,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
 
-from lorasweep.cli.answer import refuse_claims
-from lorasweep.cli.printed import Answer
 from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.compose import GROUPS, Composer, literal, quoted
 from lorasweep.errors import SpecError, unknown
@@ -25,6 +23,8 @@ from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.trainer import Trainer
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, Settings
+from lorasweep.work.answer import refuse_claims
+from lorasweep.work.printed import Answer
 
 FLEET_SETTINGS = "customers rates instead_of_full serve out score"
 OF_SEARCH = ("run", "plan", "status", "cancel")
@@ -73,7 +73,7 @@ class Action(NamedTuple):
 
 
 SEARCH = Action(
-    "runs:run",
+    "lorasweep.work.run:run",
     "./my-model rows.csv budget=2h out=best",
     "find method, rank and learning rate for a model and rows; budget=2h, 90min, 40runs or "
     "500gpuh; out=DIR writes the best adapter or weights. It is a sweep: lorasweep plan tune ./m "
@@ -84,7 +84,7 @@ SEARCH = Action(
 )
 ACTIONS = {
     "measure": Action(
-        "customers:measure",
+        "lorasweep.work.measure:measure",
         "./my-model rows.csv",
         "measure how much information is in rows, in bits; lorasweep advise uses it. data=FILE, "
         "or dataset=NAME for all its rows; rates=N learning rates",
@@ -92,7 +92,7 @@ ACTIONS = {
         *("model data", OURS, "one model and one data set"),
     ),
     "rate": Action(
-        "plans:rate",
+        "lorasweep.cli.plans:rate",
         "./my-model full_lr=1e-5 alpha=32 steps=1000",
         "predict LoRA's learning rate from full fine-tuning's, or the reverse; trains nothing. "
         "lora_lr=2e-4 at_alpha=16: from LoRA's at another alpha; rank=, layers=",
@@ -100,7 +100,7 @@ ACTIONS = {
         *("model", OURS, "one model"),
     ),
     "fit": Action(
-        "runs:fit",
+        "lorasweep.cli.runs:fit",
         "runs.csv",
         "fit the best learning rates in a table of runs of any trainer; docs/usage.md has the "
         "columns; out=FILE.json writes the fits. More: python -m analysis --help",
@@ -108,7 +108,7 @@ ACTIONS = {
         *("table", OURS, "a table of runs"),
     ),
     "adapter": Action(
-        "runs:adapter",
+        "lorasweep.work.again:adapter",
         "RUN_ID out=DIR",
         "save the adapter of a finished run for PEFT, or its weights; it trains the run again and "
         "writes nothing if the final loss differs; max_difference=0.02 accepts a difference",
@@ -116,43 +116,52 @@ ACTIONS = {
         *("run", OURS),
     ),
     "run": Action(
-        "runs:run", "lr_ratio", "train what is missing and print the answer; run may be left out"
+        "lorasweep.work.run:run",
+        "lr_ratio",
+        "train what is missing and print the answer; run may be left out",
     ),
     "plan": Action(
-        "plans:show",
+        "lorasweep.cli.plans:show",
         "lr_ratio hardware=h100",
         "show what would run and what it costs; here, or on a machine of conf/hardware",
         "hardware",
     ),
     "status": Action(
-        "status:status",
+        "lorasweep.cli.status:status",
         "lr_ratio watch=5s",
         "show what is done, running, diverged, failed; watch=5s: again, until all runs have ended",
         "watch",
     ),
     "report": Action(
-        "runs:report", "lr_ratio", "judge the finished runs and print the answer; train nothing"
+        "lorasweep.cli.runs:report",
+        "lr_ratio",
+        "judge the finished runs and print the answer; train nothing",
     ),
     "extend": Action(
-        "runs:extend", "lr_ratio", "add the runs that help most to undecided claims; start none"
+        "lorasweep.cli.runs:extend",
+        "lr_ratio",
+        "add the runs that help most to undecided claims; start none",
     ),
     "verify": Action(
-        "runs:verify",
+        "lorasweep.work.again:verify",
         "lr_ratio sample=3",
         "train finished runs again, alone, to check that packing changes no result",
         "sample",
     ),
     "export": Action(
-        "runs:export", "lr_ratio out=runs.csv", "write finished runs as .parquet or .csv", "out"
+        "lorasweep.cli.runs:export",
+        "lr_ratio out=runs.csv",
+        "write finished runs as .parquet or .csv",
+        "out",
     ),
     "import": Action(
-        "runs:import_",
+        "lorasweep.cli.runs:import_",
         "runs.csv",
         "read the runs of an exported table into the run folder",
         words="table",
     ),
     "advise": Action(
-        "customers:advise",
+        "lorasweep.cli.plans:advise",
         "customers.csv",
         "LoRA or full fine-tuning, which settings, at what cost, for each row of a table; or for "
         "one customer (+customer.model=llama-3.1-8b +customer.task=sft ...). out=FILE.html: the "
@@ -161,7 +170,7 @@ ACTIONS = {
         *("customers", MANY, "customers"),
     ),
     "fleet": Action(
-        "customers:fleet",
+        "lorasweep.work.fleet:fleet",
         "customers.csv out=adapters",
         "train an adapter for each customer of a table; column data: a file of rows, or a folder "
         "with train and test. rates=N learning rates around the advised one, or rates=advised; "
@@ -171,14 +180,14 @@ ACTIONS = {
         *("customers", MANY, "customers"),
     ),
     "verify_served": Action(
-        "customers:verify_served",
+        "lorasweep.work.fleet:verify_served",
         "customers.csv out=adapters url=http://host:8000",
         "check the folders of adapters, and at url= (or a list) whether vLLM serves them right",
         f"url {FLEET_SETTINGS}",
         *("customers", MANY, "customers"),
     ),
     "check_gpu": Action(
-        "check:check_gpu",
+        "lorasweep.cli.check:check_gpu",
         "",
         "compare this machine's GPU with the plan; writes a page and a hardware file. The same "
         "command resumes. In a Slurm job: with srun. Without a GPU: small shapes",
@@ -186,19 +195,22 @@ ACTIONS = {
         *("", HERE, "one machine"),
     ),
     "matrices": Action(
-        "plans:matrices",
+        "lorasweep.cli.plans:matrices",
         "layers",
         "show what each layer set trains, with counts; needs no weights",
         block=HERE,
     ),
     "fetch": Action(
-        "plans:fetch",
+        "lorasweep.cli.plans:fetch",
         "lr_ratio scale=paper",
         "download weights and data of the runs from the hub, for nodes without a network",
         block=HERE,
     ),
     "cancel": Action(
-        "runs:cancel_jobs", "lr_ratio", "cancel the sweep's jobs on the cluster", block=HERE
+        "lorasweep.cli.runs:cancel_jobs",
+        "lr_ratio",
+        "cancel the sweep's jobs on the cluster",
+        block=HERE,
     ),
 }
 VERBS = {name.replace("_", "-"): name for name in ACTIONS}
@@ -295,15 +307,15 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
 
     `trainer`: replaces the real trainer in tests and benchmarks.
     """
-    from lorasweep.cli import customers, runs  # --help needs neither
     from lorasweep.cli.status import watch
+    from lorasweep.work import fleet, run  # --help needs neither
 
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs(request.exec.runs_dir))
     with suppress(FileNotFoundError, PermissionError):  # the action reports them
         os.scandir(store.root).close()
     name, as_json = request.action, request.format == "json"
     if request.customers and name != "advise":
-        request = customers.plan_fleet(request)
+        request = fleet.plan_fleet(request)
         name = "fleet" if request.action == "run" else name
     if request.watch:
         return watch(request, store, lambda: act(dataclasses.replace(request, watch="")))
@@ -312,13 +324,13 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
         faults = [{"name": m["name"], "error": m["problem"]} for m in request.members]
         Answer(faults).show(as_json)
         return status
-    do = resolve_name(f"lorasweep.cli.{ACTIONS[name].does}")
+    do = resolve_name(ACTIONS[name].does)
     trains = {"trainer": trainer} if "trainer" in inspect.signature(do).parameters else {}
     on_gpus = bool(request.hardware) and hardware_of(request).has_speeds
     if on_gpus and (
         name in ("fleet", "plan") or not (name in (*WHOLE_STUDY, "import") or ACTIONS[name].about)
     ):
-        given, request = request, runs.within_limit(request)
+        given, request = request, run.within_limit(request)
         had, has = (any(p.points for p in r.parts or [r]) for r in (given, request))
         if had and not has:
             raise SpecError(f"no run is left within exec.max_gpus={request.exec.max_gpus}.")
@@ -328,7 +340,7 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
         studied = [p for p in studied if any(store.result(q.id) for q in p.points)]
     parts = studied or [request]
     for part in parts if studied and name == "run" else ():  # before the first part starts
-        runs.check(part)
+        run.check(part)
     values = {}
     for part in parts:
         if studied and not as_json:
@@ -339,11 +351,11 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
             values[part.title] = answer.plain()
         else:
             answer.show(as_json)
-        if status >= runs.STOPPED:
+        if status >= run.STOPPED:
             break
     if studied and as_json:
         print(json.dumps(values))
-    elif studied and name == "run" and status < runs.STOPPED and request.cluster.kind == "local":
+    elif studied and name == "run" and status < run.STOPPED and request.cluster.kind == "local":
         command = f"python -m analysis study --reports-dir {request.exec.reports_dir} --out FOLDER"
         print(f"a table and pages of these answers and the kept ones: {command}")
     return status

@@ -12,7 +12,6 @@ from typing import Any
 import lorasweep
 from lorasweep.check import cases as all_cases
 from lorasweep.check.cases import NODE, Case
-from lorasweep.cli.printed import Answer, notifier
 from lorasweep.config import catalogue
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch.slurm.submit import hardware_of
@@ -23,6 +22,7 @@ from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request
+from lorasweep.work.printed import Answer, notifier
 
 
 def check_gpu(request: Request, store: RunStore) -> Answer:

@@ -1,31 +1,19 @@
-"""What a command would train and cost, and what was understood of the user's files.
-
-The actions plan, matrices and fetch: none starts a run.
-"""
+"""The actions that start no run: plan, matrices, rate, fetch, advise."""
 
 import dataclasses
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lorasweep.advise import rates
+from lorasweep.advise import pages, rates
+from lorasweep.advise.advice import answers, plain_of, totals
 from lorasweep.advise.pages import render
-from lorasweep.cli import answer
-from lorasweep.cli.answer import all_points
-from lorasweep.cli.printed import Answer, duration, notifier, table
-from lorasweep.data import load, messages, rewards, sources, text
-from lorasweep.data.synthetic.generators import generator
-from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
+from lorasweep.advise.read import EXPECTED, RowError, check_rows, read_customers
+from lorasweep.data import sources
+from lorasweep.errors import SpecError, unknown
 from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
 from lorasweep.launch.slurm.submit import difference, hardware_of
-from lorasweep.launch.trainer import TOKENS
-from lorasweep.models.describe import config_at
-from lorasweep.plan import detect
 from lorasweep.plan.detect import Hardware
 from lorasweep.plan.load import TRAINING_SHARE, run_flops
 from lorasweep.plan.planner import (
@@ -38,18 +26,19 @@ from lorasweep.plan.planner import (
     make_plan,
     summary,
 )
-from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.execution import Exec
-from lorasweep.spec.metric import METRICS
-from lorasweep.spec.run import RunSpec, is_unpinned
-from lorasweep.store.run_store import FINAL, STATES, RunStore
+from lorasweep.store import files
+from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point, trained_by_set
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
-from lorasweep.sweep.search import MIN_SEEDS, arm_key
+from lorasweep.sweep.search import arm_key
+from lorasweep.work import answer
+from lorasweep.work.fleet import known
+from lorasweep.work.inputs import check_tokenizer, understood
+from lorasweep.work.printed import Answer, notifier, table
+from lorasweep.work.run import plan_lines, unpinned_lines
+from lorasweep.work.search import all_points, search_lines
 
-BASIS = {"measured": "from finished runs", "assumed": "from an assumed speed"}
-"""Basis of the expected time."""
 COSTS = (
     *("name", "runs", "packs", "jobs", "gpus_a_run", "micro_batch", "memory_gib", "tokens"),
     *("flops", "tokens_s", "gpu_hours", "days", "cost_usd"),
@@ -57,8 +46,6 @@ COSTS = (
 """Columns of the costs of sweeps on GPUs, by their keys in format=json."""
 SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used if a larger scale states none."""
-EXAMPLE = 300
-"""Characters of an example."""
 
 
 def show(request: Request, store: RunStore) -> Answer:
@@ -124,55 +111,6 @@ def rate(request: Request, store: RunStore) -> Answer:
     return Answer(found, rates.lines(found))
 
 
-def check_available(request: Request) -> None:
-    """Check that the weights and data of all runs are on this machine, and fit together.
-
-    The first run that needs a file of the hub downloads it. On a cluster a missing file is an
-    error, because jobs would hold GPUs during the download.
-
-    Raises:
-        ModelError, DataError: weights or data are missing; the message says how to get them.
-        SpecError: a data set does not fit the model's vocabulary or tokenizer.
-    """
-    from lorasweep.models import find
-
-    specs, exec_ = [p.spec for p in request.points], request.exec
-    fetched, reads_text = request.cluster.kind == "slurm", {}
-    for one in {s.model.name: s for s in specs}.values():
-        check_tokenizer(one, exec_)
-        model = one.model
-        reads_text[model.name] = find.check_available(model, exec_.models_dir, fetched)
-    for spec in {(s.dataset.name, s.objective): s for s in specs}.values():
-        if METRICS[spec.objective].higher_is_better:
-            rewards.check_available(spec.dataset)
-        if not exec_.skip_broken_data:  # else bad data fails only its own runs
-            load.check_available(spec.dataset, exec_.data_dir)
-    for spec in {(s.model.name, s.dataset.name): s for s in specs}.values():
-        is_text, model = spec.dataset.source != "synthetic", spec.model
-        vocab = None if is_text else generator(spec.dataset.location).vocab
-        if (vocab or 0) > model.vocab_size or (vocab is None and not reads_text[model.name]):
-            few = f"only {model.vocab_size} of {vocab} symbols"
-            raise SpecError(
-                f"model {model.name!r} has {few if vocab else 'no tokenizer'} for dataset "
-                f"{spec.dataset.name!r}. Choose a model made for it (conf/model), or put the "
-                "tokenizer's files beside the weights."
-            )
-
-
-def check_tokenizer(run: RunSpec, exec_: Exec) -> None:
-    """Raise SpecError if the run's program is TRL's, and its base is here without a tokenizer."""
-    from lorasweep.models import find
-
-    # TRL loads the tokenizer, also for rows of token ids
-    trl = any(Path(w).name == "trl" or "trl/scripts/" in w for w in run.trainer.command)
-    with suppress(ModelError):  # not here: reported before training
-        if trl and not find.check_available(run.model, exec_.models_dir):
-            raise SpecError(
-                f"model {run.model.name!r} has no tokenizer, and trainer={run.trainer.name} (TRL) "
-                "loads one. Put the tokenizer's files beside the weights, or use trainer=hf."
-            )
-
-
 def fetch(request: Request, store: RunStore) -> Answer:
     """Download the weights and rows of a request's runs from the hub.
 
@@ -192,57 +130,6 @@ def fetch(request: Request, store: RunStore) -> Answer:
     return Answer(text=lines or "nothing of these runs comes from the hub")
 
 
-# ---------------------------------------------------------------- here, or on given hardware
-
-
-def plan_lines(request: Request, plan: Plan) -> list[str]:
-    """Return the plan as lines: a summary, arms, packs, and remarks."""
-    values = summary(plan)
-    runs, cost = values["runs"], values["cost"]
-    name = request.sweep_name or "single run"
-    if request.sweep_name and request.sweep:
-        name = f"sweep {name}, scale {request.scale}"
-    if plan.hardware.name != detect.NAME:
-        name += f", on {plan.hardware.name}"
-    states = ", ".join(f"{runs[s]} {s}" for s in STATES if s in runs)
-    lines = [
-        f"{name}: {runs['total']} runs ({states}); {runs['todo']} to do in {cost['packs']} packs "
-        f"on {cost['workers']} worker(s) x {cost['threads']} thread(s), about "
-        f"{duration(cost['hours'] * 3600)} ({BASIS[cost['basis']]}), {cost['flops']:.2g} FLOPs, "
-        f"memory up to {cost['memory_gib']:.1f} GiB, checkpoints up to "
-        f"{cost['checkpoint_gib']:.1f} GiB"
-    ]
-    arms = table(values["arms"], "arm", "rank", "model", "runs", "n_trainable")
-    lines += [f"  {line}" for line in arms]
-    lines += unpinned_lines(plan.points)
-    if not plan.speeds and (trainer := plan.points[0].spec.trainer).command:
-        program = shutil.which(word := trainer.command[0]) or f"{word} (which is not found here)"
-        lines[0] = lines[0].partition(", about ")[0]
-        lines.append(f"  time and memory of {program} are unknown before the first of these runs")
-    if refused := ", ".join(request.refused):
-        lines.append(f"  refused with this trainer, as they need more than final losses: {refused}")
-    slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
-    if slow_bf16 and any(p.spec.precision == "bf16" for p in plan.todo):
-        fp32 = "precision=fp32 (with other run ids) is about 50 times as fast"
-        lines.append(f"  this processor has no bf16 instructions: {fp32}")
-    if request.sweep and request.sweep.replicate.seeds:
-        second = request.sweep.replicate
-        best = f"at the {second.n_lrs} best learning rates of each curve"
-        lines.append(f"  then a second stage: seeds {second.seeds} {best}")
-    return lines
-
-
-def unpinned_lines(points: Sequence[Point]) -> list[str]:
-    """Return a line for each model and data set whose content on the hub can change."""
-    parts = {part.name: part for p in points for part in (p.spec.model, p.spec.dataset)}
-    return [
-        f"  {part.WHERE[:-1]} {part.name} ({part.location}) names no commit of the hub: the newest "
-        f"one is taken and recorded with the results; pin it with {part.WHERE}revision=COMMIT"
-        for part in parts.values()
-        if is_unpinned(part)
-    ]
-
-
 def queue_lines(difference: dict[str, Any]) -> list[str]:
     """Return lines with the queue's changes by a submission; empty without a cluster."""
     queue = difference.get("queue", {})
@@ -253,24 +140,6 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
     said = {"queued": "{} runs are already queued", "removed": "{}"}
     said["unknown"] = "queued runs are unknown: {}"
     return [*lines, *(f"  {text.format(queue[k])}" for k, text in said.items() if queue.get(k))]
-
-
-def search_lines(request: Request) -> list[str]:
-    """Say what a search takes, if the sweep is one."""
-    if request.sweep is None or request.sweep.search is None:
-        return []
-    how, n, steps = request.sweep.search, len(request.points), request.points[0].spec.steps
-    known = next((p for p in request.points if p.spec.method.name == "lora"), request.points[0])
-    lr = answer.start_of(known).spec.lr
-    n_law = sum(p != known and bool(rates.law(p.spec, known.spec, lr)) for p in request.points)
-    wide = how.n_full + (how.n_short - how.n_lrs) / how.prefix  # n_lrs short runs go on
-    first = n_law * how.n_lrs + (n - n_law) * wide
-    short = f"short runs of {how.short_steps(steps)} updates find the range, " * (how.prefix > 1)
-    return [
-        f"search of {n} arm(s): {short}runs of {steps} updates judge: about {first:.0f} of full "
-        f"length, and {n * how.n_lrs} with each of up to {how.seeds} fresh seeds, of which an "
-        f"answer needs {MIN_SEEDS - 1}"
-    ]
 
 
 def fleet_costs(request: Request, store: RunStore, plan: Plan) -> tuple[dict[str, Any], list[str]]:
@@ -288,9 +157,6 @@ def fleet_costs(request: Request, store: RunStore, plan: Plan) -> tuple[dict[str
     lines = table(rows, "base", "customers", "runs", "packs", "hours")
     value = {"customers": by_outcome, "bases": rows}
     return value, ["", counts_line(by_outcome), *(lines or ["nothing is left to train"])]
-
-
-# ---------------------------------------------------------------- on GPUs with a data sheet
 
 
 def _on_gpus(
@@ -348,73 +214,38 @@ def _on_gpus(
     return Answer(found | queue, [*lines, *search_lines(request), *costly])
 
 
-# ---------------------------------------------------------------- what was understood
-
-
-def understood(request: Request) -> list[str]:
-    """Describe the models and data sets that no configuration file describes.
-
-    A line for each such model; for each data set and base a line, and a rendered example.
-
-    Raises DataError if max_length leaves out or cuts more than half of the training rows.
-    """
-    from lorasweep.models import find
-
-    exec_, mine, found = request.exec, {*request.described}, list[str]()
-    specs = [p.spec for p in request.points]
-    for m in {s.model.name: s.model for s in specs if s.model.name in mine}.values():
-        path = find.cached_config(m) if m.source == "hub" else find.pinned_path(m, exec_.models_dir)
-        found.append(
-            f"model {m.name}: {config_at(m, path).model_type}, {m.n_params / 1e6:,.2f}M "
-            f"parameters, {m.n_layers} layers, {m.weights_dtype}, context {m.context_length}"
+def advise(request: Request, store: RunStore) -> Answer:
+    """Advise customers and write the page; the status is 1 if a row has an error."""
+    if bool(request.customers) == bool(request.customer):
+        raise SpecError(
+            "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
+            "+customer.model=llama-3.1-8b +customer.task=sft +customer.examples=50000. "
+            + ("Give one of the two." if request.customers else EXPECTED)
         )
-    on_nodes = request.action == "plan" or request.cluster.kind == "slurm"
-    for data, base in dict.fromkeys((s.dataset, s.model) for s in specs if s.dataset.name in mine):
-        from lorasweep.models.load import tokenizer_of  # only here: it imports torch
-
-        tokenizer = None
-        with suppress(LorasweepError, OSError, ValueError):
-            tokenizer = tokenizer_of(base, exec_.models_dir, fetched=on_nodes)
-        found += _data_lines(data, base.name, tokenizer, exec_)
-    return list(dict.fromkeys(found))
-
-
-def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> Iterator[str]:
-    train, _ = load.sources_of(spec, exec_.data_dir)
-    where, row = next(train.rows(), ("", None))
-    if row is None:
-        raise DataError(f"dataset {spec.name!r}: no row is left for training. Hold fewer out.")
-    columns = messages.columns(spec)
-    read = (*columns, messages.TOOLS) if spec.format == "messages" else columns
-    others = ", ".join(str(name) for name in row if name not in read)
-    pair = (spec.prompt_field, spec.completion_field)
-    used = columns if spec.format in messages.LISTS else pair
-    # all rows of the files, also those that are left out of training and held-out rows
-    whole = dataclasses.replace(spec, holdout=0, held_out_by="")
-    of_files = load.sources_of(whole, exec_.data_dir)
-    given = chain(*(s.rows() for s in of_files[: 1 + (spec.test_split != spec.train_split)]))
-    kinds = sources.each(given, lambda row, where: messages.read(spec, row, where).kinds)
-    counted = messages.rows_line(Counter(chain.from_iterable(kinds)))
-    about = (
-        f"data {spec.name}: {spec.source}, {spec.format}, columns {' -> '.join(used)}"
-        f"{f' (not read: {others})' if others else ''}"
-    )
-    if tokenizer is None:
-        yield f"{about}; {counted}; tokens are not counted: no tokenizer of {base} is here"
-        return
-    kept = Path(exec_.runs_dir, TOKENS)
-    data = load.load(spec, exec_.data_dir, tokenizer, str(kept) if kept.is_dir() else "")
-    n_train = data.n_train or 0
-    tokens = sum(len(e.tokens) for e in data.train(0, 0, n_train)) / n_train
-    yield (
-        f"{about}, {n_train:,} training, {len(data.validation):,} validation and "
-        f"{len(data.test):,} test rows, {tokens:.0f} tokens a row; {counted}"
-    )
-    if warning := text.check_fit(spec, data.fits, "dataset.max_length="):
-        yield f"warning ({base}): {warning}"
-    pieces = text.rendered(spec, row, where, tokenizer)
-    shown = "".join(f"[[{piece}]]" if in_loss else piece for piece, in_loss in pieces)
-    shown = shown.replace("\n", "\\n")
-    if len(shown) > EXAMPLE:
-        shown = f"{shown[: EXAMPLE // 2]} ... {shown[-EXAMPLE // 2 :]}"
-    yield f"example, [[in the loss]]: {shown}"
+    if request.customers:
+        rows = read_customers(Path(request.customers))
+    else:
+        rows = check_rows([("customer", {"name": "customer", **request.customer})])
+    found = answers(rows, known(request))
+    if request.why:
+        mine = next((a for a in found if a.name == request.why), None)
+        if mine is None:
+            names = unknown("customer", request.why, (a.name for a in found))
+            raise SpecError(f"{names} Write a name with blanks as 'why=\"Big Co\"'.")
+        if isinstance(mine, RowError):
+            raise SpecError(mine.error)
+        reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
+        return Answer(reasons, pages.render("reasons.txt", a=mine).rstrip())
+    title = Path(request.customers).stem if request.customers else "customer"
+    path = Path(request.out or Path(request.exec.reports_dir) / f"advice-{title}.html")
+    if path.suffix != ".html":
+        raise SpecError(f"out={path}: expected a file that ends in .html.")
+    content = answer.own_file(path, pages.html(found, title))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, content)
+    errors = [f"error in {a.error}" for a in found if isinstance(a, RowError)]
+    summary = pages.render("summary.txt", t=totals(found))
+    lines = table([dict(zip(pages.HEAD, pages.cells(a))) for a in found], *pages.HEAD)
+    lines += ["", *errors, *summary.splitlines(), pages.BASIS]
+    lines += [f"page: {path}. Reasons, and the command that tests the advice: why=NAME"]
+    return Answer([plain_of(a) for a in found], lines, int(bool(errors)))

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
-from lorasweep.cli.answer import all_points
-from lorasweep.cli.printed import Answer, duration, table, time_left
 from lorasweep.errors import SpecError
 from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
@@ -23,6 +21,8 @@ from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, Entry, RunStore
 from lorasweep.sweep.grid import run_names
 from lorasweep.sweep.request import Request
+from lorasweep.work.printed import Answer, duration, table, time_left
+from lorasweep.work.search import all_points
 
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
 SHOWN = 20

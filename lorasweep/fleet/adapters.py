@@ -39,17 +39,16 @@ def export(
     store: RunStore,
     folder: Path,
     title: str,
-    save: Callable[..., None],
     tokenizer_of: Callable[[ModelSpec], Any],
     profile: Profile = PEFT,
 ) -> list[Outcome]:
     """Write the folders of customers with an adapter, and the page; return the outcomes.
 
-    `save` writes a folder for PEFT from a folder, the spec, weights and the commit of the base.
-
     Deletes the weights of runs that were not chosen. A customer that has no adapter now, or left
     the table, keeps the folder of an earlier command.
     """
+
+    from lorasweep.models import load  # only here: it imports torch
 
     def exported(outcome: Outcome) -> Outcome:
         """Replace our files in a customer's folder, unless it is up to date.
@@ -79,7 +78,7 @@ def export(
             served = text.with_template(data, tokenizer_of(model))
             text.check_served(data, served, rows.messages, [], rows.example, "example")
             with folders.replaced(mine, FACTS) as partial:
-                save(partial, spec, weights, outcome.result.get("base_commit"))
+                load.write_adapter(partial, spec, weights, outcome.result.get("base_commit"))
                 text.save_tokenizer(served, rows.stop, partial)
                 architecture = member.served.get("architecture", "")
                 if wrong := problems(partial, profile, model, spec.method, architecture):

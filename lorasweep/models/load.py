@@ -18,12 +18,15 @@ import torch
 from torch import nn
 
 from lorasweep.errors import ModelError, check_installed, from_hub
-from lorasweep.methods.stacked import experts_forward
+from lorasweep.methods import peft
+from lorasweep.methods.lora import LoRA
+from lorasweep.methods.stacked import experts_forward, save_peft
 from lorasweep.methods.trainables import Experts, Target
 from lorasweep.models import find
 from lorasweep.models.forward import MASTER_DTYPES, bf16_matrices, set_numerics, use_short_rows
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec
 from lorasweep.store.files import read_json
 
 if TYPE_CHECKING:
@@ -130,6 +133,30 @@ def save_trained(
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def write_adapter(
+    folder: Path,
+    spec: RunSpec,
+    weights: "dict[str, torch.Tensor]",
+    commit: str | None,
+    models_dir: Sequence[str] = (),
+) -> None:
+    """Write a run's adapter as a folder that PEFT loads, without local paths; or its weights.
+
+    Args:
+        commit: the base's commit on the hub.
+        models_dir: where the base lies; needed except for LoRA.
+    """
+    base = spec.model.location if spec.model.source == "hub" else spec.model.name
+    if isinstance(spec.method, LoRA):
+        save_peft(folder, weights, spec.method, base, commit, spec.model.n_experts)
+    elif isinstance(spec.method, peft.PEFT):
+        model = load(spec.model, models_dir).model
+        targets = find_targets(model, spec.model, spec.method.target_layers())
+        peft.save(folder, model, targets, spec, weights, (base, commit))
+    else:
+        save_trained(spec.model, models_dir, weights, folder)
 
 
 def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> Any:

@@ -18,7 +18,7 @@ from analysis.__main__ import main as analysis
 from analysis.report.study import answers
 from analysis.report.study import page as study_page
 from lorasweep.cli.actions import ACTIONS, as_overrides
-from lorasweep.cli.answer import KEPT
+from lorasweep.work.answer import KEPT
 from tests.conftest import SMOKE
 from tests.customers import make_base, write_rows
 from tests.world import ROOT

@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasweep.cli.actions import act
-from lorasweep.cli.customers import plan_fleet
-from lorasweep.cli.runs import write_adapter
 from lorasweep.data import text
 from lorasweep.errors import LorasweepError, SpecError
 from lorasweep.fleet.runs import folder_of
 from lorasweep.launch.local import run_points
 from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.models.load import write_adapter
 from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import RunStore
+from lorasweep.work.fleet import plan_fleet
 from tests import customers
 from tests.customers import Counting, World, answering, changed, make_base, vllm, write_rows
 from tests.integration.test_interruptions import killed_at, start
@@ -302,7 +302,7 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
 
     shutil.rmtree(world.folder / "few")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorasweep.cli.customers.write_adapter", broken)
+        patch.setattr("lorasweep.models.load.write_adapter", broken)
         assert world.run() == 1
     assert "would not serve it as trained: use_dora is true" in capsys.readouterr().out
     assert not (world.folder / "few/facts.json").exists()

@@ -17,7 +17,7 @@ from analysis.report import notebook, report
 from analysis.report.plots import INPUTS
 from analysis.report.study import answers, page
 from analysis.report.text import text_hash
-from lorasweep.cli.answer import KEPT
+from lorasweep.work.answer import KEPT
 from tests import planted
 from tests.world import ROOT
 

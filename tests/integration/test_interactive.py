@@ -10,7 +10,7 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.report.report import judge_and_report
-from lorasweep.cli.answer import KEPT
+from lorasweep.work.answer import KEPT
 from tests.planted import kept_answer, planted
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from lorasweep import plugins
-from lorasweep.cli.runs import train
 from lorasweep.data.load import check_available, load
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.methods.registry import method_class, spec_from
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
 from lorasweep.tracking.provenance import packages_of
+from lorasweep.work.run import train
 from tests.conftest import FakeTrainer
 from tests.training import pack_of, small_world
 from tests.world import ROOT, compose_request, write_splits

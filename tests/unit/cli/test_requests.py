@@ -17,10 +17,7 @@ from analysis.__main__ import main as analysis
 from analysis.report.report import judge_and_report
 from analysis.runs.table import read
 from lorasweep.__main__ import main as lorasweep
-from lorasweep.cli import runs
 from lorasweep.cli.actions import ACTIONS, VERBS, act, as_overrides
-from lorasweep.cli.answer import all_points
-from lorasweep.cli.plans import understood
 from lorasweep.data import load, sources
 from lorasweep.errors import ClusterError, DataError, SpecError, StoreError
 from lorasweep.launch import local
@@ -28,6 +25,9 @@ from lorasweep.models.describe import describe_model
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
+from lorasweep.work import run
+from lorasweep.work.inputs import understood
+from lorasweep.work.search import all_points
 from tests import small_hub
 from tests.conftest import SMOKE, FakeTrainer
 from tests.customers import CHAT_TEMPLATE, make_base, write_rows
@@ -142,15 +142,15 @@ def test_wrong_requests_end_with_status_2_and_start_nothing(command, tmp_path, a
 def test_jobs_are_submitted_with_a_warning_of_names_that_change(tmp_path, monkeypatch, capsys):
     given = ("model=llama-3.1-8b", "model.revision=main", "cluster=slurm", "scale=smoke")
     request = compose_request([*given, f"exec.runs_dir={tmp_path}/runs"])
-    monkeypatch.setattr(runs, "check", lambda request: None)
-    monkeypatch.setattr(runs, "submit", Mock(side_effect=ClusterError("full")))
+    monkeypatch.setattr(run, "check", lambda request: None)
+    monkeypatch.setattr(run, "submit", Mock(side_effect=ClusterError("full")))
     with pytest.raises(ClusterError):
-        runs.run(request, RunStore(tmp_path / "runs"))
+        run.run(request, RunStore(tmp_path / "runs"))
     assert "names no commit of the hub" in capsys.readouterr().err
 
 
 def test_every_action_has_a_function_and_stands_in_the_help(command, tmp_path):
-    assert all(callable(resolve_name(f"lorasweep.cli.{a.does}")) for a in ACTIONS.values())
+    assert all(callable(resolve_name(a.does)) for a in ACTIONS.values())
     text, short = command("--help").stdout, command().stdout
     assert all(w in text for w in ("sweep: batch_size, capacity", "${geom:1e-4,1e-2,4}"))
     assert short.index("lorasweep tune ./my-model rows.csv") < short.index("lorasweep run")

@@ -17,11 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.inference import decide
-from lorasweep.cli import answer, runs
 from lorasweep.cli.actions import act
-from lorasweep.cli.answer import all_points, judged
-from lorasweep.cli.printed import Display, duration, time_left
-from lorasweep.cli.runs import CHANGED_CLAIMS, noise_floor, train_again
 from lorasweep.cli.status import status
 from lorasweep.config.compose import shipped_model
 from lorasweep.errors import LorasweepError, NotAtScale, SpecError, StoreError, TrainingError
@@ -36,6 +32,11 @@ from lorasweep.store.table import table_row
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import question
 from lorasweep.sweep.search import arm_key
+from lorasweep.work import answer, run, search
+from lorasweep.work.again import noise_floor, train_again
+from lorasweep.work.printed import Display, duration, time_left
+from lorasweep.work.run import CHANGED_CLAIMS
+from lorasweep.work.search import all_points, judged
 from tests.conftest import SMOKE, FakeTrainer
 from tests.planted import FULL_BEST, Rewards, Valley, analysed
 from tests.world import ROOT, compose_request, planted_end
@@ -87,18 +88,18 @@ def test_imported_runs_are_not_joined_by_runs_on_another_base(
     asked = (*SMOKE, f"model={model}", f"exec.models_dir=[{tmp_path}/m]", FIVE)
     few, there = "sweep.arms.lora.lr=[5e-3]", f"exec.runs_dir={tmp_path}/there"
     request = compose(*asked, few)
-    runs.train(request, RunStore(request.exec.runs_dir), trainer)
+    run.train(request, RunStore(request.exec.runs_dir), trainer)
     act(compose(*asked, few, "action=export", f"out={tmp_path}/runs.parquet"))
     act(compose("action=import", f"table={tmp_path}/runs.parquet", there))
-    monkeypatch.setattr(runs, "submit", Mock(side_effect=SpecError("submitted")))
+    monkeypatch.setattr(run, "submit", Mock(side_effect=SpecError("submitted")))
     request, count = compose(*asked, there, f"cluster={cluster}"), len(trainer.trained)
     if refused:
         with pytest.raises(StoreError, match=refused):
-            runs.train(request, RunStore(request.exec.runs_dir), trainer)
+            run.train(request, RunStore(request.exec.runs_dir), trainer)
         assert len(trainer.trained) == count
     elif cluster == "slurm":
         with pytest.raises(SpecError, match="submitted"):
-            runs.train(request, RunStore(request.exec.runs_dir), trainer)
+            run.train(request, RunStore(request.exec.runs_dir), trainer)
     else:
         assert act(request, trainer) == 0 and len(trainer.trained) > count
     if weights != "one planted":
@@ -204,7 +205,7 @@ def test_status_and_progress_say_the_same_time_left(compose, monkeypatch, capsys
     expected = 100 * left / (work[done.id] + work[resumed.id] * 2 / 8)
     assert status(request, store).value["left_s"] == pytest.approx(expected)
     clock = [60.0]
-    monkeypatch.setattr("lorasweep.cli.printed.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("lorasweep.work.printed.time.monotonic", lambda: clock[0])
     display = Display(request.points, request)
     display.event({"runs": [resumed.id], "step": 4})
     display.event({"run": done.id, "ended": "done", "wall_s": 40.0})
@@ -281,7 +282,7 @@ def test_a_search_of_the_ranks_before_resumes_and_a_new_one_has_those_recommende
 
     def begun(*more):
         asked = [*typed, *more]
-        return answer.as_begun(compose(*asked), asked, lambda given: compose(*given))
+        return search.as_begun(compose(*asked), asked, lambda given: compose(*given))
 
     def ranks(request):
         return {p.spec.method.rank for p in request.points if p.arm == "lora"}
@@ -395,7 +396,9 @@ def test_each_run_counts_in_the_line_of_its_arm_and_the_best_arm_is_named_and_wr
 ):
     """Two methods of one rank, or two settings of one method, were one arm or none."""
     written = []
-    monkeypatch.setattr(runs, "write_adapter", lambda folder, spec, *_: written.append(spec))
+    monkeypatch.setattr(
+        "lorasweep.models.load.write_adapter", lambda folder, spec, *_: written.append(spec)
+    )
     starts = compose(*TUNE, *asked).points
     for k, best in enumerate(starts):
         places = (f"exec.runs_dir={tmp_path}/{k}", f"out={tmp_path}/best{k}", "format=json")
@@ -417,7 +420,7 @@ def test_a_search_that_the_analysis_cannot_divide_into_arms_is_refused_in_the_pl
     asked = ("+sweep=lr_ratio", "scale=smoke", "steps=64", "sweep.search={}", "sweep.rounds=5")
     request = compose(*asked, *(f"sweep.arms.{arm}.lr=1e-3" for arm in ("fullft", "lora")))
     with pytest.raises(SpecError, match=r"lr_ratio cannot judge .* not each has its own line"):
-        runs.check(request)
+        run.check(request)
 
 
 @pytest.mark.parametrize(
@@ -542,14 +545,14 @@ def test_what_is_used_is_what_was_measured(compose, losses, outcome, lowest, met
     results |= {"reference": names[None] if None in losses else None}
     results |= {"start": 2.0, "allowed": 0.05, "verdicts": verdicts, "chosen_on": "validation"}
     request = compose(*TUNE, "lora.rank=8,32")
-    found = runs.conclude(request, results, lowest)
+    found = search.conclude(request, results, lowest)
     assert (found["method"], found["lr"] is None) == (method, method is None)
     left = [text for text in found["open"] if "no run of full" not in text]
     assert len(left) == len(open_) and all(words in text for words, text in zip(open_, left))
     assert re.search(why, found["why"])
     for arm in arms:  # of a curve with two valleys, not the one that the fit took
         arm["best_lr"] = {**rate, "value": 1e-2}
-    astray = runs.conclude(request, results, lowest)
+    astray = search.conclude(request, results, lowest)
     assert astray["lr"] == (method and 1e-3) and ("1.0e-02" in str(astray["open"])) == bool(arms)
 
 
@@ -861,7 +864,7 @@ def test_runs_that_a_question_cannot_judge_together_are_refused_before_they_are_
     with pytest.raises(SpecError, match=re.escape(says)):
         answer.outlooks(request.points, request.sweep, "tiny")
     with pytest.raises(SpecError, match=re.escape(says)):
-        runs.check(request)
+        run.check(request)
 
 
 def test_a_claim_that_no_losses_could_decide_is_not_planned_as_one_that_can(compose):

@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 
-from lorasweep.cli.plans import check_available
 from lorasweep.data import load as data
 from lorasweep.data import rewards
 from lorasweep.data.examples import answer_of, prompt_of, with_fingerprint
@@ -24,6 +23,7 @@ from lorasweep.data.synthetic import dialect, generators
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from lorasweep.spec.streams import stream
+from lorasweep.work.inputs import check_available
 from tests.small_hub import composed, deep, llama_like, problem, shipped
 from tests.unit.data.test_data import jsonl, load, spec_of
 from tests.world import wait_for, write_splits

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasweep.cli.runs import write_adapter
 from lorasweep.config import catalogue
 from lorasweep.data.examples import Example
 from lorasweep.errors import SpecError
 from lorasweep.fleet import serving
 from lorasweep.fleet.serving import ADAPTER, CONFIG, KEY, OF_CHANGE, PEFT, Server, adapted, problems
 from lorasweep.methods.lora import LoRA
+from lorasweep.models.load import write_adapter
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 from tests.customers import CONF, answering, vllm

@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.func import functional_call
 
-from lorasweep.cli import runs
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import shipped_model
 from lorasweep.data import load as data
@@ -29,6 +28,7 @@ from lorasweep.models.load import empty_model, find_targets
 from lorasweep.store.run_store import RunStore
 from lorasweep.train.objectives.nll import evaluate, nll_sums
 from lorasweep.train.optim import AdamW
+from lorasweep.work import again
 from tests import training
 from tests.training import EPS, ROUNDING, SMALL, SMALL_MOE, apart, moe, pack_of, run, state_of
 from tests.world import tiny_spec
@@ -273,7 +273,7 @@ def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys):
 
         settings |= {"action": "adapter", "run": spec.id, "out": f"{tmp_path}/{out}"}
         request = dataclasses.replace(asked, **settings)
-        return runs.adapter(request, store, elsewhere).as_text()
+        return again.adapter(request, store, elsewhere).as_text()
 
     assert "difference +0.0e+00" in save("adapter", 0.0)
     assert "difference +1.0e-03" in save("adapter", 1e-3) and (tmp_path / "adapter").is_dir()

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lorasweep.cli import runs
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import compose_request
 from lorasweep.errors import RankTooLarge, SpecError, TrainingError
@@ -34,6 +33,7 @@ from lorasweep.store.table import load_runs
 from lorasweep.sweep.grid import run_names, trained_by_set
 from lorasweep.train.loop import attached
 from lorasweep.train.objectives.sft import SupervisedFineTuning
+from lorasweep.work import again
 from tests import training
 from tests.training import EPS, ROUNDING, Trained, apart, pack_of, state_of
 from tests.world import tiny_spec
@@ -433,7 +433,7 @@ def test_a_command_trains_records_and_saves(compose, tmp_path, capsys):
     assert row["packages"] == f"peft {peft.__version__}"
     assert "config=LoraConfig" in row["method_fields"] and "olora" in row["method_fields"]
     settings = {"action": "adapter", "run": spec.id, "out": f"{tmp_path}/adapter"}
-    text = runs.adapter(dataclasses.replace(asked, **settings), store).as_text()
+    text = again.adapter(dataclasses.replace(asked, **settings), store).as_text()
     assert "difference +0.0e+00" in text and "peft.PeftModel.from_pretrained" in text
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (8, spec.model.name)

@@ -25,7 +25,6 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from lorasweep.advise.read import RowError, customer_of, shape_of
-from lorasweep.cli.plans import check_available
 from lorasweep.data import load as data
 from lorasweep.data.examples import collate, merge
 from lorasweep.errors import ModelError, SpecError, TrainingError
@@ -44,6 +43,7 @@ from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 from lorasweep.store.checkpoint import PARAM
 from lorasweep.sweep.grid import trained_by_set
 from lorasweep.train.objectives.nll import nll_sums
+from lorasweep.work.inputs import check_available
 from tests import small_hub
 from tests.customers import make_base, model_of
 from tests.small_hub import COMMIT, qwen_like

@@ -23,7 +23,6 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
-from lorasweep.cli.plans import plan_lines
 from lorasweep.config.compose import shipped_model
 from lorasweep.errors import SpecError
 from lorasweep.launch.local import devices_of
@@ -47,6 +46,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
 from lorasweep.train import sampling
+from lorasweep.work.run import plan_lines
 from tests.training import saved_for_backward
 from tests.world import ROOT, SCALES, compose_request, shipped, tiny_spec, write_json
 

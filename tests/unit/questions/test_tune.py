@@ -7,11 +7,11 @@ import math
 import pytest
 
 from analysis.questions.registry import question_named
-from lorasweep.cli.answer import look, open_questions
 from lorasweep.config.compose import compose_request
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import question
 from lorasweep.sweep.search import arm_key, arm_names
+from lorasweep.work.answer import look, open_questions
 from tests.planted import FULL, LORA, World, analysed, arms, base, is_full, planted_table
 
 ASKED = question(compose_request(["+sweep=tune", "scale=smoke"]))

@@ -11,7 +11,7 @@ from analysis.inference.decide import Gate, GateCode
 from analysis.questions.registry import analyse, question_named
 from analysis.report import report
 from analysis.report.sentences import lines_of, sentences_of, worded
-from lorasweep.cli.answer import KEPT
+from lorasweep.work.answer import KEPT
 from tests.planted import kept_answer
 from tests.world import ROOT
 

@@ -31,9 +31,9 @@ from analysis.runs.curves import at_step, lr_curves, title
 from analysis.runs.table import TableError
 from lorasweep.advise import rules
 from lorasweep.advise.advice import plain_of
-from lorasweep.cli.answer import KEPT
 from lorasweep.config.compose import compose_request as compose
 from lorasweep.spec import recommended
+from lorasweep.work.answer import KEPT
 from tests import planted
 from tests.customers import advice
 from tests.planted import kept_answer

@@ -14,7 +14,6 @@ import yaml
 
 from analysis.inference import decide
 from lorasweep.cli.actions import act
-from lorasweep.cli.answer import check_claims
 from lorasweep.config import compose as compose_module
 from lorasweep.config.compose import shipped_model
 from lorasweep.errors import SpecError
@@ -27,6 +26,7 @@ from lorasweep.sweep.grid import REST, Point, assignments, fields_of, run_names,
 from lorasweep.sweep.question import Claim, Planning, Search, check_directions, made
 from lorasweep.sweep.request import from_plain, question
 from lorasweep.sweep.search import LOWEST, check_search, full_runs, next_lrs, search
+from lorasweep.work.answer import check_claims
 from tests.planted import is_full
 from tests.world import ROOT, SCALES, SWEEPS, compose_request, shipped, tiny_spec
 

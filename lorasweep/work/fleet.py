@@ -1,8 +1,7 @@
-"""The actions on customers: advise, measure, fleet, verify_served."""
+"""Train, export and verify an adapter for each customer of a table."""
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -14,32 +13,27 @@ from typing import Any
 import numpy as np
 
 from lorasweep.advise import pages, rules
-from lorasweep.advise.advice import answers, plain_of, totals
-from lorasweep.advise.read import EXPECTED, Customer, RowError, check_rows, read_customers
-from lorasweep.advise.rules import APART, INFORMATION, MOST_RATES, Known
-from lorasweep.cli import answer
-from lorasweep.cli.answer import all_points
-from lorasweep.cli.plans import check_available, understood
-from lorasweep.cli.printed import Answer, Display, notifier, table
-from lorasweep.cli.runs import STOPPED, train, write_adapter
+from lorasweep.advise.read import Customer, read_customers
+from lorasweep.advise.rules import Known
 from lorasweep.config import catalogue
-from lorasweep.data import column_names, sources
 from lorasweep.data.examples import Example
-from lorasweep.errors import LorasweepError, SpecError, TrainingError, check_installed, unknown
+from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
 from lorasweep.fleet import adapters, runs, score, serving
 from lorasweep.fleet.choice import outcome_of, with_further
 from lorasweep.fleet.runs import Member
 from lorasweep.fleet.serving import Server, problems
-from lorasweep.launch import local
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.trainer import TorchTrainer, Trainer
-from lorasweep.spec.dataset import FILES
 from lorasweep.spec.run import RunSpec
-from lorasweep.store import checkpoint, files, folders
+from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import FINAL, RunStore
-from lorasweep.sweep.grid import Point, around
+from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
+from lorasweep.work import answer
+from lorasweep.work.printed import Answer, notifier, table
+from lorasweep.work.run import STOPPED, train
+from lorasweep.work.search import all_points
 
 COMMON_ROWS, OWN_ROWS, TOKENS = 8, 2, 5
 """Rows that all adapters of a base are asked, further rows of each customer, and answer tokens of a
@@ -59,170 +53,6 @@ def known(request: Request) -> Known:
         hardware=hardware_of(request) if request.hardware else None,
         information=rules.read_information([Path(request.exec.reports_dir), answer.KEPT]),
     )
-
-
-# ---------------------------------------------------------------- action=advise
-
-
-def advise(request: Request, store: RunStore) -> Answer:
-    """Advise customers and write the page; the status is 1 if a row has an error."""
-    if bool(request.customers) == bool(request.customer):
-        raise SpecError(
-            "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
-            "+customer.model=llama-3.1-8b +customer.task=sft +customer.examples=50000. "
-            + ("Give one of the two." if request.customers else EXPECTED)
-        )
-    if request.customers:
-        rows = read_customers(Path(request.customers))
-    else:
-        rows = check_rows([("customer", {"name": "customer", **request.customer})])
-    found = answers(rows, known(request))
-    if request.why:
-        mine = next((a for a in found if a.name == request.why), None)
-        if mine is None:
-            names = unknown("customer", request.why, (a.name for a in found))
-            raise SpecError(f"{names} Write a name with blanks as 'why=\"Big Co\"'.")
-        if isinstance(mine, RowError):
-            raise SpecError(mine.error)
-        reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
-        return Answer(reasons, pages.render("reasons.txt", a=mine).rstrip())
-    title = Path(request.customers).stem if request.customers else "customer"
-    path = Path(request.out or Path(request.exec.reports_dir) / f"advice-{title}.html")
-    if path.suffix != ".html":
-        raise SpecError(f"out={path}: expected a file that ends in .html.")
-    content = answer.own_file(path, pages.html(found, title))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, content)
-    errors = [f"error in {a.error}" for a in found if isinstance(a, RowError)]
-    summary = pages.render("summary.txt", t=totals(found))
-    lines = table([dict(zip(pages.HEAD, pages.cells(a))) for a in found], *pages.HEAD)
-    lines += ["", *errors, *summary.splitlines(), pages.BASIS]
-    lines += [f"page: {path}. Reasons, and the command that tests the advice: why=NAME"]
-    return Answer([plain_of(a) for a in found], lines, int(bool(errors)))
-
-
-# ---------------------------------------------------------------- action=measure
-
-CODES = {"as_is": "under the base model", "prequential": "online, during training"}
-HELD_OUT, CURVE = 32, 8
-"""Held-out rows in the last evaluation and in earlier ones: few, as only training is measured."""
-
-
-def _run_to_measure(request: Request) -> RunSpec:
-    """Return the request's run with few held-out rows; its training loss is the code length.
-
-    Raises:
-        SpecError: nothing can be measured with the settings of the request.
-    """
-    spec, dataset = request.points[0].spec, request.points[0].spec.dataset
-    if not 1 <= request.rates <= MOST_RATES or request.cluster.kind == "slurm":
-        raise SpecError(
-            f"rates={request.rates} cluster={request.cluster.kind}: expected 1 to {MOST_RATES} "
-            "learning rates, and cluster=local (in a job: srun python -m ...)."
-        )
-    if spec.objective != "sft":
-        raise SpecError(f"objective={spec.objective}: a reward has one bit. Leave objective out.")
-    if request.data:
-        named = ("format", "prompt_field", "completion_field")
-        stated = {n: getattr(dataset, n) for n in named if f"dataset.{n}" in request.given}
-        dataset = column_names.dataset_of(request.data, named=stated)
-    elif dataset.name in request.described:  # all rows are measured, as with data=FILE
-        dataset = dataclasses.replace(dataset, holdout=0, held_out_by="")
-    n_test = min(dataset.n_test, HELD_OUT)
-    few: dict[str, Any] = dict.fromkeys(("n_retain", "n_validation"), 0)
-    few |= {"n_test": n_test, "n_test_curve": min(dataset.n_test_curve, n_test, CURVE)}
-    return dataclasses.replace(spec, dataset=dataclasses.replace(dataset, **few))
-
-
-def measure(request: Request, store: RunStore) -> Answer:
-    """Measure the information in a data set, and save it for action=advise.
-
-    It is a code length, the summed log-loss of a first pass, of two models. One is the base. The
-    other is the model in training, which codes each batch just before the update on it (a
-    prequential code, Dawid 1984). So this code length is the sum of the recorded training losses.
-
-    Raises:
-        TrainingError: a run failed, or all diverged.
-    """
-    from lorasweep.train.objectives.sft import first_pass
-
-    folder, notify = Path(request.exec.reports_dir) / INFORMATION, notifier(request)
-    files.check_writable(folder, "exec.reports_dir")
-    spec = _run_to_measure(request)
-    one = dataclasses.replace(request, points=[Point(spec.method.name, spec)])
-    check_available(one)
-    for line in understood(one):  # also refuses rows
-        notify(line)
-    store.prepare()
-    trainer, dataset = TorchTrainer(), spec.dataset
-    data = trainer.data(spec, request.exec)
-    if data.n_train is not None:
-        if data.n_train < spec.batch_size:
-            raise SpecError(
-                f"batch_size={spec.batch_size}: {dataset.name} has {data.n_train} rows."
-            )
-        most = data.n_train // spec.batch_size  # one pass over the rows
-        spec = dataclasses.replace(spec, steps=min(spec.steps, most))
-    rates = around(spec.lr, request.rates, APART)
-    points = [Point(spec.method.name, dataclasses.replace(spec, lr=lr)) for lr in rates]
-    local.run_points(points, store, request.exec, Display(points, request).event, trainer)
-    base = trainer.base(spec, request.exec)
-    at_once = request.exec.micro_batch_size or 4  # few, as logits take much memory
-    losses = first_pass(spec, base, trainer.data(spec, request.exec, base), at_once)
-    codes = []  # run, nats of each batch
-    for run in (p.spec for p in points):
-        result = store.result(run.id)
-        if result is None:
-            raise TrainingError(f"run {run.id} failed: {store.failure(run.id)}.")
-        if result["state"] == "done":
-            by_step = {record["step"]: record["train_nll"] for record in store.records(run.id)}
-            codes.append((run, [by_step[k] * batch.tokens for k, batch in enumerate(losses, 1)]))
-    if not codes:
-        raise TrainingError(f"all {len(points)} runs diverged. Set lr below {rates[0]:g}.")
-    shortest, nats = min(codes, key=lambda code: sum(code[1]))
-    rows, tokens = spec.steps * spec.batch_size, sum(b.tokens for b in losses)
-    all_tokens = None  # endless generated data
-    if data.n_train is not None:
-        all_tokens = sum(int(r.loss.sum()) for r in data.train(spec.seed, 0, data.n_train))
-    left = None if all_tokens is None else all_tokens - tokens
-    as_is = [b.nats for b in losses]
-    whole = answer.code_length(as_is, nats, [b.tokens for b in losses], left)
-    lengths, shown = dict[str, Any](), list[dict[str, Any]]()
-    # the shortest code also has to name the learning rate
-    which = (0.0, math.log(len(points)))
-    for key, coded, extra, ends in zip(CODES, (as_is, nats), which, whole, strict=True):
-        bits = (sum(coded) + extra) / math.log(2)
-        total = {k: None if v is None else (v + extra) / math.log(2) for k, v in ends.items()}
-        each = {"per_token": bits / tokens, "per_example": bits / rows, "measured": bits}
-        lengths[key] = {"bits": {**each, "all": total}}
-        text = None if total["value"] is None else "{value:,.0f} [{low:,.0f}, {high:,.0f}]"
-        more = {"measured": f"{bits:,.0f}", "all rows [95%]": text and text.format(**total)}
-        shown.append({"bits": CODES[key], **each, **more})
-    rows_sha256 = None  # set if the rows are a whole file
-    if dataset.source in FILES and dataset.n_train is None:
-        place = sources.find_file(dataset, dataset.train_split, request.exec.data_dir)
-        rows_sha256 = place[1][: column_names.DIGITS]
-    settings = {key: getattr(spec, key) for key in ("batch_size", "precision")}
-    found = {
-        "model": spec.model.name,
-        "dataset": dataset.name,
-        "rows": {"measured": rows, "all": data.n_train},
-        "loss_tokens": {"measured": tokens, "all": all_tokens},
-        **lengths,
-        "settings": {"method": spec.method.plain(), **settings, "lr": shortest.lr},
-        "runs": [{"run": run.id, "lr": run.lr, "nats": sum(code)} for run, code in codes],
-        "diverged": len(points) - len(codes),
-        "rows_sha256": rows_sha256,
-    }
-    path = folder / f"{dataset.name}-{spec.model.name}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, json.dumps(found, indent=1).encode())
-    columns = ("bits", "per_token", "per_example", "measured", "all rows [95%]")
-    words = {"table": "\n".join(table(shown, *columns)), "ln2": math.log(2), "path": path}
-    return Answer(found, pages.render("measured.txt", found=found, **words).rstrip())
-
-
-# ---------------------------------------------------------------- action=fleet
 
 
 def fleet(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> Answer:
@@ -251,7 +81,7 @@ def fleet(request: Request, store: RunStore, trainer: Trainer | str | None = Non
     folder, title = Path(request.out), Path(request.customers).stem
     tokenizer_of = cache(lambda model: load.tokenizer_of(model, request.exec.models_dir))
     profile = catalogue.profiles([Path(f) for f in request.folders])[request.serve]()
-    outcomes = adapters.export(outcomes, store, folder, title, write_adapter, tokenizer_of, profile)
+    outcomes = adapters.export(outcomes, store, folder, title, tokenizer_of, profile)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
     facts, head = [o.facts() for o in outcomes], adapters.HEAD
     rows = [dict(zip(head, adapters.cells(p))) for p in facts]
@@ -343,9 +173,6 @@ def plan_fleet(request: Request) -> Request:
         members=[m.plain() for m in members],
     )
     return dataclasses.replace(planned, points=all_points(planned, RunStore(exec_.runs_dir)))
-
-
-# ---------------------------------------------------------------- action=verify_served
 
 
 def verify_served(request: Request, store: RunStore) -> Answer:

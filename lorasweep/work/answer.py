@@ -1,41 +1,23 @@
-"""Collect the runs that a request asks for, and call `analysis` with them; no other module judges.
+"""Call `analysis` with planned or finished runs; no other module of lorasweep judges.
 
 `analysis` is imported inside functions, because pandas and scipy take a second to load.
 """
 
 import dataclasses
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.advise.rates import law
-from lorasweep.advise.rules import family_of, law_rate, texts
-from lorasweep.cli.printed import notifier
 from lorasweep.errors import SpecError, StoreError, unknown
-from lorasweep.fleet.choice import with_further
-from lorasweep.plan.budget import parse_budget
-from lorasweep.spec.metric import eval_steps, metric_of
-from lorasweep.spec.recommended import RANKS
-from lorasweep.spec.run import RunSpec
-from lorasweep.store import looks
-from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs, table_row
-from lorasweep.sweep.grid import (
-    Point,
-    added_points,
-    curve_key,
-    fields_of,
-    planned_seeds,
-    second_stage,
-)
-from lorasweep.sweep.question import Sweep, axes_of
-from lorasweep.sweep.request import Request, question
-from lorasweep.sweep.search import MIN_SEEDS, Look, arm_key, arm_names, is_short, search
+from lorasweep.spec.metric import eval_steps
+from lorasweep.store.table import table_row
+from lorasweep.sweep.grid import Point, curve_key, planned_seeds
+from lorasweep.sweep.question import Sweep
+from lorasweep.sweep.request import Request
+from lorasweep.sweep.search import MIN_SEEDS, Look, arm_key, arm_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,138 +26,6 @@ if TYPE_CHECKING:
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
 """The kept results of the repository. A report may show them beside the judged runs."""
-
-
-# ---------------------------------------------------------------- the runs of a request
-
-
-def all_points(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs of the grid, of the second stage of finished curves, and of added rounds.
-
-    For a fleet: the trials so far, and the runs that are measured on test rows.
-    """
-    if request.parts:
-        return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
-    points = list(request.points)
-    if request.members:
-        return with_further(points, store, go_on="rates" not in request.given)
-    if request.sweep is None:
-        return points
-    if is_search(request):
-        points = _searched(request, store)
-    elif request.sweep.replicate.seeds:
-        results = {p.id: store.result(p.id) or {} for p in points}
-        unfinished = {curve_key(p) for p in points if not results[p.id]}
-        over = [p for p in points if curve_key(p) not in unfinished]
-        points += second_stage(over, request.sweep.replicate, lambda rid: final_loss(results[rid]))
-    return points + added_points(looks.read(looks.path_of(store.root, request.title)), points)
-
-
-def as_begun(request: Request, typed: Sequence[str], compose: Callable[..., Request]) -> Request:
-    """Return a search with version 0.3's ranks if only such a search has begun; else `request`."""
-    store = RunStore(request.exec.runs_dir)
-    keys = {t.partition("=")[0].lstrip("+~") for t in typed}
-    named = keys & {"lora.rank", "sweep.arms", "sweep.arms.lora", "sweep.arms.lora.rank"}
-    if request.sweep_name != "tune" or named or not store.root.is_dir():
-        return request
-
-    def begun(asked: Request) -> bool:
-        assert asked.sweep is not None and asked.sweep.search is not None
-        nothing: Any = (lambda rid: None, lambda known, new: True, lambda points: (True, {}))
-        first = search(_starts(asked), asked.sweep.search, *nothing)
-        return any(store.folder(p.id).is_dir() for p in first if p.spec.method.name != "fullft")
-
-    earlier = compose([*typed, "sweep.arms.lora.rank=[8,32]"])
-    if begun(request) or not begun(earlier):
-        return request
-    words = "resuming the search of ranks 8 and 32, the default of version 0.3; another: lora.rank="
-    notifier(request, always=True)(words + ",".join(map(str, RANKS)))
-    return earlier
-
-
-def final_loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:
-    """Return a run's final metric as a loss, lower is better; None if the run diverged."""
-    metric = metric_of(result)
-    value = result.get(metric.on_part) if on_validation else metric.value(result)
-    return metric.loss(value) if value is not None and result.get("state") == "done" else None
-
-
-def judged(request: Request, points: Sequence[Point]) -> list[Point]:
-    """Return the runs that the analysis judges: all but the short runs of a search."""
-    return [p for p in points if not (is_search(request) and is_short(p, request.points))]
-
-
-def table_of(request: Request, store: RunStore, points: Sequence[Point]) -> "pd.DataFrame":
-    """Return the finished ones of these runs as a table; of a search with the names of its arms."""
-    found, of = load_runs(store.root, [p.id for p in points]), {p.id: arm_key(p) for p in points}
-    if is_search(request) and len(found):
-        names = arm_names(request.points)
-        found["arm"] = [names[of[rid]] for rid in found["run_id"]]
-    return found
-
-
-def is_search(request: Request) -> bool:
-    """Return whether the sweep searches learning rates."""
-    return request.sweep is not None and request.sweep.search is not None
-
-
-def _searched(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs of a search so far, within its budget."""
-    assert request.sweep is not None and request.sweep.search is not None
-    results, first = cache(store.result), request.points[0].spec
-    budget = parse_budget(request.budget, first.steps)
-
-    def loss(rid: str) -> float | None:
-        if (result := results(rid)) is None:
-            return None
-        found = final_loss(result, on_validation=first.dataset.n_validation > 0)
-        return math.inf if found is None else found
-
-    def may_begin(known: Sequence[Point], new: Sequence[Point]) -> bool:
-        return budget is None or budget.allows(new, known, store)
-
-    def look_at(points: Sequence[Point]) -> Look:
-        full = judged(request, points)
-        key = (request.title, *(p.id for p in full))
-        if key not in _LOOKS:
-            _LOOKS[key] = look(table_of(request, store, full), question(request))
-        return _LOOKS[key]
-
-    own = _own_rates(request)
-
-    def unless_given(of: RunSpec, known: RunSpec, lr: float) -> float | None:
-        return None if of in own else law(of, known, lr)
-
-    return search(_starts(request), request.sweep.search, loss, may_begin, look_at, unless_given)
-
-
-def _own_rates(request: Request) -> set[RunSpec]:
-    """Return the runs of arms that state learning rates."""
-    arms = request.sweep.arms if request.sweep else {}
-    return {p.spec for p in request.points if "lr" in fields_of(axes_of(arms.get(p.arm, {})))}
-
-
-def _starts(request: Request) -> list[Point]:
-    """Return a run for each arm of a search, at the learning rate to start from."""
-    own = _own_rates(request)
-    return [p if "lr" in request.given or p.spec in own else start_of(p) for p in request.points]
-
-
-_LOOKS: dict[tuple[str, ...], Look] = {}
-"""(title, run ids) -> the analysis of these finished runs, for the time of a command."""
-
-
-def start_of(point: Point) -> Point:
-    """Return the run at the published learning rate for its method and width."""
-    spec = point.spec
-    kind = "full" if spec.method.name == "fullft" else "lora"
-    families = [family_of(spec.model)] if family_of(spec.model) else ["llama", "qwen"]
-    laws = [law_rate(texts("published"), str(f), spec.model.hidden_size, kind) for f in families]
-    lr = math.prod(law for law in laws if law) ** (1 / len(laws))
-    return Point(point.arm, dataclasses.replace(spec, lr=lr))
-
-
-# ---------------------------------------------------------------- what the analysis says
 
 
 def check_claims(sweep: Sweep | None) -> Any:

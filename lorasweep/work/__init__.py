@@ -1,0 +1,1 @@
+"""What a command does: train, search, train again, judge; no torch: `launch` trains runs."""
