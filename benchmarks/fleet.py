@@ -26,7 +26,7 @@ from benchmarks import harness
 from benchmarks.harness import BENCH, Figures, Log, Page, command, cpu_s, packages_of, render
 from benchmarks.trl_baseline import symbol_tokenizer
 from lorasweep.config.compose import compose_request
-from lorasweep.data.load import load as load_data
+from lorasweep.data.splits import load as load_data
 from lorasweep.data.synthetic import dialect, generators
 from lorasweep.fleet.runs import Member, planned
 from lorasweep.launch.process import WAIT_POLICY

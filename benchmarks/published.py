@@ -23,7 +23,7 @@ from lorasweep.config.catalogue import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.detect import Hardware, from_plain
-from lorasweep.plan.load import (
+from lorasweep.plan.needs import (
     TRAINING_SHARE,
     Layout,
     Load,

@@ -23,8 +23,8 @@ from analysis.report import plots
 from benchmarks import harness, trl_baseline
 from benchmarks.harness import BENCH, Figures, Log, Page, packages_of, render
 from lorasweep.config.compose import compose_request
-from lorasweep.data.load import load as load_data
-from lorasweep.launch.trainer import finetune
+from lorasweep.data.splits import load as load_data
+from lorasweep.launch.torch_trainer import finetune
 from lorasweep.models.load import load as load_model
 from lorasweep.spec.metric import eval_steps
 from lorasweep.spec.run import RunSpec

@@ -35,8 +35,8 @@ from benchmarks.generators import FAMILIES
 from benchmarks.harness import RESULTS, Figures, Log, Page, packages_of, render
 from lorasweep.advise import rates
 from lorasweep.config.compose import compose_request
-from lorasweep.data.load import load as load_data
-from lorasweep.launch.trainer import finetune
+from lorasweep.data.splits import load as load_data
+from lorasweep.launch.torch_trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.models.load import load as load_model

@@ -24,7 +24,7 @@ from benchmarks.harness import BENCH, Figures, Log, Page, command, render
 from benchmarks.steps import at
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
-from lorasweep.plan.load import run_flops
+from lorasweep.plan.needs import run_flops
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.work.search import all_points

@@ -15,15 +15,15 @@ import torch
 
 from benchmarks.harness import ROOT, Log, command
 from lorasweep.config.compose import compose_request
-from lorasweep.data import load as data
+from lorasweep.data import splits as data
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, keep_freed_memory
-from lorasweep.launch.trainer import Events, finetune
+from lorasweep.launch.torch_trainer import Events, finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.plan import detect
-from lorasweep.plan.load import train_flops
+from lorasweep.plan.needs import train_flops
 from lorasweep.plan.planner import place
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.method import Method

@@ -28,8 +28,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from lorasweep.data.examples import Data, Example  # noqa: E402
-from lorasweep.data.load import load as load_data  # noqa: E402
 from lorasweep.data.rewards import prompt_of  # noqa: E402
+from lorasweep.data.splits import load as load_data  # noqa: E402
 from lorasweep.data.synthetic.generators import ALPHABET  # noqa: E402
 from lorasweep.methods.lora import LoRA  # noqa: E402
 from lorasweep.methods.registry import spec_from  # noqa: E402

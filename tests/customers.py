@@ -19,7 +19,7 @@ from lorasweep.cli.actions import act
 from lorasweep.config import catalogue
 from lorasweep.config.compose import compose_request
 from lorasweep.launch.process import Stopped
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.store.run_store import RunStore
 from tests.small_hub import llama_like
 from tests.world import ROOT, write_json

@@ -117,7 +117,7 @@ LAW = {
 }
 NOT_IN_TRAIN = r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"
 
-TORCH = r"lorasweep/(train|models|methods)/|lorasweep/launch/trainer\.py"
+TORCH = r"lorasweep/(train|models|methods)/|lorasweep/launch/torch_trainer\.py"
 TORCH += r"|lorasweep/check/measures\.py"
 ONLY_IN = {
     **dict.fromkeys(("hydra", "omegaconf"), r"lorasweep/(config/.*|__main__)\.py"),

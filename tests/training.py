@@ -17,9 +17,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from lorasweep.data import load as data
+from lorasweep.data import splits as data
 from lorasweep.data.examples import Data, Example, shuffled
-from lorasweep.launch.trainer import finetune
+from lorasweep.launch.torch_trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.load import empty_model, find_targets, use_grouped_experts

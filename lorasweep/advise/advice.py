@@ -13,7 +13,7 @@ from lorasweep.errors import SpecError, unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.detect import Hardware
-from lorasweep.plan.load import load_of, served_s, step_parts, step_seconds
+from lorasweep.plan.needs import load_of, served_s, step_parts, step_seconds
 from lorasweep.plan.planner import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Placement, place
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method, parse_layers

@@ -26,7 +26,7 @@ from lorasweep.errors import DataError, SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.find import content_pin
 from lorasweep.plan.detect import Hardware
-from lorasweep.plan.load import TEXT_FILL
+from lorasweep.plan.needs import TEXT_FILL
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.recommended import ALPHA, BATCH, LAYERS, UPDATES
 

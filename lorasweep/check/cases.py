@@ -26,7 +26,7 @@ from lorasweep.launch.process import die_with_parent, keep_freed_memory, worker_
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.detect import Hardware
-from lorasweep.plan.load import LAUNCH_S, train_flops
+from lorasweep.plan.needs import LAUNCH_S, train_flops
 from lorasweep.plan.planner import place
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lorasweep.data import load as data_sets
+from lorasweep.data import splits as data_sets
 from lorasweep.data.examples import Data, Example, Rewards, answer_of
 from lorasweep.launch import local
 from lorasweep.launch.out_of_memory import free_memory
-from lorasweep.launch.trainer import TorchTrainer, finetune
+from lorasweep.launch.torch_trainer import TorchTrainer, finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.load import Base, empty_model

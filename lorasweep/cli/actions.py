@@ -20,7 +20,7 @@ from lorasweep.config.compose import GROUPS, Composer, literal, quoted
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.slurm.submit import hardware_of
-from lorasweep.launch.trainer import Trainer
+from lorasweep.launch.torch_trainer import Trainer
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, Settings
 from lorasweep.work.answer import refuse_claims

@@ -15,7 +15,7 @@ from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
 from lorasweep.launch.slurm.submit import difference, hardware_of
 from lorasweep.plan.detect import Hardware
-from lorasweep.plan.load import TRAINING_SHARE, run_flops
+from lorasweep.plan.needs import TRAINING_SHARE, run_flops
 from lorasweep.plan.planner import (
     MEMORY_ERROR,
     SPEED_ERROR,
@@ -27,7 +27,7 @@ from lorasweep.plan.planner import (
     summary,
 )
 from lorasweep.store import files
-from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.store.run_store import FINISHED, RunStore
 from lorasweep.sweep.grid import Point, trained_by_set
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
@@ -168,7 +168,7 @@ def _on_gpus(
     total: dict[str, Kind] = {}  # runs that sweeps share count once
     for part in parts:
         states = store.states(p.id for p in part.points)
-        missing = [p for p in part.points if states[p.id] not in FINAL]
+        missing = [p for p in part.points if states[p.id] not in FINISHED]
         second = part.sweep.replicate if part.sweep else Replicates()
         runs = planner.forecast(missing, second)
         total |= runs

@@ -15,10 +15,10 @@ from lorasweep.fleet.runs import planned
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.plan import detect
 from lorasweep.plan.budget import amount_of, union_s
-from lorasweep.plan.load import run_flops
+from lorasweep.plan.needs import run_flops
 from lorasweep.plan.planner import Plan, make_plan
 from lorasweep.store import files
-from lorasweep.store.run_store import FINAL, Entry, RunStore
+from lorasweep.store.run_store import FINISHED, Entry, RunStore
 from lorasweep.sweep.grid import run_names
 from lorasweep.sweep.request import Request
 from lorasweep.work.printed import Answer, duration, table, time_left
@@ -139,7 +139,7 @@ def watch(request: Request, store: RunStore, show: Callable[[], int]) -> int:
         with redirect_stdout(io.StringIO()) as picture:  # made before the last one is cleared
             code = show()
         print(clear + picture.getvalue(), end="", flush=True)
-        if {*states.values()} <= {*FINAL, "failed"}:
+        if {*states.values()} <= {*FINISHED, "failed"}:
             return code
         time.sleep(min(found[0], 86400.0))  # a clock holds no 1e11 hours
 

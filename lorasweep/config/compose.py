@@ -39,7 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lorasweep import plugins
 from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.folders import exec_of
-from lorasweep.config.trainer import checked, trainer_of, without_unembedding
+from lorasweep.config.foreign import checked, trainer_of, without_unembedding
 from lorasweep.data.column_names import as_served
 from lorasweep.errors import ClusterError, DataError, ModelError, NotAtScale, SpecError, unknown
 from lorasweep.methods.registry import METHODS, method_class, spec_from

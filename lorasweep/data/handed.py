@@ -8,9 +8,9 @@ from typing import Any
 
 from lorasweep.data import text
 from lorasweep.data.examples import Data, Example
-from lorasweep.data.load import sources_of
 from lorasweep.data.messages import read
 from lorasweep.data.sources import Source
+from lorasweep.data.splits import sources_of
 from lorasweep.errors import DataError
 from lorasweep.spec.run import RunSpec
 

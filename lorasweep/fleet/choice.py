@@ -15,7 +15,7 @@ from lorasweep.advise.rules import APART, FULL, ROOM
 from lorasweep.fleet.runs import Member
 from lorasweep.spec.metric import CURVE_START
 from lorasweep.spec.run import LR_RANGE, RunSpec
-from lorasweep.store.run_store import FINAL, TRIAL, Result, RunStore
+from lorasweep.store.run_store import FINISHED, TRIAL, Result, RunStore
 from lorasweep.sweep.grid import Point
 
 CHOSEN_BY = "test_nll_curve"
@@ -51,7 +51,7 @@ class Outcome:
     def open(self) -> bool:
         """Whether some runs are unfinished, and no run failed."""
         states = set(self.states.values())
-        return not self.spec and "failed" not in states and not states <= set(FINAL)
+        return not self.spec and "failed" not in states and not states <= set(FINISHED)
 
     def facts(self) -> dict[str, Any]:
         """Return the content of the card as JSON values; without an adapter, the error.
@@ -214,7 +214,7 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
     if best and (len(runs) == 1 or _loss(best, result) < math.inf):
         chosen = replace(best, test_rows=True)
         states.setdefault(chosen.id, store.state(chosen.id))
-    unfinished = [i for i, state in states.items() if state not in FINAL]
+    unfinished = [i for i, state in states.items() if state not in FINISHED]
     failed = next((i for i in unfinished if states[i] == "failed"), None)
     if failed is not None:
         problem = f"{store.failure(failed)} (run {failed}; try again: exec.retry=true)"

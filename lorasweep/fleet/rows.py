@@ -14,10 +14,10 @@ import numpy as np
 
 from lorasweep.advise.read import LONGEST, RowError
 from lorasweep.advise.rules import rounded
-from lorasweep.data import column_names, load, messages, sources, text
+from lorasweep.data import column_names, messages, sources, splits, text
 from lorasweep.data.messages import Message
 from lorasweep.errors import DataError
-from lorasweep.plan.load import TEXT_FILL
+from lorasweep.plan.needs import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 FEWEST = 20
@@ -155,7 +155,7 @@ def rows_of(
     # no learning curve: with few rows, evaluations would cost as much as training
     length = max_length or LONGEST
     spec = dataclasses.replace(spec, n_test_curve=0, max_length=length, **changes)
-    train_rows, held_out_rows = load.sources_of(spec, ["."])
+    train_rows, held_out_rows = splits.sources_of(spec, ["."])
     found = text.examples(spec, spec.train_split, train_rows, tokenizer, None, "")
     most = spec.n_validation + spec.n_test
     other = text.examples(spec, spec.test_split, held_out_rows, tokenizer, most, "")
@@ -231,7 +231,7 @@ def _texts(spec: DatasetSpec, folder: str) -> tuple[list[Text], list[Text] | Non
         # with mask=all every token is learned, so a row has no prompt
         return found.whole, found.whole if spec.mask == "all" else found.prompt
 
-    train, held_out = load.sources_of(spec, [folder])
+    train, held_out = splits.sources_of(spec, [folder])
     rows, tested = list(sources.each(train.rows(), read)), None
     if spec.test_split != spec.train_split:
         tested = list(sources.each(held_out.rows(), read))
@@ -255,7 +255,7 @@ def _divided(
     pool = rows if tested is None else tested
     for by in ("row",) if by_row else ("prompt", "row"):
         of, units = ([row[by == "prompt"] for row in part] for part in (rows, pool))
-        groups = load.divided(units, [whole for whole, _ in pool])
+        groups = splits.divided(units, [whole for whole, _ in pool])
         sizes = [len(group) for group in groups]
         if tested is None:
             n = len(groups)  # a tenth of them each

@@ -12,7 +12,7 @@ from lorasweep.data.examples import Example, answer_of, prompt_of
 from lorasweep.errors import DataError
 from lorasweep.fleet.rows import shown
 from lorasweep.fleet.serving import Server
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.plan import detect
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint, files

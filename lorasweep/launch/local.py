@@ -25,7 +25,7 @@ from lorasweep.errors import ClusterError, StoreError, TrainingError
 from lorasweep.launch.out_of_memory import Limits, Shortage
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import THREAD_VARIABLES, StopFlag, Stopped, worker_environment
-from lorasweep.launch.trainer import Report, Trainer
+from lorasweep.launch.torch_trainer import Report, Trainer
 from lorasweep.launch.worker import STOPPED
 from lorasweep.plan import detect
 from lorasweep.plan.planner import Plan, make_plan

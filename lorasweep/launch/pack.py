@@ -16,7 +16,7 @@ from typing import Any
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
 from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, free_memory, is_out_of_memory
 from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.trainer import Report, Trainer
+from lorasweep.launch.torch_trainer import Report, Trainer
 from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of

@@ -33,10 +33,10 @@ from lorasweep.launch.out_of_memory import Limits, Shortage, is_out_of_memory
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
 from lorasweep.launch.slurm.queue import RunningJobs
-from lorasweep.launch.trainer import Events, Report, Trainer, trainer_named
+from lorasweep.launch.torch_trainer import Events, Report, Trainer, trainer_named
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan.detect import Hardware
-from lorasweep.plan.load import load_of
+from lorasweep.plan.needs import load_of
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorasweep.errors import SpecError
 from lorasweep.plan.detect import Hardware
-from lorasweep.plan.load import (
+from lorasweep.plan.needs import (
     Layout,
     checkpoint_bytes,
     evaluated_completions,
@@ -29,7 +29,7 @@ from lorasweep.plan.load import (
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
-from lorasweep.store.run_store import FINAL, STATES, RunStore
+from lorasweep.store.run_store import FINISHED, STATES, RunStore
 from lorasweep.sweep.grid import Point, expected_second_stage
 from lorasweep.sweep.question import Replicates
 
@@ -366,7 +366,7 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     states = store.states(p.id for p in points)
     failed = [p.id for p in points if states[p.id] == "failed"] if exec_.retry else []
     again = {i for i in failed if store.failures(i) < exec_.max_attempts}
-    todo = [p for p in points if p.id in again or states[p.id] not in (*FINAL, "failed")]
+    todo = [p for p in points if p.id in again or states[p.id] not in (*FINISHED, "failed")]
     speeds = speeds_of((p for p in points if states[p.id] == "done"), store)
     planner = Planner(hardware, exec_)
     packs = make_packs([p for p in todo if states[p.id] != "running"], states, store, planner)

@@ -29,7 +29,7 @@ from lorasweep.store import checkpoint, claims, files
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """States of a run, computed from its folder and never stored. missing: not started. interrupted:
 its process ended early. failed: ended by an error. diverged, done: the run has a result."""
-FINAL = ("done", "diverged")
+FINISHED = ("done", "diverged")
 Record = dict[str, Any]
 """Measurements of one update: JSON values, at least `step`."""
 Result = dict[str, Any]
@@ -295,8 +295,8 @@ class RunStore:
 
     def finish(self, rid: str, state: str, result: Result) -> bool:
         """Write the result and delete the checkpoint; return whether this call wrote it."""
-        if state not in FINAL:
-            raise ValueError(f"a run ends as one of {FINAL}, got {state!r}")
+        if state not in FINISHED:
+            raise ValueError(f"a run ends as one of {FINISHED}, got {state!r}")
         if self.records_size(rid):
             self.sync_records(rid)
         # through JSON, so that the checksum holds for the values that are read back

@@ -13,7 +13,7 @@ from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec, validate
 from lorasweep.spec.trainer import TrainerSpec
 from lorasweep.spec.values import build
-from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.store.run_store import FINISHED, RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,8 +128,8 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
             validate(spec)
             if (rid := spec.id) != result["run_id"]:
                 raise ValueError(f"the spec belongs to run {rid}, not to {result['run_id']}")
-            if result["state"] not in FINAL:
-                raise ValueError(f"the state is {result['state']!r}, not {' or '.join(FINAL)}")
+            if result["state"] not in FINISHED:
+                raise ValueError(f"the state is {result['state']!r}, not {' or '.join(FINISHED)}")
             if rows.setdefault(rid, (spec, result))[1] != result:
                 raise ValueError(f"run {rid} has another result in an earlier row")
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasweep.data.examples import Data, collate, eval_batches
-from lorasweep.data.load import load as load_data
+from lorasweep.data.splits import load as load_data
 from lorasweep.models.find import recipe_file_name, recipe_weights
 from lorasweep.models.load import empty_model, use_grouped_experts
 from lorasweep.spec.dataset import DatasetSpec

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.fleet.serving import ADAPTER
-from lorasweep.launch.trainer import Trainer, trainer_named
+from lorasweep.launch.torch_trainer import Trainer, trainer_named
 from lorasweep.methods import peft
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from

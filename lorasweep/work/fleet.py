@@ -24,10 +24,10 @@ from lorasweep.fleet.runs import Member
 from lorasweep.fleet.serving import Server, problems
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.submit import hardware_of
-from lorasweep.launch.trainer import TorchTrainer, Trainer
+from lorasweep.launch.torch_trainer import TorchTrainer, Trainer
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint, folders
-from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.store.run_store import FINISHED, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 from lorasweep.work import answer
@@ -72,7 +72,7 @@ def fleet(request: Request, store: RunStore, trainer: Trainer | str | None = Non
     waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
     if request.cluster.kind == "slurm":
         there = slurm.look(store.root).covered().keys()
-        over = (*FINAL, "running")
+        over = (*FINISHED, "running")
         unfinished = [[i for i, s in o.states.items() if s not in over] for o in outcomes if o.open]
         waiting = sum(there >= set(ids) for ids in unfinished)
     own, asked = TorchTrainer(), [o for o in outcomes if o.spec and o.member.rows.held_out]

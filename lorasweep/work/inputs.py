@@ -8,10 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lorasweep.data import load, messages, rewards, sources, text
+from lorasweep.data import messages, rewards, sources, splits, text
 from lorasweep.data.synthetic.generators import generator
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
-from lorasweep.launch.trainer import TOKENS
+from lorasweep.launch.torch_trainer import TOKENS
 from lorasweep.models.describe import config_at
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
@@ -45,7 +45,7 @@ def check_available(request: Request) -> None:
         if METRICS[spec.objective].higher_is_better:
             rewards.check_available(spec.dataset)
         if not exec_.skip_broken_data:  # else bad data fails only its own runs
-            load.check_available(spec.dataset, exec_.data_dir)
+            splits.check_available(spec.dataset, exec_.data_dir)
     for spec in {(s.model.name, s.dataset.name): s for s in specs}.values():
         is_text, model = spec.dataset.source != "synthetic", spec.model
         vocab = None if is_text else generator(spec.dataset.location).vocab
@@ -101,7 +101,7 @@ def understood(request: Request) -> list[str]:
 
 
 def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> Iterator[str]:
-    train, _ = load.sources_of(spec, exec_.data_dir)
+    train, _ = splits.sources_of(spec, exec_.data_dir)
     where, row = next(train.rows(), ("", None))
     if row is None:
         raise DataError(f"dataset {spec.name!r}: no row is left for training. Hold fewer out.")
@@ -112,7 +112,7 @@ def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> It
     used = columns if spec.format in messages.LISTS else pair
     # all rows of the files, also those that are left out of training and held-out rows
     whole = dataclasses.replace(spec, holdout=0, held_out_by="")
-    of_files = load.sources_of(whole, exec_.data_dir)
+    of_files = splits.sources_of(whole, exec_.data_dir)
     given = chain(*(s.rows() for s in of_files[: 1 + (spec.test_split != spec.train_split)]))
     kinds = sources.each(given, lambda row, where: messages.read(spec, row, where).kinds)
     counted = messages.rows_line(Counter(chain.from_iterable(kinds)))
@@ -124,7 +124,7 @@ def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> It
         yield f"{about}; {counted}; tokens are not counted: no tokenizer of {base} is here"
         return
     kept = Path(exec_.runs_dir, TOKENS)
-    data = load.load(spec, exec_.data_dir, tokenizer, str(kept) if kept.is_dir() else "")
+    data = splits.load(spec, exec_.data_dir, tokenizer, str(kept) if kept.is_dir() else "")
     n_train = data.n_train or 0
     tokens = sum(len(e.tokens) for e in data.train(0, 0, n_train)) / n_train
     yield (

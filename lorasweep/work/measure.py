@@ -11,7 +11,7 @@ from lorasweep.advise.rules import APART, INFORMATION, MOST_RATES
 from lorasweep.data import column_names, sources
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch import local
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.spec.dataset import FILES
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.advise.pages import printable
-from lorasweep.plan.load import run_flops
+from lorasweep.plan.needs import run_flops
 from lorasweep.store.files import Notify
 from lorasweep.sweep.grid import Point, run_names
 from lorasweep.sweep.request import Request

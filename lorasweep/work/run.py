@@ -13,7 +13,7 @@ from lorasweep.errors import GaveUp, StoreError, check_installed
 from lorasweep.launch import local
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm.submit import Work, hardware_of, submit, updates_of
-from lorasweep.launch.trainer import Trainer
+from lorasweep.launch.torch_trainer import Trainer
 from lorasweep.launch.worker import check_world_size
 from lorasweep.methods.registry import METHODS
 from lorasweep.models.find import recipe_file_name, recipe_weights

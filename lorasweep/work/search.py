@@ -23,7 +23,7 @@ from lorasweep.fleet.choice import with_further
 from lorasweep.fleet.rows import shown
 from lorasweep.launch.pack import END
 from lorasweep.launch.slurm.submit import hardware_of
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.planner import place

@@ -23,7 +23,7 @@ from lorasweep.data import text
 from lorasweep.errors import LorasweepError, SpecError
 from lorasweep.fleet.runs import folder_of
 from lorasweep.launch.local import run_points
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.models.load import write_adapter
 from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import RunStore

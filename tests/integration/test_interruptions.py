@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from lorasweep.data import load as data
+from lorasweep.data import splits as data
 from lorasweep.errors import SpecError
 from lorasweep.launch import local
-from lorasweep.launch.trainer import TorchTrainer, finetune
+from lorasweep.launch.torch_trainer import TorchTrainer, finetune
 from lorasweep.launch.worker import check_world_size
 from lorasweep.models import load as models
 from lorasweep.models.sharding import Mesh

@@ -13,9 +13,9 @@ import torch
 from analysis.questions.registry import analyse
 from lorasweep.cli import bases
 from lorasweep.config.compose import shipped_model
-from lorasweep.data import load as data
+from lorasweep.data import splits as data
 from lorasweep.errors import ModelError
-from lorasweep.launch.trainer import finetune
+from lorasweep.launch.torch_trainer import finetune
 from lorasweep.methods.registry import spec_from
 from lorasweep.models import find
 from lorasweep.models import load as models

@@ -26,7 +26,7 @@ from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
-from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.store.run_store import FINISHED, RunStore
 from lorasweep.sweep.grid import Point
 
 LISTEN_S = 1.0
@@ -76,7 +76,7 @@ def train(task: dict[str, Any], submission: str) -> None:
     store = RunStore(exec_.runs_dir, jobs=slurm.RunningJobs(exec_.runs_dir))
     store.prepare()
     points = [Point(s.method.name, s) for s in map(spec_from, task["runs"])]
-    left = [p for p in points if store.state(p.id) not in FINAL]
+    left = [p for p in points if store.state(p.id) not in FINISHED]
     _print(f"{len(points)} runs, {len(left)} to do, {exec_.workers} worker(s)")
 
     def report(event: dict[str, Any]) -> None:

@@ -27,13 +27,13 @@ from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.queue import FOLLOW, Job, Partition, Queue
 from lorasweep.plan import detect
 from lorasweep.plan.detect import Hardware, from_plain
-from lorasweep.plan.load import ASSUMED_FLOPS_PER_CORE, products_flops_s
+from lorasweep.plan.needs import ASSUMED_FLOPS_PER_CORE, products_flops_s
 from lorasweep.plan.planner import Pack, Plan, Planner, make_packs, make_plan
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import files
 from lorasweep.store.claims import JOB_VARIABLE, SILENCE_S
 from lorasweep.store.files import Notify
-from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.store.run_store import FINISHED, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 from lorasweep.tracking import provenance
@@ -350,7 +350,7 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
         follows = [j.label for s, j in queue.follows if s.sweep == request.title]
         states = store.states({r for runs, _ in live for r in runs})
         slurm.cancel([*follows, *(j.label for _, j in live)])
-        return len(live), sum(state not in FINAL for state in states.values())
+        return len(live), sum(state not in FINISHED for state in states.values())
 
 
 # ---------------------------------------------------------------- the files of a job, and sbatch
@@ -465,7 +465,7 @@ def _send(
 def updates_of(points: Sequence[Point], store: RunStore) -> int:
     """Count the updates of finished runs, and those in the checkpoints of the others."""
     states = store.states(p.id for p in points)
-    ended = {i for i, state in states.items() if state in FINAL}
+    ended = {i for i, state in states.items() if state in FINISHED}
     return sum(p.spec.steps if p.id in ended else store.saved_step(p.id) for p in points)
 
 

@@ -20,7 +20,7 @@ from lorasweep.data import column_names
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.find import content_pin
-from lorasweep.plan.load import served_s
+from lorasweep.plan.needs import served_s
 from lorasweep.plan.planner import place
 from lorasweep.spec import recommended
 from lorasweep.spec.dataset import DatasetSpec

@@ -13,12 +13,12 @@ from benchmarks.calibration import CLAIM, designs, supported
 from benchmarks.generators import Design, plant
 from benchmarks.search import Trial, chosen
 from lorasweep.advise.rules import texts
-from lorasweep.data.load import load as load_data
+from lorasweep.data.splits import load as load_data
 from lorasweep.fleet.rows import Rules, rows_of
-from lorasweep.launch.trainer import finetune
+from lorasweep.launch.torch_trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.plan.load import TRAINING_SHARE
+from lorasweep.plan.needs import TRAINING_SHARE
 from lorasweep.plan.planner import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files

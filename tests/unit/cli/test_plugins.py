@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorasweep import plugins
-from lorasweep.data.load import check_available, load
+from lorasweep.data.splits import check_available, load
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.methods.registry import method_class, spec_from
 from lorasweep.store.run_store import RunStore

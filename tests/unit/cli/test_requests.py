@@ -18,7 +18,7 @@ from analysis.report.report import judge_and_report
 from analysis.runs.table import read
 from lorasweep.__main__ import main as lorasweep
 from lorasweep.cli.actions import ACTIONS, VERBS, act, as_overrides
-from lorasweep.data import load, sources
+from lorasweep.data import sources, splits
 from lorasweep.errors import ClusterError, DataError, SpecError, StoreError
 from lorasweep.launch import local
 from lorasweep.models.describe import describe_model
@@ -641,7 +641,7 @@ def test_the_counts_are_those_of_training(compose, here):
         asked = compose(*given[:2], *sweep, "dataset.max_length=48")
         (line, warning) = understood(asked)[1:3]
         data = asked.points[0].spec.dataset
-        loaded = load.load(data, asked.exec.data_dir, llama_like())
+        loaded = splits.load(data, asked.exec.data_dir, llama_like())
         assert f"{loaded.n_train} training, {len(loaded.validation)} validation and " in line
         # test rows that are left out count, too
         assert loaded.n_train < 40 and "rows. Set dataset.max_length=" in warning

@@ -24,7 +24,7 @@ from lorasweep.errors import LorasweepError, NotAtScale, SpecError, StoreError, 
 from lorasweep.launch import local
 from lorasweep.models.load import load
 from lorasweep.plan import detect
-from lorasweep.plan.load import run_flops
+from lorasweep.plan.needs import run_flops
 from lorasweep.spec.metric import METRICS
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore

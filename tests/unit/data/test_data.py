@@ -28,7 +28,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from lorasweep.data import column_names, messages, text
-from lorasweep.data import load as data
+from lorasweep.data import splits as data
 from lorasweep.data.examples import Example, collate, merge, padded, up
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, DatasetSpec

@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from lorasweep.data import load as data
 from lorasweep.data import rewards
+from lorasweep.data import splits as data
 from lorasweep.data.examples import answer_of, prompt_of, with_fingerprint
 from lorasweep.data.rewards import MathChecks, boxed, integer, marked
 from lorasweep.data.synthetic import dialect, generators

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from lorasweep.advise.read import RowError, check_rows
 from lorasweep.advise.rules import APART
-from lorasweep.data import load, messages, text
+from lorasweep.data import messages, splits, text
 from lorasweep.errors import DataError, SpecError
 from lorasweep.fleet import adapters
 from lorasweep.fleet.choice import MOST_TRIED, Outcome, outcome_of, with_further
@@ -465,14 +465,14 @@ def turns(*said, weights=()):
 def texts(spec):
     return [
         [tuple(messages.read(spec, row, where).messages) for where, row in source.rows()]
-        for source in load.sources_of(spec, ["."])
+        for source in splits.sources_of(spec, ["."])
     ]
 
 
 def prompts(spec, folder=".", **changes):
     """The prompts of the training, validation and test rows, as they are loaded."""
     spec = dataclasses.replace(spec, **{"max_length": 64, **changes})
-    data = load.load(spec, [folder], llama_like())
+    data = splits.load(spec, [folder], llama_like())
     parts = (data.train(0, 0, data.n_train), data.validation, data.test)
     return [[llama_like().decode(e.tokens[~e.loss]) for e in part] for part in parts]
 
@@ -581,7 +581,7 @@ def test_rows_that_are_left_out_or_cut_are_counted_and_most_of_them_an_error(tmp
     rows = [{**r, "prompt": r["prompt"] + late * (k % 5 == 0)} for k, r in enumerate(rows)]
     path = write_json(tmp_path / "my.jsonl", rows)
     found, _ = fitted(path, length=64)
-    data = load.load(found.dataset, ["."], llama_like())
+    data = splits.load(found.dataset, ["."], llama_like())
     n_read, cut, left_out, _ = data.fits["training"]
     enough = max(fit[-1] for fit in data.fits.values())
     assert (found.n_train, data.n_train, n_read, cut) == (n_read - left_out, found.n_train, 160, 0)
@@ -612,7 +612,7 @@ def test_rows_begin_with_bos_where_a_server_sends_it(tmp_path, tokenizer):
     tokenizer, path = tokenizer(), write_rows(tmp_path / "my.jsonl", 60, "Yes {k}")
     fleet = read(path, Rules(whole_prompt=True), tokenizer).dataset
     for spec, folder in ((fleet, "."), named_rows(str(path), {})[:2]):
-        row = next(iter(load.load(spec, [folder], tokenizer).test))
+        row = next(iter(splits.load(spec, [folder], tokenizer).test))
         prompt = tokenizer.decode(row.tokens[~row.loss], skip_special_tokens=True)
         assert row.tokens[~row.loss].tolist() == tokenizer(prompt).input_ids
         served = text.with_template(spec, tokenizer)
@@ -697,7 +697,7 @@ def test_rows_of_the_hub_are_pinned_and_divided(tmp_path, monkeypatch, offline):
     spec = found.dataset
     where = (spec.source, spec.location, spec.config, spec.revision, spec.prompt_field)
     assert where == ("hub", SCHOOL, "main", small_hub.COMMIT, "question")
-    data = load.load(spec, [], llama_like())
+    data = splits.load(spec, [], llama_like())
     sizes = (data.n_train, len(data.validation), len(data.test))
     assert sizes == counts(found) == (4, 10, 10)  # 20 of 24 are in both
     assert counts(tulu) == (880, 110, 110) and tulu.dataset.mask == "last_assistant"

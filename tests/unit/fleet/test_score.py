@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binomtest, multinomial
 
-from lorasweep.data.load import load
+from lorasweep.data.splits import load
 from lorasweep.fleet.score import KEPT, Questions, count, counts
 from lorasweep.spec.dataset import DatasetSpec
 from tests.customers import CHAT_TEMPLATE

@@ -26,7 +26,7 @@ from lorasweep.data.handed import write_rows
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch import external
 from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.load import weights_sha256

@@ -26,7 +26,7 @@ from lorasweep.launch.local import Workers, run_points
 from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, is_out_of_memory
 from lorasweep.launch.pack import LOOK_S
 from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.dataset import DatasetSpec

@@ -15,10 +15,10 @@ from torch.func import functional_call
 
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import shipped_model
-from lorasweep.data import load as data
+from lorasweep.data import splits as data
 from lorasweep.data.examples import collate, eval_batches
 from lorasweep.errors import ModelError, SpecError, TrainingError
-from lorasweep.launch.trainer import TorchTrainer, finetune
+from lorasweep.launch.torch_trainer import TorchTrainer, finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked import in_peft_layout, save_peft, spectral_norm

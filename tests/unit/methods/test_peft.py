@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import compose_request
 from lorasweep.errors import RankTooLarge, SpecError, TrainingError
-from lorasweep.launch.trainer import TorchTrainer, finetune
+from lorasweep.launch.torch_trainer import TorchTrainer, finetune
 from lorasweep.launch.worker import check_world_size
 from lorasweep.methods import peft as ours
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.models.load import find_targets, weights_sha256
 from lorasweep.plan.detect import Hardware, from_plain
-from lorasweep.plan.load import Layout, pack_memory
+from lorasweep.plan.needs import Layout, pack_memory
 from lorasweep.plan.planner import Planner
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import validate

@@ -25,10 +25,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from lorasweep.advise.read import RowError, customer_of, shape_of
-from lorasweep.data import load as data
+from lorasweep.data import splits as data
 from lorasweep.data.examples import collate, merge
 from lorasweep.errors import ModelError, SpecError, TrainingError
-from lorasweep.launch.trainer import finetune
+from lorasweep.launch.torch_trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked import save_peft
@@ -38,7 +38,7 @@ from lorasweep.models.describe import describe_model, with_shape
 from lorasweep.models.forward import SHORT_BYTES, attention, autocast, frozen_in_bf16, hold_in_bf16
 from lorasweep.models.load import find_targets, weights_sha256
 from lorasweep.models.sharding import Mesh, guard, shard
-from lorasweep.plan.load import Layout, load_of, memory_parts
+from lorasweep.plan.needs import Layout, load_of, memory_parts
 from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 from lorasweep.store.checkpoint import PARAM
 from lorasweep.sweep.grid import trained_by_set

@@ -34,10 +34,10 @@ from lorasweep.models.forward import autocast
 from lorasweep.models.load import config_of, find_targets, use_grouped_experts
 from lorasweep.models.sharding import compute_again
 from lorasweep.plan import detect, planner
-from lorasweep.plan import load as shapes
+from lorasweep.plan import needs as shapes
 from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.detect import Hardware, from_plain
-from lorasweep.plan.load import WORD_BYTES, Layout, load_of, memory_parts
+from lorasweep.plan.needs import WORD_BYTES, Layout, load_of, memory_parts
 from lorasweep.plan.planner import MEMORY_ERROR, MEMORY_SHARE, Planner, costs, make_plan, place
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec

@@ -15,17 +15,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorasweep.data import load as data
+from lorasweep.data import splits as data
 from lorasweep.data.examples import Data, Example, by_length, collate, eval_batches, merge, shuffled
 from lorasweep.errors import ModelError
-from lorasweep.launch.trainer import finetune
+from lorasweep.launch.torch_trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.forward import logits_of
-from lorasweep.plan import load as memory
+from lorasweep.plan import needs as memory
 from lorasweep.plan.detect import Hardware
-from lorasweep.plan.load import checkpoint_bytes
+from lorasweep.plan.needs import checkpoint_bytes
 from lorasweep.plan.planner import pack_key, place
 from lorasweep.spec.metric import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.streams import stream

@@ -17,11 +17,11 @@ from transformers import DynamicCache
 from lorasweep.data.rewards import answer_of, prompt_of
 from lorasweep.data.synthetic.generators import ALPHABET
 from lorasweep.errors import DataError, ModelError
-from lorasweep.launch.trainer import finetune
+from lorasweep.launch.torch_trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.load import Base, empty_model
-from lorasweep.plan.load import cache_bytes
+from lorasweep.plan.needs import cache_bytes
 from lorasweep.spec.metric import metric_of
 from lorasweep.train import sampling
 from lorasweep.train.objectives import policy_gradient

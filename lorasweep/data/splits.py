@@ -1,4 +1,4 @@
-"""Load a data set of any source. Text needs a tokenizer; nothing needs torch."""
+"""Load a data set of any source, in training, validation and test rows. Nothing needs torch."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence

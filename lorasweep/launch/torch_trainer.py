@@ -91,7 +91,7 @@ class TorchTrainer:
         Raises DataError if the data cannot be used, or differ from those that the run folder knows:
         the analysis would refuse the runs, but only after training.
         """
-        from lorasweep.data.load import load
+        from lorasweep.data.splits import load
 
         base = base or self.base(spec, exec_)
         cached = (spec.dataset, spec.draw)
