@@ -374,8 +374,9 @@ def exported(found, folder, check=lambda *form: None):
     with (  # neither adapter nor rows are real ones
         mock.patch.object(adapters, "problems", return_value=[]),
         mock.patch.object(adapters.text, "check_served", check),
+        mock.patch("lorasweep.models.load.write_adapter", save),
     ):
-        return adapters.export(found, store, folder, "title", save, lambda model: llama_like())
+        return adapters.export(found, store, folder, "title", lambda model: llama_like())
 
 
 def test_the_page_has_a_row_and_a_folded_card_for_each_customer(tmp_path):
