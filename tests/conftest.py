@@ -1,11 +1,14 @@
 """Fixtures: the shipped configuration, composed as the command line does, and a fake trainer; a small
-sweep, trained once; a planted one with its report, made once; a hub that is out of reach."""
+sweep, trained once; a planted one with its report, made once; a hub that is out of reach.
+
+The summary says how long the tests of each folder took."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,40 @@ def pytest_report_header():
     import torch
 
     return f"kernels: {torch.backends.cpu.get_cpu_capability()}"
+
+
+_begun, _seconds, _tests = pytest.StashKey(), Counter(), Counter()
+
+
+def _processor():
+    """Processor seconds of this process and of its children that ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    item.stash[_begun] = _processor()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    """Let the report, which travels to the process that prints, say what the test took."""
+    if call.when == "teardown":
+        item.user_properties.append(("processor_s", _processor() - item.stash[_begun]))
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        folder = os.path.dirname(report.nodeid.partition("::")[0])
+        _tests[folder] += 1
+        _seconds[folder] += dict(report.user_properties)["processor_s"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("processor seconds, with processes that tests started")
+    for folder, seconds in [*_seconds.most_common(), ("all", _seconds.total())]:
+        count = _tests[folder] if folder in _tests else _tests.total()
+        terminalreporter.line(f"{seconds:8.1f} s {count:5} tests  {folder}")
 
 
 @pytest.fixture(params=["unmoved", "moved"])
