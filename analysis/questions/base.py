@@ -482,6 +482,10 @@ class Estimand:
     """The curves on which it is measured, for its rank, batch and updates; None: all."""
     at: Callable[[Any], str] = lambda c: ""
     """Rank and updates in words, where the curves do not tell them."""
+    by_seed: Callable[[Any], AtBest[float]] | None = None
+    """The values by seed whose mean is the estimate, if it has such values."""
+    final: bool = False
+    """Whether losses at the end of runs are enough; other trainers' programs give no more."""
 
 
 def over_allowed(name: str, gap: Callable[[Any], Gap | None], **more: Any) -> Estimand:

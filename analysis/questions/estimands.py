@@ -11,7 +11,8 @@ Keys of the file: `variants` names curves of LoRA, `estimands` says what is comp
 `measure` is a key of QUANTITIES. An arm is `full`, `control` (full fine-tuning of LoRA's matrices),
 a variant, or settings of a curve of LoRA. Settings with a meaning of their own: `rank: top`;
 `min_rank`: all ranks from this one up; `like: rank` or `size`: as the other arm has; `layers:
-fewest` or `most`; `objective: sft`: the supervised runs beside rewarded ones. Other keys:
+fewest` or `most`; `objective: sft`: the supervised runs beside rewarded ones. `lora` is the only
+curve of LoRA. Other keys (`where`, `difference` and `says`: see cells.py):
 
     times: 10              for `cost_at`: the factor on the other arm's learning rate; as {law:
                            [g, k]}: by the law of learning rates with these constants
@@ -49,9 +50,10 @@ from analysis.measures.ratio import lr_drift, pool_ratios, ratio_of
 from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho, stalled
 from analysis.optimum.fit import Optimum
-from analysis.questions import base
+from analysis.questions import base, cells
+from analysis.questions.cells import EXTREMES, Said
 from analysis.runs.curves import Points, full_names, learning_curves, runs_of
-from analysis.runs.table import COLLAPSED_SHARE, CURVE_KEYS
+from analysis.runs.table import COLLAPSED_SHARE, CURVE_KEYS, TableError
 
 SIZES_AGREE = 0.1
 """Two arms are of equal size if their trained parameters differ by at most this share."""
@@ -62,7 +64,8 @@ ACTIONS, LABEL_BITS = 16, 4
 """Labels of a bandit to choose from, and their bits (lorasweep/data/synthetic/facts.py)."""
 KNOWN = 0.99
 """A curve that knows more than this share of the labels' bits cannot gain from other LRs."""
-Said = Mapping[str, Any]
+ARMS = ("full", "control", "lora")
+"""Names of arms, beside those of variants."""
 Arm = str | Said
 
 
@@ -116,7 +119,9 @@ class Task(base.Condition):
         Raises:
             TableError: several curves fit the arm at one rank.
         """
-        if isinstance(arm, str) and arm not in ("full", "control"):
+        if arm == "lora":
+            return list(base.check_one(base.lora_of(self.main)))
+        if isinstance(arm, str) and arm not in ARMS:
             return [self.variants[arm]] if arm in self.variants else []
         if isinstance(arm, str):
             control = arm == "control"
@@ -206,6 +211,10 @@ class Task(base.Condition):
         logs = log_rho(points[id(p.one)], full)
         return logs if p.over is self.whole else logs.minus(log_rho(points[id(p.over)], full))
 
+    def gap_of(self, o: Optimum, other: Optimum) -> Gap:
+        """Return a curve's loss minus another's; see `gap`."""
+        return self.gap(Pair([o], other))
+
     def gap(self, p: Pair) -> Gap:
         """Return the first arm's loss minus the second's; the gain is full fine-tuning's."""
         losses, full, pooled = self.losses(), self.whole, None
@@ -220,9 +229,6 @@ class Task(base.Condition):
     def at_stable(self) -> dict[int, at_best.AtBest[Points]]:
         """id of an optimum -> learning curves (losses) at its best stable learning rate."""
         return rewards.learning_at_stable(self.runs, {id(o): o for o in self.main})
-
-
-EXTREMES: dict[str, Callable[..., int]] = {"fewest": min, "most": max}
 
 
 def _n_layers(o: Optimum) -> int:
@@ -257,6 +263,10 @@ class Quantity(NamedTuple):
     """Whether full fine-tuning must be there, even if it is not one of the arms."""
     margin_gates: Callable[[Task, Pair, Said, float], Sequence[Gate]] = lambda t, p, said, high: ()
     """Gates that depend on the upper end of the claim's margin."""
+    by_seed: Callable[[Task, Pair], at_best.AtBest[float]] | None = None
+    """The values by seed whose mean is the estimate."""
+    final: bool = False
+    """Whether losses at the end of runs are enough; other trainers' programs give no more."""
 
 
 def speed(t: Task, p: Pair, said: Said) -> Estimate:
@@ -374,24 +384,31 @@ QUANTITIES = {
             *([] if p.over is t.whole else base.gates_on([p.over])),
         ],
         needs_full=True,
+        final=True,
     ),
     "percent": Quantity(
         lambda t, p, said: t.gap(p).percent(),
         lambda t, p, said: [*base.gates_on(t.used(p)), *base.gates_on_pairs(t.gap(p).nats)],
         needs_full=True,
+        by_seed=lambda t, p: t.gap(p).in_percent,
     ),
     "best_lr": Quantity(
-        lambda t, p, said: ratio_of(p.of, p.over), lambda t, p, said: base.gates_on(p.all), True
+        lambda t, p, said: ratio_of(p.of, p.over),
+        lambda t, p, said: base.gates_on(p.all),
+        log=True,
+        final=True,
     ),
     "lr_drift": Quantity(
         lambda t, p, said: lr_drift(p.of),
         lambda t, p, said: base.gates_on(p.of) + base.gates_on_ranks(p.of),
+        final=True,
     ),
     "cost_at": Quantity(
         lambda t, p, said: _cost(t, p, said).estimate,
         _cost_gates,
         needs_full=True,
         margin_gates=lambda t, p, said, high: _cost(t, p, said).gates(high),
+        final=True,
     ),
     "points": Quantity(points, _points_gates),
     "good_range": Quantity(
@@ -512,26 +529,39 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
     """Yield what is wrong with a sweep's estimands and variants."""
     settings = {*CURVE_KEYS, "like", "min_rank"}
     arms: dict[str, Arm] = {f"variants.{k}": v for k, v in variants.items()}
+    own = cells.AT_CELL if any("where" in s for s in said.values()) else KEYS
+    wheres = dict[str, None]()
     for name, s in said.items():
         place = f"estimands.{name}"
-        known = ("worst", *OVER_TASKS) if s.keys() & OVER_TASKS.keys() else KEYS
+        if "{n}" not in s.get("says", "{n}"):
+            yield f"{place}.says: {s['says']!r}. Write {{n}} where the number belongs."
+        if "difference" in s:
+            able = [k for k, q in QUANTITIES.items() if q.by_seed]
+            yield from cells.problems_of_difference(name, said, able)
+            continue
+        known = ("worst", *OVER_TASKS) if s.keys() & OVER_TASKS.keys() and own is KEYS else own
         of = [s[k] for k in s.keys() & OVER_TASKS.keys()]
         parts = [v for names in of for v in ([names] if isinstance(names, str) else names)]
         yield from (_unknown(place, "key", k, known) for k in s if k not in known)
+        if own is not KEYS:
+            yield from cells.problems_of_where(place, s)
+            wheres[", ".join(s.get("where") or ())] = None
         yield from (_unknown(place, "estimand", v, said) for v in parts if v not in said)
-        if known is KEYS and not {"measure", "of", "over"} <= s.keys():
+        if known is own and not {"measure", "of", "over"} <= s.keys():
             yield f"{place}: {dict(s)}. Write measure, of and over."
-        elif known is KEYS:
+        elif known is own:
             arms |= {f"{place}.{k}": s[k] for k in ("of", "over")}
             if s["measure"] not in QUANTITIES:
                 yield _unknown(place, "measure", s["measure"], QUANTITIES)
             elif not _is_factor(times := s.get("times", None if s["measure"] == "cost_at" else 1)):
                 yield f"{place}.times: {times!r}. Write a number, or law: [g, k]."
     for place, arm in arms.items():
-        if isinstance(arm, str) and arm not in (names := ("full", "control", *variants)):
+        if isinstance(arm, str) and arm not in (names := (*ARMS, *variants)):
             yield _unknown(place, "arm", arm, names)
         for k in (k for k in (() if isinstance(arm, str) else arm) if k not in settings):
             yield _unknown(place, "setting", k, sorted(settings))
+    if len(wheres) > 1:
+        yield f"estimands: `where` names {'; '.join(wheres)}. Name the same settings in each."
 
 
 def _is_factor(times: Any) -> bool:
@@ -550,7 +580,8 @@ def _unknown(place: str, what: str, given: str, known: Iterable[str]) -> str:
 def on_task(name: str, said: Said) -> base.Estimand:
     """Declare an estimand that compares two arms of a task."""
     q = QUANTITIES[said["measure"]]
-    return base.Estimand(
+    of_seed = q.by_seed
+    e = base.Estimand(
         name,
         lambda t: q.of(t, t.pairs[name], said) if name in t.pairs else None,
         lambda t: q.gates(t, t.pairs[name], said),
@@ -561,7 +592,10 @@ def on_task(name: str, said: Said) -> base.Estimand:
         margin_gates=lambda t, high: q.margin_gates(t, t.pairs[name], said, high),
         used=lambda t: t.pairs[name].all if q.of is not bits_per_episode else [t.pairs[name].one],
         at=lambda t: _at(t, t.pairs[name], said),
+        by_seed=of_seed and (lambda t: of_seed(t, t.pairs[name])),
+        final=q.final,
     )
+    return cells.at_cell(e, said["where"]) if "where" in said else e
 
 
 def _at(t: Task, p: Pair, said: Said) -> str:
@@ -576,31 +610,42 @@ def _at(t: Task, p: Pair, said: Said) -> str:
     return f"{named}, {p.one.curve.key['steps']:.0f} updates"
 
 
+def _task(o: Optimum) -> tuple[str, ...]:
+    return tuple(o.curve.key[k] for k in base.TASK)
+
+
+def _named(optima: list[Optimum], variants: Mapping[str, Said]) -> dict[str, Optimum]:
+    """Return variant -> its curve of LoRA; a curve belongs to the first variant that it fits."""
+    found, left = dict[str, Optimum](), base.lora_of(optima)
+    for name, keys in variants.items():
+        fit = [o for o in left if keys.items() <= o.curve.key.items()]
+        if len(fit) > 1:
+            base.refuse(fit[0].curve, fit[1].curve)
+        for o in fit:
+            found[name], left = o, [other for other in left if other is not o]
+    return found
+
+
 def conditions(
-    table: pd.DataFrame, said: Mapping[str, Said], variants: Mapping[str, Said], of_rates: bool
+    table: pd.DataFrame,
+    said: Mapping[str, Said],
+    variants: Mapping[str, Said],
+    estimands: Sequence[base.Estimand],
 ) -> list[Any]:
-    """Return the tasks, then all tasks together.
+    """Return the tasks, then all tasks together; with `where`, the cells of each base and data set.
 
     Raises:
-        TableError: two curves have the settings of one variant.
+        TableError: two curves have the settings of one variant, or those of one cell differ in what
+            `where` does not name.
     """
-    optima = base.fit(table)
+    optima, of_rates = base.fit(table), any(s.get("rates") for s in said.values())
     groups = base.by_group(optima)
-    at = {g: [mine[0].curve.key[k] for k in base.TASK] for g, mine in groups.items()}
+    at = {g: _task(mine[0]) for g, mine in groups.items()}
     rewarded = [g for g, mine in groups.items() if is_rewarded(mine[0])]
     for name in list(groups):
         # Supervised runs on the data of rewarded runs are their control.
         for other in (g for g in rewarded if name not in rewarded and at[g] == at[name]):
             groups[other] = [*groups[other], *groups.pop(name, [])]
-    named: dict[str, dict[str, Optimum]] = {g: {} for g in groups}
-    for g, mine in groups.items():
-        left = base.lora_of(mine)
-        for name, keys in variants.items():  # a curve belongs to the first variant that it fits
-            fit = [o for o in left if keys.items() <= o.curve.key.items()]
-            if len(fit) > 1:
-                base.refuse(fit[0].curve, fit[1].curve)
-            for o in fit:
-                named[g][name], left = o, [other for other in left if other is not o]
 
     @functools.cache
     def points() -> dict[int, at_best.AtBest[Points]]:
@@ -610,16 +655,28 @@ def conditions(
     def losses() -> dict[int, at_best.AtBest[float]]:
         return dict(zip(map(id, optima), at_best.losses_at_best(optima)))
 
+    def task(name: str, mine: list[Optimum], arms: list[Optimum] | None = None) -> Task:
+        of = mine if arms is None else arms
+        return Task(name, table, of, _named(mine, variants), said, points, losses)
+
+    if settings := next((s["where"].keys() for s in said.values() if "where" in s), None):
+        if rewarded:
+            raise TableError(f"{rewarded[0]}: `where` is for losses, and these runs have rewards.")
+        of_cells = tuple(k for k in cells.WHERE if k in settings)
+        found = []
+        for of, runs in table.groupby(list(base.TASK), sort=False):
+            name, mine = " on ".join(of), [o for o in optima if of == _task(o)]
+            base.one_value(runs, *(k for k in ("batch_size", "steps") if k not in settings))
+            make = functools.partial(task, name)
+            found.append(cells.Cells(name, runs, mine, of_cells, make, estimands))
+        return found
     tasks = []
     for g, mine in groups.items():
         # Where learning rates are asked for, LoRA's curves of one rank are separate conditions.
         lora = base.lora_of(mine)
         rest = [o for o in mine if not base.rank_of(o)]
         each = (base.by_variant(lora, g) if of_rates else {}) or {g: lora}
-        tasks += [
-            Task(n, table, [*rest, *arms], named[g], said, points, losses)
-            for n, arms in each.items()
-        ]
+        tasks += [task(n, mine, [*rest, *arms]) for n, arms in each.items()]
     tasks.sort(key=lambda t: t.label_bits or 0)
     if not any(k in s for s in said.values() for k in OVER_TASKS):
         return tasks
@@ -777,12 +834,14 @@ def question_of(said: Mapping[str, Said], variants: Mapping[str, Said]) -> base.
     for name, s in said.items():
         for key in s.keys() & OVER_TASKS.keys():
             found[name] = OVER_TASKS[key](name, s, found)
-    of_rates = any(s.get("rates") for s in said.values())
+        if "difference" in s:
+            found[name] = cells.difference(name, said, found)
+    estimands, has_cells = list(found.values()), any("where" in s for s in said.values())
     return base.Question(
-        list(found.values()),
-        lambda table: conditions(table, said, variants, of_rates),
-        report,
-        ratios=lambda t: [(name, r) for _, name, r, _ in against_full(t)],
+        estimands,
+        lambda table: conditions(table, said, variants, estimands),
+        cells.report if has_cells else report,
+        ratios=lambda t: [] if has_cells else [(name, r) for _, name, r, _ in against_full(t)],
         by_base=True,
-        of_rates=of_rates,
+        of_rates=any(s.get("rates") for s in said.values()),
     )

@@ -149,7 +149,7 @@ def _hidden(name: str, of: str) -> base.Estimand:
         one_size = len({b.hidden for b in c.sets[of]}) < 2
         return c.gates_on(of) + (base.missing("another hidden size") if one_size else [])
 
-    return base.Estimand(name, lambda c: c.laws[of].p, gates)
+    return base.Estimand(name, lambda c: c.laws[of].p, gates, final=True)
 
 
 def _gates_on_alpha(c: Bases) -> list[Gate]:
@@ -162,7 +162,7 @@ QUESTION = base.Question(
     [
         _hidden("hidden_exponent", TOKENS),
         _hidden("hidden_exponent_equal_loss", LOSS),
-        base.Estimand("alpha_exponent", lambda c: c.laws[ALL].q, _gates_on_alpha),
+        base.Estimand("alpha_exponent", lambda c: c.laws[ALL].q, _gates_on_alpha, final=True),
     ],
     scale_conditions,
     scale_report,

@@ -18,7 +18,7 @@ from analysis.questions.estimands import problems, question_of
 from analysis.runs.table import TableError, as_losses
 
 NAMES = (
-    *("batch_size", "capacity", "growth", "invariance", "lr_scale", "quadrature"),
+    *("batch_size", "capacity", "invariance", "lr_scale", "quadrature"),
     *("rank", "recipes", "regime", "tune", "variants"),
 )
 QUESTIONS: dict[str, Question] = {
@@ -29,18 +29,6 @@ QUESTIONS: dict[str, Question] = {
 ROOT = Path(__file__).parents[2]
 SWEEPS = next((p for p in (ROOT / "sweeps", ROOT / "lorasweep/conf/sweep") if p.is_dir()), ROOT)
 """The shipped sweeps: of the repository, or of an installed package."""
-
-
-BY_FINAL_LOSSES = ("best_lr", "lr_drift", "over_allowed", "cost_at", "lr_scale", "tune")
-"""Quantities and questions for which final losses are enough; foreign trainers give no more."""
-
-
-def on_final_losses(name: str, estimands: Mapping[str, Any]) -> set[str]:
-    """Return the estimands of a question that losses at the end of runs determine."""
-    if not estimands and name in QUESTIONS:
-        return {*QUESTIONS[name].names} if name in BY_FINAL_LOSSES else set()
-    declared = estimands or shipped(name)["estimands"]
-    return {key for key, said in declared.items() if said.get("measure") in BY_FINAL_LOSSES}
 
 
 def question_named(

@@ -212,6 +212,7 @@ QUESTION = base.Question(
             lambda c: c.gaps[c.judged],
             seeds=lambda c: base.fewest_seeds([c.optima[c.reference], c.optima[c.judged]]),
             at=lambda c: c.names[c.judged],
+            final=True,
         )
     ],
     conditions,

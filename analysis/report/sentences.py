@@ -17,6 +17,7 @@ from analysis.inference.estimate import AT_LEAST, fixed
 from analysis.inference.rows import Row, rows_of
 from analysis.measures.regret import ALLOWED
 from analysis.questions.base import NO_CELL, Analysis, level_of
+from analysis.questions.cells import measured_by
 from analysis.questions.registry import shipped
 from analysis.report.study.answers import SHOWN, Show, where, within
 from analysis.runs.curves import in_words
@@ -142,13 +143,14 @@ def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str
     """Return a row's quantity with its number and interval in words, and the claim's margin."""
     declared = question.get("estimands") or shipped(question["analysis"]).get("estimands", {})
     own, gain, e = declared.get(r.quantity, {}), _gain(found, r.task), r.estimate
-    said = declared.get(own.get("every_task"), own)
+    said = measured_by(own.get("every_task", r.quantity), declared)
     kind = said.get("measure", "" if own else r.quantity)
     kind = "speed of two arms" if kind == "speed" and said.get("over") != "full" else kind
     if kind.startswith("over_allowed") and not (gain and gain > 0):
         kind = "over_allowed in nats"
     key = max((k for k in QUANTITIES if kind.startswith(k)), key=len, default="")
     entry = QUANTITIES.get(key, {"says": "{measure}: {n}"})
+    wording = "{measure}: {n}" if "difference" in own else entry["says"]
     gained: Show = (lambda v: 100 * (ALLOWED + v / gain), lambda v: fixed(v, 1), "%")
     to, write, unit = {**SHOWN, "gain": gained}[entry.get("show", "plain")]
     far = FAR if to is float else 10.0  # an end from there on is open
@@ -164,7 +166,7 @@ def _in_words(r: Row, found: Analysis, question: Mapping[str, Any]) -> tuple[str
     times = "The law's ratio" if isinstance(times, Mapping) else f"{times}"
     words = {"times": times, "measure": r.asked.get("measure") or r.quantity}
     at = f", on the task where this is {own['worst']}imal" if "worst" in own else ""
-    return entry["says"].format(n=n, of=of, over=over, **words) + at, margin
+    return own.get("says", wording).format(n=n, of=of, over=over, **words) + at, margin
 
 
 def _arm(arm: str | Mapping[str, Any]) -> str:

@@ -96,14 +96,12 @@ def rehearse(sweep: Sweep, points: Sequence[Point], scale: str = "") -> "list[Ve
 
 def refuse_claims(request: Request) -> None:
     """Drop claims that a foreign trainer's runs cannot decide; SpecError if none is left."""
-    from analysis.questions.registry import on_final_losses
-
     for part in request.parts or [request]:
         sweep, trainer = part.sweep, part.points[0].spec.trainer
-        able = on_final_losses(sweep.analysis, sweep.estimands) if trainer.command else ()
-        part.refused = [
-            k for k, c in sweep.claims.items() if trainer.command and c.estimand not in able
-        ]
+        if not trainer.command:
+            continue
+        able = [e.name for e in check_claims(sweep).estimands if e.final]
+        part.refused = [k for k, c in sweep.claims.items() if c.estimand not in able]
         sweep.claims = {k: c for k, c in sweep.claims.items() if k not in part.refused}
         if not sweep.claims:
             raise SpecError(
