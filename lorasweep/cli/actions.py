@@ -19,8 +19,8 @@ from lorasweep.config.catalogue import conf_dir
 from lorasweep.config.compose import GROUPS, Composer, literal, quoted
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm.queue import RunningJobs
-from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.torch_trainer import Trainer
+from lorasweep.plan.detect import hardware_of
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, Settings
 from lorasweep.work.answer import refuse_claims
@@ -274,7 +274,7 @@ def check(request: Request) -> None:
         raise SpecError(unknown("action", name, ACTIONS))
     if request.sweep is not None:
         refuse_claims(request)
-    action, hardware = ACTIONS[name], hardware_of(request) if request.hardware else None
+    action, hardware = ACTIONS[name], hardware_of(request.hardware) if request.hardware else None
     if sweep and (about := "customers" if fleet else action.about):
         raise SpecError(f"action={name} is about {about}. Leave +sweep={sweep} out.")
     if name in ("fleet", "verify_served") and not fleet:
@@ -326,7 +326,7 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
         return status
     do = resolve_name(ACTIONS[name].does)
     trains = {"trainer": trainer} if "trainer" in inspect.signature(do).parameters else {}
-    on_gpus = bool(request.hardware) and hardware_of(request).has_speeds
+    on_gpus = bool(request.hardware) and hardware_of(request.hardware).has_speeds
     if on_gpus and (
         name in ("fleet", "plan") or not (name in (*WHOLE_STUDY, "import") or ACTIONS[name].about)
     ):

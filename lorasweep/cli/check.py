@@ -14,9 +14,8 @@ from lorasweep.check import cases as all_cases
 from lorasweep.check.cases import NODE, Case
 from lorasweep.config import catalogue
 from lorasweep.errors import SpecError, TrainingError
-from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.plan import detect
-from lorasweep.plan.detect import Hardware
+from lorasweep.plan.detect import Hardware, hardware_of
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
@@ -49,7 +48,7 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
     cases = all_cases.cases_of(models, small, bool(machine.gpus), precision)
     named = [m for read in catalogue.machines(folders).values() if (m := read()).gpu_name]
     mine = [m for m in named if m.gpu_name == machine.gpu_name]
-    known = hardware_of(request) if request.hardware else next(iter(mine), None)
+    known = hardware_of(request.hardware) if request.hardware else next(iter(mine), None)
     card = (machine.gpu_name or machine.processor or "cpu").lower()
     slug = re.sub(r"[^a-z0-9]+", "_", card).strip("_")
     versions = [metadata.version(p) for p in ("torch", "transformers", "peft")]

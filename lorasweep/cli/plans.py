@@ -13,8 +13,8 @@ from lorasweep.data import sources
 from lorasweep.errors import SpecError, unknown
 from lorasweep.fleet.choice import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
-from lorasweep.launch.slurm.submit import difference, hardware_of
-from lorasweep.plan.detect import Hardware
+from lorasweep.launch.slurm.submit import difference
+from lorasweep.plan.detect import Hardware, hardware_of
 from lorasweep.plan.needs import TRAINING_SHARE, run_flops
 from lorasweep.plan.planner import (
     MEMORY_ERROR,
@@ -50,7 +50,7 @@ SMALLER = ("small", "tiny")
 
 def show(request: Request, store: RunStore) -> Answer:
     """Show the runs that would be trained and their cost; start none."""
-    hardware = hardware_of(request)
+    hardware = hardware_of(request.hardware)
     about: dict[str, Any] = {"scale": request.scale}
     about |= {"understood": understood(request)} if request.described else {}
     if request.hardware and hardware.has_speeds:

@@ -96,6 +96,11 @@ def from_plain(values: dict[str, Any]) -> Hardware:
     return hardware
 
 
+def hardware_of(values: dict[str, Any]) -> Hardware:
+    """Return the machine to plan for: that of a file's values, or without any this machine."""
+    return from_plain(values) if values else this_machine()
+
+
 # ---------------------------------------------------------------- this machine
 
 NAME = "this_machine"

@@ -23,8 +23,8 @@ from lorasweep.fleet.choice import outcome_of, with_further
 from lorasweep.fleet.runs import Member
 from lorasweep.fleet.serving import Server, problems
 from lorasweep.launch.slurm import queue as slurm
-from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.torch_trainer import TorchTrainer, Trainer
+from lorasweep.plan.detect import hardware_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import FINISHED, RunStore
@@ -50,7 +50,7 @@ def known(request: Request) -> Known:
         models=catalogue.models(own),
         machines=catalogue.machines(own),
         kept=rules.read_kept(answer.KEPT, catalogue.widths(own)),
-        hardware=hardware_of(request) if request.hardware else None,
+        hardware=hardware_of(request.hardware) if request.hardware else None,
         information=rules.read_information([Path(request.exec.reports_dir), answer.KEPT]),
     )
 

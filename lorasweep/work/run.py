@@ -11,13 +11,15 @@ from typing import Any
 from lorasweep.config.catalogue import conf_dir
 from lorasweep.errors import GaveUp, StoreError, check_installed
 from lorasweep.launch import local
+from lorasweep.launch.pool import Workers
 from lorasweep.launch.process import Stopped
-from lorasweep.launch.slurm.submit import Work, hardware_of, submit, updates_of
+from lorasweep.launch.slurm.submit import Work, submit, updates_of
 from lorasweep.launch.torch_trainer import Trainer
 from lorasweep.launch.worker import check_world_size
 from lorasweep.methods.registry import METHODS
 from lorasweep.models.find import recipe_file_name, recipe_weights
 from lorasweep.plan import detect
+from lorasweep.plan.detect import hardware_of
 from lorasweep.plan.planner import Plan, Planner, make_plan, summary
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.model import ModelSpec
@@ -112,7 +114,7 @@ def within_limit(request: Request) -> Request:
     parts, most = [within_limit(part) for part in request.parts], request.exec.max_gpus
     if most is None or not request.points:
         return dataclasses.replace(request, parts=parts)
-    kept = Planner(hardware_of(request), request.exec).without_too_large(request.points)
+    kept = Planner(hardware_of(request.hardware), request.exec).without_too_large(request.points)
     if gone := len(request.points) - len(kept):
         where = f"{request.title}: " * (request.sweep_name is not None)
         warn = notifier(request, always=True)
@@ -129,7 +131,7 @@ def check(request: Request) -> None:
     if request.exec.world_size > 1:
         specs = [p.spec for p in request.points]
         check_world_size(specs, request.exec, request.cluster, detect.this_machine())
-    if request.hardware and (hardware := hardware_of(request)).has_speeds:
+    if request.hardware and (hardware := hardware_of(request.hardware)).has_speeds:
         Planner(hardware, request.exec).settings(request.points)
     check_available(request)
     answer.outlooks(request.points, request.sweep, request.scale)  # refuses what cannot be judged
@@ -190,7 +192,7 @@ def train(
             plan = make_plan(points, store, request.exec, detect.this_machine())
             lines = plan_lines(request, plan)
             try:
-                with local.Workers(store, request.exec.world_size) as workers:
+                with Workers(store, request.exec.world_size) as workers:
                     while plan.todo:  # results of the first stage choose the second
                         notify("\n".join(lines))
                         show = Display(plan.todo, request).event

@@ -22,10 +22,10 @@ from lorasweep.fleet import score
 from lorasweep.fleet.choice import with_further
 from lorasweep.fleet.rows import shown
 from lorasweep.launch.pack import END
-from lorasweep.launch.slurm.submit import hardware_of
 from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
+from lorasweep.plan.detect import hardware_of
 from lorasweep.plan.planner import place
 from lorasweep.spec.metric import METRICS, metric_of
 from lorasweep.spec.recommended import RANKS
@@ -258,7 +258,7 @@ def _by_lr(points: Sequence[Point], store: RunStore) -> dict[float, dict[Point, 
 
 def check_search(request: Request) -> None:
     """Raise an error if an arm does not fit, or request.out cannot be written or served."""
-    machine = hardware_of(request) if request.hardware else detect.this_machine()
+    machine = hardware_of(request.hardware) if request.hardware else detect.this_machine()
     room, rows = machine.worker_gib or math.inf, request.exec.micro_batch_size
     for p in request.points if request.cluster.kind == "local" else ():
         if (need := place(p.spec, machine, rows=rows).memory_gib) > room:

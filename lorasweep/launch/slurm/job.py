@@ -22,6 +22,8 @@ from typing import Any
 
 from lorasweep.errors import ClusterError, LorasweepError
 from lorasweep.launch import local
+from lorasweep.launch.container import Container
+from lorasweep.launch.pool import Workers
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.methods.registry import spec_from
@@ -83,10 +85,10 @@ def train(task: dict[str, Any], submission: str) -> None:
         if "ended" in event or "note" in event:
             _print(json.dumps(event))
 
-    container = task["container"] and local.Container(**task["container"])
+    container = task["container"] and Container(**task["container"])
     nodes, trainer = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1), task["trainer"]
     if left:  # else Slurm ran this job twice, or another process trained the runs
-        with local.Workers(store, exec_.world_size, nodes, container) as workers:
+        with Workers(store, exec_.world_size, nodes, container) as workers:
             local.run_points(left, store, exec_, report, trainer, workers=workers, wait=False)
         counts = Counter(store.states(p.id for p in left).values())
         _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))

@@ -22,9 +22,10 @@ from psutil import pid_exists
 from lorasweep.errors import DataError, ModelError, StoreError, TrainingError
 from lorasweep.launch import local, process
 from lorasweep.launch import pack as packs
-from lorasweep.launch.local import Workers, run_points
+from lorasweep.launch.local import run_points
 from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, is_out_of_memory
 from lorasweep.launch.pack import LOOK_S
+from lorasweep.launch.pool import Workers
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.torch_trainer import TorchTrainer
 from lorasweep.methods.lora import LoRA

@@ -21,10 +21,11 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from lorasweep import follow_up
 from lorasweep.errors import ClusterError, GaveUp, SpecError, StoreError
-from lorasweep.launch.local import VARIABLE, container_of
-from lorasweep.launch.slurm import guard, job, queue, submit
+from lorasweep.launch.container import VARIABLE, container_of
+from lorasweep.launch.slurm import guard, job, queue, resources, sbatch, snapshot, submit
 from lorasweep.launch.slurm.queue import Partition, RunningJobs
 from lorasweep.plan import detect
+from lorasweep.plan.detect import hardware_of
 from lorasweep.plan.planner import make_plan, place
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import claims
@@ -76,7 +77,7 @@ def listed(folder, *jobs):
 def folder(tmp_path, slurm):
     """A submission of two runs in two jobs, 20_0 and 20_1, and a follow-up job, 23."""
     slurm("here")
-    folder = submit._write(tmp_path, "lr ratio/x", [["r1"], ["r2"]], [{}, {}])
+    folder = sbatch.write(tmp_path, "lr ratio/x", [["r1"], ["r2"]], [{}, {}])
     assert folder.parent.name == ".slurm"
     return folder
 
@@ -118,7 +119,7 @@ def test_a_command_killed_at_any_sbatch_is_completed(compose, tmp_path, slurm, m
     """Each run is in one job, and none is cancelled; jobs without submitit's pickle fail soon."""
     given = ("cluster=slurm", "cluster.runs_per_job=1", "exec.pack_size=1")
     asked = compose("+sweep=lr_ratio", "scale=smoke", *given)
-    taken, rows, calls = submit.take(tmp_path), {}, []
+    taken, rows, calls = snapshot.take(tmp_path), {}, []
     monkeypatch.setattr(submit, "prepare", lambda *_: (Partition(0, 2880.0), taken))
 
     def sbatch(path):
@@ -175,18 +176,18 @@ def test_what_sbatch_is_asked_for(tmp_path, slurm, monkeypatch, n, image):
     more = {"setup": ["module load x"], "options": {"exclusive": "true", "comment": "a\nrm b"}}
     cluster = Cluster(kind="slurm", container=image, **given, **more)
     (tmp_path / guard.TASKS).write_text("{}")
-    code, needed = submit.Snapshot(tmp_path, "0"), submit.JobResources(4, 2, 7.3, 3, 2)
+    code, needed = snapshot.Snapshot(tmp_path, "0"), resources.JobResources(4, 2, 7.3, 3, 2)
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "3")  # of an enclosing job
     texts = []
 
-    def sbatch(path):
+    def refuse(path):
         assert "SLURM_MEM_PER_NODE" not in os.environ
         texts.append(Path(path).read_text())
         raise FailedJobError("error: seen")
 
-    slurm("here", sbatch=sbatch)
+    slurm("here", sbatch=refuse)
     with pytest.raises(ClusterError, match=r"error: seen.* 2 GPU\(s\), 7\.3 GiB .*cluster\.gpus"):
-        submit._send(tmp_path, "2", 2, n, needed, cluster, code, ("5", "6"))
+        sbatch.send(tmp_path, "2", 2, n, needed, cluster, code, ("5", "6"))
     assert os.environ["SLURM_MEM_PER_NODE"] == "3"
     (text,) = texts
     lines = [x.removeprefix("#SBATCH --") for x in text.splitlines() if "#SBATCH" in x]
@@ -365,10 +366,10 @@ def test_a_job_whose_files_were_changed_or_could_be_is_refused(slurm, tmp_path, 
     for name in ("package/a.py", "package/b.py", "snapshot.json"):
         (code / name).write_text(f"{name} = 1")
     tasks = [["a"], ["b"]]
-    folder = submit._write(tmp_path / "runs", "sweep", tasks, [{"runs": task} for task in tasks])
-    array = SimpleNamespace(folder=folder, code=submit.Snapshot(code, guard.digest(str(code))))
+    folder = sbatch.write(tmp_path / "runs", "sweep", tasks, [{"runs": task} for task in tasks])
+    array = SimpleNamespace(folder=folder, code=snapshot.Snapshot(code, guard.digest(str(code))))
     script = tmp_path / "spooled.sh"  # Slurm runs its own copy of the script
-    lines = submit.setup(array.folder, Cluster(kind="slurm"), array.code)
+    lines = sbatch.setup(array.folder, Cluster(kind="slurm"), array.code)
     script.write_text("\n".join([*lines, "srun job", ""]))
     harm(array)
     (tmp_path / "bin").mkdir(exist_ok=True)
@@ -382,8 +383,8 @@ def test_a_job_whose_files_were_changed_or_could_be_is_refused(slurm, tmp_path, 
 
 
 def test_a_snapshot_runs_and_one_that_was_changed_is_not_used_again(tmp_path, monkeypatch):
-    taken = submit.take(tmp_path)
-    assert submit.take(tmp_path) == taken and len(list(tmp_path.iterdir())) == 1
+    taken = snapshot.take(tmp_path)
+    assert snapshot.take(tmp_path) == taken and len(list(tmp_path.iterdir())) == 1
     assert (taken.folder / "conf/sweep/lr_ratio.yaml").is_file()
     code = "import lorasweep; from lorasweep.tracking import provenance\n"
     code += "print(lorasweep.__file__, provenance.code()['snapshot'])"
@@ -399,12 +400,12 @@ def test_a_snapshot_runs_and_one_that_was_changed_is_not_used_again(tmp_path, mo
             append(target)
 
     with monkeypatch.context() as m:
-        m.setattr(submit.shutil, "copyfile", edited)
-        other = submit.take(tmp_path)
+        m.setattr(snapshot.shutil, "copyfile", edited)
+        other = snapshot.take(tmp_path)
     assert other.sha256 == guard.digest(str(other.folder)) and other.folder != taken.folder
     append(taken.folder / "lorasweep/errors.py")
     with pytest.raises(ClusterError, match=r"was changed after .*rm -r "):
-        submit.take(tmp_path)
+        snapshot.take(tmp_path)
 
 
 def test_a_run_folder_that_others_may_write_is_refused_with_the_remedy(tmp_path):
@@ -435,7 +436,7 @@ def test_another_user_reads_a_run_folder_and_does_not_write_it(tmp_path):
     as_another_user(tmp_path, other)
     os.chown(store.root, OTHER_USER, -1)
     with pytest.raises(ClusterError, match=f"is of user {OTHER_USER}"):
-        submit.prepare(Cluster(kind="slurm"), store.root)
+        snapshot.prepare(Cluster(kind="slurm"), store.root)
 
 
 GPUS, slurm_cluster = Partition(8, 2880.0), partial(Cluster, kind="slurm")
@@ -445,24 +446,24 @@ def test_jobs_hold_every_pack_once_and_as_much_work_as_asked(packs):
     flops_s = sum(p.flops for p in packs) / 3600  # an hour of work in all
     for least, most, minutes in (10, 16, {"work_min": 5}), (1, 2, {"work_min": 60, "work_max": 60}):
         cluster = slurm_cluster(**minutes)
-        tasks = submit.group(packs, cluster, flops_s)
+        tasks = resources.group(packs, cluster, flops_s)
         assert sorted(id(p) for t in tasks for p in t) == sorted(map(id, packs))
         assert least <= len(tasks) <= most
         longest = max(sum(p.flops for p in t) / flops_s / 60 for t in tasks)
         assert longest <= max(cluster.work_min, cluster.work_max) + 1e-9
-    tasks = submit.group(packs, slurm_cluster(runs_per_job=8), 1e9)
+    tasks = resources.group(packs, slurm_cluster(runs_per_job=8), 1e9)
     n_runs = [sum(len(p.points) for p in t) for t in tasks]
     assert max(n_runs) <= 8 and sum(n_runs) == 24
     four = slurm_cluster(gpus=4, work_min=0.01, work_max=0.01)
-    tasks = submit.group(packs, four, 1e6)  # a pack for each worker
+    tasks = resources.group(packs, four, 1e6)  # a pack for each worker
     assert all(len(t) >= 4 for t in tasks[:-1]) and sum(map(len, tasks)) > 4
 
 
 def test_a_job_requests_what_its_packs_need(packs):
-    tasks = submit.group(packs, slurm_cluster(work_min=10), 1e7)
+    tasks = resources.group(packs, slurm_cluster(work_min=10), 1e7)
 
     def needed(flops_s=1e7, **settings):
-        return submit.resources_for(tasks, slurm_cluster(**settings), flops_s, GPUS)
+        return resources.resources_for(tasks, slurm_cluster(**settings), flops_s, GPUS)
 
     two = needed(cpus=3, workers=2)
     assert (two.cpus, two.workers) == (6, 2) and 1 < two.mem_gib < 4 and 15 < two.time_min <= 2880
@@ -487,7 +488,7 @@ def test_a_job_requests_what_its_packs_need(packs):
 def test_a_job_has_as_few_nodes_as_hold_its_processes(world_size, node_gpus, settings, expected):
     partition = dataclasses.replace(GPUS, gpus=node_gpus)
     cluster = slurm_cluster(**settings)
-    n = submit.resources_for([], cluster, 1.0, partition, world_size)
+    n = resources.resources_for([], cluster, 1.0, partition, world_size)
     assert (n.nodes, n.gpus, n.cpus, n.workers) == expected
 
 
@@ -496,8 +497,8 @@ def test_jobs_train_each_run_as_the_plan_places_it(compose, tmp_path):
         models = "sweep.axes.model=[llama-3.2-1b,llama-3.1-8b,qwen3-32b]"
         given = ("scale=paper", "cluster=slurm", "hardware=h100", models, *overrides)
         request, store = compose("+sweep=lr_ratio", *given), RunStore(tmp_path / "runs")
-        now = make_plan(request.points, store, request.exec, submit.hardware_of(request))
-        return request, submit.jobs_of(request, store, now.todo, now, GPUS)
+        now = make_plan(request.points, store, request.exec, hardware_of(request.hardware))
+        return request, resources.jobs_of(request, store, now.todo, now, GPUS)
 
     request, jobs = planned()
     sizes = [j.needed.nodes * j.needed.gpus for j in jobs]
@@ -505,7 +506,7 @@ def test_jobs_train_each_run_as_the_plan_places_it(compose, tmp_path):
     assert jobs[0].needed.nodes == 2 and jobs[0].exec.threads == request.cluster.cpus
     small = [j.needed.mem_gib for j in jobs if j.needed.gpus == 1]
     assert len(small) > 1 and 2 * min(small) < max(small)  # of the small model, and of 8B
-    hardware, seen = submit.hardware_of(request), []
+    hardware, seen = hardware_of(request.hardware), []
     for one, task in ((j, task) for j in jobs for task in j.tasks):
         how = {"gpus": one.exec.world_size, "checkpointing": (one.exec.activation_checkpointing,)}
         assert how["gpus"] == one.needed.nodes * one.needed.gpus
@@ -552,7 +553,7 @@ def test_folders_that_jobs_cannot_use_are_refused(slurm):
     slurm("here", sinfo="main*|(null)|infinite|")
     for folder, why in (("/tmp/runs", r"cluster\.shared=true"), ("/me/10:00/runs", "has a ':'")):
         with pytest.raises(ClusterError, match=why):
-            submit.prepare(Cluster(kind="slurm"), Path(folder))
+            snapshot.prepare(Cluster(kind="slurm"), Path(folder))
 
 
 # ---------------------------------------------------------------- containers (tests/slurm starts workers in stand-ins)

@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasweep.config.compose import shipped_model
 from lorasweep.errors import SpecError
-from lorasweep.launch.local import devices_of
-from lorasweep.launch.slurm.submit import hardware_of
+from lorasweep.launch.pool import devices_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
@@ -36,7 +35,7 @@ from lorasweep.models.sharding import compute_again
 from lorasweep.plan import detect, planner
 from lorasweep.plan import needs as shapes
 from lorasweep.plan.budget import parse_budget
-from lorasweep.plan.detect import Hardware, from_plain
+from lorasweep.plan.detect import Hardware, from_plain, hardware_of
 from lorasweep.plan.needs import WORD_BYTES, Layout, load_of, memory_parts
 from lorasweep.plan.planner import MEMORY_ERROR, MEMORY_SHARE, Planner, costs, make_plan, place
 from lorasweep.spec.dataset import DatasetSpec
@@ -204,7 +203,11 @@ def test_a_plan_counts_a_base_published_in_bf16_as_it_is_held(compose, method, g
     """Llama-3.1-8B on an H100, one row a pass. Published in fp32, it has two bytes more a weight,
     and a bf16 copy of the weights of products."""
     asked = compose("scale=paper", f"method={method}", "hardware=h100", "action=plan")
-    spec, h100, model = asked.points[0].spec, hardware_of(asked), asked.points[0].spec.model
+    spec, h100, model = (
+        asked.points[0].spec,
+        hardware_of(asked.hardware),
+        asked.points[0].spec.model,
+    )
     in_fp32 = dataclasses.replace(spec, model=dataclasses.replace(model, weights_dtype="fp32"))
     held, in_full = (place(s, h100, rows=1).memory_bytes for s in (spec, in_fp32))
     assert held / 2**30 == pytest.approx(gib, abs=0.1)
@@ -340,7 +343,7 @@ def test_runs_may_begin_if_the_measured_cost_of_such_runs_fits(finished_runs):
 
 
 def card(name="h100"):
-    return hardware_of(composed((f"hardware={name}", "action=plan")))
+    return hardware_of(composed((f"hardware={name}", "action=plan")).hardware)
 
 
 def paper():
@@ -540,7 +543,7 @@ OF_PLAN = ("workers", "threads", "flops", "hours", "checkpoint_gib", "memory_gib
 
 def plans_of(scale, root):
     found, store = {}, RunStore(root)
-    h100 = hardware_of(compose_request(["hardware=h100", "action=plan"]))
+    h100 = hardware_of(compose_request(["hardware=h100", "action=plan"]).hardware)
     for sweep, request in shipped(scale).items():
         if sweep == "tune":
             continue
