@@ -5,16 +5,18 @@ import functools
 import json
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+import pytest
 
-from analysis.__main__ import main
 from analysis.optimum.fit import linex
 from analysis.questions.registry import analyse
 from analysis.report import report
 from analysis.runs.curves import LrCurve
 from analysis.runs.table import read
+from lorasweep.__main__ import main
 from lorasweep.config.compose import compose_request
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -349,6 +351,7 @@ def write(tmp_path, table, name="runs.csv"):
 
 
 def run(capsys, *argv):
-    code = main([str(a) for a in argv])
-    out = capsys.readouterr()
-    return code, out.out, out.err
+    """Run the command line: (exit status, stdout, stderr)."""
+    with patch("sys.argv", ["lorasweep", *map(str, argv)]), pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code, *capsys.readouterr()

@@ -104,7 +104,7 @@ def whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def own(path: Path, text: str, comment: str = "<!-- {} -->", option: str = "--out ") -> bytes:
+def own(path: Path, text: str, comment: str = "<!-- {} -->") -> bytes:
     """Return what to write to a file, ending in a comment with the SHA-256 of the lines before it.
 
     So a page is known in any folder. JSON has no comments ('' then): only the same text is written.
@@ -122,7 +122,7 @@ def own(path: Path, text: str, comment: str = "<!-- {} -->", option: str = "--ou
         if there != (marked(lines) if comment else new):
             raise TableError(
                 f"{path} has other content, and nothing shows that lorasweep wrote it and nobody "
-                f"changed it since. It stays: move it away, or name another with {option}FILE."
+                f"changed it since. It stays: move it away, or name another with out=FILE."
             )
     return new
 
@@ -406,7 +406,7 @@ def read_any(
         notes.append(
             f"not read: {', '.join(sorted(varied, key=lambda c: varied[c]))}, which differ in runs "
             "of one curve and learning rate. Is one a setting? These runs are merged: name it "
-            "(python -m analysis fit FILE --map lora_alpha=alpha), or keep one value per table."
+            "(lorasweep fit FILE +columns.alpha=lora_alpha), or keep one value per table."
         )
     if "dataset" not in table.columns:
         table["dataset"] = "data"
@@ -437,7 +437,7 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
             known = [theirs[a] for a in ALIASES[column].split() if a in theirs]
             close = known or difflib.get_close_matches(column, there, 1, 0.5) or ["YOUR_COLUMN"]
             raise TableError(
-                f"there is no column {column!r}. Map one to it: --map {close[0]}={column}. "
+                f"there is no column {column!r}. Name yours: +columns.{column}={close[0]}. "
                 f"The file has: {', '.join(there)}."
             )
     if twice := [c for c in table.columns[table.columns.duplicated()] if c in KNOWN + CURVE_KEYS]:

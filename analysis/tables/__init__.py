@@ -1,1 +1,1 @@
-"""The command line of the package, and its commands on a table made by any program."""
+"""What the commands `answer` and `fit` say: of one report, of all, and of any table."""

@@ -1,13 +1,9 @@
-"""The command line: fit any table of runs, judge a sweep again, list all claims.
+"""What is said about a table that any program made, and about a report or all of them.
 
-A command on a table returns plain values; they are printed as JSON or as tables.
+Results are plain values; `lines` formats them for a terminal.
 """
 
-import argparse
-import json
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,162 +18,98 @@ from analysis.questions.registry import read_question
 from analysis.report.report import judge_and_report, write_html
 from analysis.report.study import answers
 from analysis.report.text import aligned, check_installed, plain
-from analysis.runs import table as runs_table
 from analysis.runs.curves import lr_curves
-from analysis.runs.table import CURVE_KEYS, LOSS, NLL, Reading, Shown, TableError, read, read_any
+from analysis.runs.table import CURVE_KEYS, LOSS, NLL, Reading, Shown, TableError, read
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
-EPILOG = """commands
-  fit FILE      best learning rate of every curve, with interval or bound and low-regret band;
-                with --ratio or --drift what follows from these. FILE: one run per row, as
-                .csv, .parquet, .json or .jsonl, such as a W&B export. Columns: model, lr, test_nll,
-                and method or rank; optionally status, dataset, batch_size, seed, hidden_size,
-                layers, alpha, steps. Without a method, a run with a rank is lora and one with an
-                empty rank is full fine-tuning
-  html FILE     interactive page of curves, fits and runs, in one file (--out page.html)
-  SWEEP         report of a sweep, from its kept table or from --table
-  study         all claims in one table, from kept results and your own reports
-                (--write: render all kept results again; --out FOLDER: write the page)
-"""
-OPTIONS = {
-    "fit": ("map", "higher", "within", "out", "json", "of"),
-    "html": ("map", "higher", "within", "out"),
-    "study": ("reports_dir", "write", "out", "json"),
-    "SWEEP": ("scale", "table", "reports_dir", "out", "json"),
-}
-"""Command -> its options; all others are refused."""
+STUDY = "study"
+"""In place of a question: all of them."""
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run a command and print its result.
+def answer(
+    name: str, reports: Path, table: Path | None, out: Path | None, as_json: bool
+) -> tuple[str, str]:
+    """Judge a report again from its table; return the answer, and a note on what was judged.
 
-    Raises TableError: a table cannot be used, or there is no such report.
+    Args:
+        name: a question, or the folder of one of its reports.
+        reports: where reports are. Of several the newest is judged, without any the kept one.
+        table: judge these runs in place of the report's.
+        out: a new folder for the report. None: the report's own, if it is not kept.
+
+    Raises TableError: there is no such report, it cannot be judged, or `out` has files.
     """
-    look: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG}
-    about = "Judge a sweep again, or analyse any table of runs. Trains nothing."
-    parser = argparse.ArgumentParser("lorasweep-analysis", description=about, **look)
-    parser.add_argument("command", help="fit, html, study, or the name of a sweep")
-    parser.add_argument("name", nargs="?", help="the FILE of the command", type=Path)
-    switch: Any = {"action": "store_true"}
-    add = parser.add_argument
-    a_name = "use the file's column THEIRS as our column OURS; repeatable"
-    add("--map", metavar="THEIRS=OURS", action="append", default=[], help=a_name)
-    add("--higher", metavar="COLUMN", help="use this column as the metric; higher is better")
-    band = "extra loss allowed in the low-regret band, in units of the metric; default: 0.01"
-    add("--within", type=float, default=WITHIN, help=band)
-    add("--scale", help="SWEEP: end of the report folder's name; default: the newest report")
-    add("--table", type=Path, help="SWEEP: judge this .parquet or .csv instead (needs --out)")
-    reports = Path(os.environ.get("LORASWEEP_REPORTS", "reports"))
-    add("--reports-dir", type=Path, default=reports, help="default: %(default)s")
-    add("--write", help="study: render all kept answers and pages again", **switch)
-    add("--out", type=Path, help="file (fit, html) or folder (SWEEP, study) to write to")
-    add("--json", help="print JSON instead of text", **switch)
-    flags = parser.add_mutually_exclusive_group()
-    for flag, command in COMMANDS.items():
-        about = str(command.__doc__).splitlines()[0]
-        flags.add_argument(f"--{flag}", dest="of", action="store_const", const=flag, help=about)
-    args = parser.parse_intermixed_args(argv)
-    named = args.command in ("fit", "html")
-    if named != bool(args.name):
-        parser.error(f"{args.command} {'needs' if named else 'takes no'} FILE: see --help")
-    options = OPTIONS.get(args.command, OPTIONS["SWEEP"])
-    for name in vars(args).keys() - {"command", "name", *options}:
-        if getattr(args, name) != parser.get_default(name):
-            flag = args.of if name == "of" else name.replace("_", "-")
-            parser.error(f"{args.command} takes no --{flag}: see --help")
-    if not args.within > 0:
-        parser.error(f"--within {args.within:g}: give a loss above 0, e.g. 0.01")
-    pairs = dict(pair.rpartition("=")[::2] for pair in args.map)
-    if not all(pairs) or not all(pairs.values()):
-        parser.error("--map: write THEIR_COLUMN=OURS, e.g. learning_rate=lr")
-    if named:
-        _of_table(args, pairs)
-    elif args.command == "study":
-        _study(args)
-    elif args.table and not args.out:
-        parser.error("--table needs --out FOLDER, so that no other report is overwritten")
-    else:
-        folder = find_report(args.reports_dir, args.command, args.scale)
-        question, is_kept = read_question(folder), folder.parent == KEPT
-        runs = read(args.table or folder / "table.parquet")
-        if is_kept:
-            page = f"its report is {folder / 'report.md'}"
-            what = f"kept answer, as {args.reports_dir} has none of your own"
-            print(f"{what}; {page}", file=sys.stderr)
-        to = args.out or (None if is_kept else folder)  # kept reports: study --write
-        _check_free(args.out)
-        print(judge_and_report(runs, question, to, args.json, KEPT))
+    folder = find_report(reports, name)
+    is_kept = folder.parent == KEPT
+    runs, note = read(table or folder / "table.parquet"), ""
+    if is_kept and table is None:
+        page = f"its report is {folder / 'report.md'}"
+        note = f"kept answer, as {reports} has none of your own; {page}"
+    _check_free(out)
+    to = out or (None if is_kept else folder)  # kept reports are rendered together
+    return judge_and_report(runs, read_question(folder), to, as_json, KEPT), note
 
 
-def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
-    """Run `fit` or `html` on a file."""
-    reading = read_any(args.name, mapping, args.higher)
-    for note in reading.notes:
-        print(f"note: {note}", file=sys.stderr)
-    out = args.out or (args.name.with_suffix(".html") if args.command == "html" else None)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.command == "html":
-        optima = optima_of(reading)
-        ratios = [
-            (group, o.curve.name, ratio_of([o], full))
-            for group, lora, full in arms_of(optima)
-            for o in lora
-        ]
-        title = f"{out.stem}: {len(reading.table)} runs"
-        write_html(out, title, reading.table, optima, ratios, (), args.within)
-        print(f"page: {out}")
-        return
-    result = COMMANDS[args.of](reading) if args.of else fit(reading, args.within)
-    text = json.dumps(result, indent=1)
-    if args.out:
-        args.out.write_bytes(runs_table.own(args.out, text, comment=""))
-    print(text if args.json else "\n".join(lines(result)))
+def study(reports: Path, out: Path | None) -> list[list[str]]:
+    """Return the table of all claims, with a head; write the pages of all answers into `out`.
 
+    The folder of the kept answers as `out` renders all of these again, and the README.
 
-def _study(args: argparse.Namespace) -> None:
-    """Print one table of all claims, or render all kept results again."""
-    if args.write or args.out:
+    Raises TableError: there are no answers, or `out` has other files.
+    """
+    if out:
         check_installed("the page of all answers", "matplotlib", "jinja2")
         from analysis.report.study import page
-    if args.write:
-        return page.render_all(KEPT, ROOT / "README.md")
-    _check_free(args.out)
-    found = answers.read_answers([args.reports_dir, KEPT])
+
+        if KEPT.is_dir() and out.resolve() == KEPT:
+            page.render_all(KEPT, ROOT / "README.md")
+            return answers.claims_table(answers.read_answers([KEPT]))
+    _check_free(out)
+    found = answers.read_answers([reports, KEPT])
     if not found:
-        raise TableError(f"no answers in {args.reports_dir}, and an installed package keeps none.")
-    head, *rows = answers.claims_table(found)
-    if args.out:
-        page.write(found, args.out / "study.md")
-    objects = [dict(zip(head, row)) for row in rows]
-    print(json.dumps(objects, indent=1) if args.json else "\n".join(aligned([head, *rows])))
+        raise TableError(f"no answers in {reports}, and an installed package keeps none.")
+    if out:
+        page.write(found, out / "study.md")
+    return answers.claims_table(found)
+
+
+def write_page(reading: Reading, path: Path, within: float) -> None:
+    """Write the interactive page of curves, fits, ratios and runs of a table, in one file."""
+    optima = optima_of(reading)
+    ratios = [
+        (group, o.curve.name, ratio_of([o], full))
+        for group, lora, full in arms_of(optima)
+        for o in lora
+    ]
+    title = f"{path.stem}: {len(reading.table)} runs"
+    write_html(path, title, reading.table, optima, ratios, (), within)
 
 
 def _check_free(folder: Path | None) -> None:
     """Raise TableError if a folder has files: they may be somebody's, or ours that were changed."""
     if folder and folder.is_dir() and any(folder.iterdir()):
-        raise TableError(f"{folder} has files. Name a new folder with --out, or empty this one.")
+        raise TableError(f"{folder} has files. Name a new folder with out=DIR, or empty this one.")
 
 
-def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
-    """Find a sweep's report at the given scale, else the newest; else a kept one, tiny first.
+def find_report(reports: Path, name: str) -> Path:
+    """Find a report by its folder, else the newest of a question; else a kept one, tiny first.
 
     Raises TableError: there is no such report.
     """
     found = [p.parent for root in (reports, KEPT) for p in root.glob("*/question.json")]
-    known = f"{sweep}-{scale or ''}"
-    wanted = [p for p in found if p.name == known or (not scale and p.name.startswith(known))]
+    wanted = [p for p in found if p.name == name]
+    wanted = wanted or [p for p in found if read_question(p)["name"] == name]
     if not wanted:
         raise TableError(
-            f"no report {known.rstrip('-')!r} in {reports.absolute()}. There are: "
-            f"{', '.join(sorted({p.name for p in found})) or '(none)'}. Run it first: python -m "
-            f"lorasweep +sweep={sweep}. For a table of runs: python -m analysis fit FILE"
+            f"no report {name!r} in {reports.absolute()}. There are: "
+            f"{', '.join(sorted({p.name for p in found})) or '(none)'}. Run it first, as in "
+            "lorasweep lr_ratio. For a table of runs: lorasweep fit FILE"
         )
     if own := [p for p in wanted if p.parent != KEPT]:
         return max(own, key=lambda p: (p / "question.json").stat().st_mtime)
     # The times of kept files are those of the checkout and say nothing.
-    return min(wanted, key=lambda p: (p.name != f"{sweep}-tiny", p.name))
+    return min(wanted, key=lambda p: (p.name != f"{name}-tiny", p.name))
 
 
 def optima_of(reading: Reading) -> list[Optimum]:
@@ -300,8 +232,8 @@ def drifts(reading: Reading) -> list[dict[str, Any]]:
     return rows
 
 
-COMMANDS: dict[str, Callable[[Reading], Any]] = {"ratio": ratio, "drift": drifts}
-"""Flag of `fit` -> what it prints instead of the fits."""
+SHOWN: dict[str, Callable[[Reading], Any]] = {"ratio": ratio, "drift": drifts}
+"""Value of show= -> what follows from the fits."""
 
 
 def lines(result: Any) -> list[str]:

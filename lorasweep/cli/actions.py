@@ -103,8 +103,11 @@ ACTIONS = {
         "lorasweep.cli.runs:fit",
         "runs.csv",
         "fit the best learning rates in a table of runs of any trainer; docs/usage.md has the "
-        "columns; out=FILE.json writes the fits. More: python -m analysis --help",
-        "out",
+        "columns; out=FILE.json writes the fits, out=FILE.html a page. +columns.lr=THEIRS: their "
+        "name of a column; higher=COLUMN: a metric of which more is better; show=ratio or "
+        "show=drift: LoRA's against full fine-tuning's, and over rank; within=0.01: width of the "
+        "band",
+        "out columns higher show within",
         *("table", OURS, "a table of runs"),
     ),
     "adapter": Action(
@@ -136,6 +139,16 @@ ACTIONS = {
         "lorasweep.cli.runs:report",
         "lr_ratio",
         "judge the finished runs and print the answer; train nothing",
+    ),
+    "answer": Action(
+        "lorasweep.cli.runs:answer_again",
+        "lr_ratio",
+        "print an answer that was given, judged again from its table: yours, else the kept one; "
+        "study: all claims in one table; lr_ratio-small: that report. table=FILE out=DIR judges "
+        "other runs; study out=DIR writes the pages",
+        "table out",
+        words="name",
+        about="a report",
     ),
     "extend": Action(
         "lorasweep.cli.runs:extend",
@@ -356,8 +369,8 @@ def act(request: Request, trainer: Trainer | str | None = None) -> int:
     if studied and as_json:
         print(json.dumps(values))
     elif studied and name == "run" and status < run.STOPPED and request.cluster.kind == "local":
-        command = f"python -m analysis study --reports-dir {request.exec.reports_dir} --out FOLDER"
-        print(f"a table and pages of these answers and the kept ones: {command}")
+        where = f"exec.reports_dir={request.exec.reports_dir}"
+        print(f"these answers and the kept ones: lorasweep answer study {where} out=DIR")
     return status
 
 

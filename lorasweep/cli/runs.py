@@ -1,4 +1,4 @@
-"""The actions on finished runs: report, fit, extend, export, import; and cancel."""
+"""The actions on finished runs: report, answer, fit, extend, export, import; and cancel."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from lorasweep.store.table import import_table, load_runs, read_exported, refuse
 from lorasweep.sweep.request import Request, question
 from lorasweep.work import answer
 from lorasweep.work.printed import Answer, notifier
+from lorasweep.work.printed import table as table_of_rows
 from lorasweep.work.run import answered
 from lorasweep.work.search import all_points, is_search, judged
 
@@ -25,7 +26,7 @@ def report(request: Request, store: RunStore) -> Answer:
         kept = any(answer.KEPT.glob(f"{name or 'lr_ratio'}-*"))
         raise SpecError(
             f"no run of this command has finished in {store.root}. Train them: the same command "
-            "without report." + f" The kept answer: python -m analysis {name or 'lr_ratio'}" * kept
+            "without report." + f" The kept answer: lorasweep answer {name or 'lr_ratio'}" * kept
         )
     if missing:
         left = f"{len(missing)} of {len(points)} runs have not finished: this answer may change"
@@ -38,14 +39,37 @@ def fit(request: Request, store: RunStore) -> Answer:
     if not request.table:
         raise SpecError("action=fit needs table=FILE: one run per row, .csv, .parquet or .jsonl.")
     path = Path(request.out).expanduser() if request.out else None
-    fits, lines, notes = answer.fit_table(Path(request.table).expanduser())
+    page = path if path and path.suffix == ".html" else None
+    if page and request.show:
+        raise SpecError(f"out={request.out} has curves, fits and ratios: leave show= out.")
+    how = (request.columns, request.higher, request.within, request.show)
+    fits, lines, notes = answer.fit_table(Path(request.table).expanduser(), *how, page)
     for note in notes:
         notifier(request)(f"note: {note}")
-    if path:
+    if path and not page:
         content = answer.own_file(path, json.dumps(fits, indent=1), comment="")
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomic(path, content)
     return Answer(fits, lines)
+
+
+def answer_again(request: Request, store: RunStore) -> Answer:
+    """Judge a report again, or show all claims; SpecError: `out` or the name is missing."""
+    if not request.name:
+        raise SpecError("action=answer needs name=QUESTION, or name=study for all claims.")
+    reports, as_json = Path(request.exec.reports_dir), request.format == "json"
+    table, out = (Path(f).expanduser() if f else None for f in (request.table, request.out))
+    if table and (not out or request.name == "study"):
+        raise SpecError("table=FILE is judged by one question, and out=DIR says where to write.")
+    if request.name == "study":
+        head, *rows = answer.of_study(reports, out)
+        claims = [dict(zip(head, row)) for row in rows]
+        return Answer(claims, table_of_rows(claims, *head))
+    name = request.name + (f"-{request.scale}" if "scale" in request.given else "")
+    text, note = answer.of_report(name, reports, table, out, as_json)
+    if note:
+        notifier(request)(note)
+    return Answer(json.loads(text) if as_json else None, text)
 
 
 def cancel_jobs(request: Request, store: RunStore) -> Answer:

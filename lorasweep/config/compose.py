@@ -62,7 +62,16 @@ GROUPS = ("model", "dataset")
 FORM = ("format", "prompt_field", "completion_field", "mask", "render")
 """Fields of a data set that say how a row is read."""
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
-FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes", "fields"}
+FREE = {
+    "sweep",
+    "customer",
+    "columns",
+    "hardware",
+    "generator_params",
+    "options",
+    "shapes",
+    "fields",
+}
 """Mappings that take new keys, with a + before them."""
 PARTS = ("method", "exec", "dataset", "cluster")
 """Groups in which a setting without its group is looked for."""

@@ -27,6 +27,16 @@ class Settings:
     mirror: Literal["none", "wandb"] = "none"
     table: str = ""
     run: str = ""
+    name: str = ""
+    """action=answer: a question, the folder of one of its reports, or study for all."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """action=fit: the table's name of a column, by our name."""
+    higher: str = ""
+    """action=fit: the column of a metric of which more is better; empty: the loss."""
+    within: Annotated[float, Is("units of the metric", ABOVE_0)] = 0.01
+    """action=fit: how much more loss than the lowest the band of learning rates allows."""
+    show: Literal["", "ratio", "drift"] = ""
+    """action=fit: what follows from the fits, in their place."""
     out: str = ""
     sample: Annotated[int, Is("runs", 1)] = 3
     """action=verify: number of runs to train again."""

@@ -249,17 +249,51 @@ def next_round(
     return runs, lines(wanted)
 
 
-@_table_errors("fit (options such as --map are of python -m analysis fit FILE)")
-def fit_table(path: Path) -> tuple[list[dict[str, Any]], list[str], Sequence[str]]:
+@_table_errors("fit")
+def fit_table(
+    path: Path, columns: dict[str, str], higher: str, within: float, show: str, page: Path | None
+) -> tuple[Any, list[str], Sequence[str]]:
     """Return the fit of each learning-rate curve of a user's table, as lines, and notes on it.
 
     Raises StoreError: the table cannot be read or used.
+
+    Args:
+        columns: our name of a column -> the file's.
+        higher: the column of a metric of which more is better; empty: the loss.
+        within: extra loss allowed in the band, in units of the metric.
+        show: ratio or drift, in place of the fits.
+        page: where to write a page of curves, fits and runs.
     """
     from analysis.runs.table import read_any
-    from analysis.tables.commands import fit, lines
+    from analysis.tables import commands
 
-    reading = read_any(path, {}, None)
-    return (found := fit(reading)), lines(found), reading.notes
+    theirs = {str(name): ours for ours, name in columns.items()}
+    if len(theirs) < len(columns):
+        raise SpecError(f"columns={columns}: each of them needs a column of its own.")
+    reading = read_any(path, theirs, higher or None)
+    if page:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        commands.write_page(reading, page, within)
+    found = commands.SHOWN[show](reading) if show else commands.fit(reading, within)
+    return found, commands.lines(found), reading.notes
+
+
+@_table_errors("answer")
+def of_report(
+    name: str, reports: Path, table: Path | None, out: Path | None, as_json: bool
+) -> tuple[str, str]:
+    """Return the answer of a report judged again, and a note; StoreError: there is none."""
+    from analysis.tables.commands import answer
+
+    return answer(name, reports, table, out, as_json)
+
+
+@_table_errors("answer study")
+def of_study(reports: Path, out: Path | None) -> list[list[str]]:
+    """Return the table of all claims with a head; write the pages; StoreError: it cannot."""
+    from analysis.tables.commands import study
+
+    return study(reports, out)
 
 
 @_table_errors("nothing was written")
@@ -267,7 +301,7 @@ def own_file(path: Path, text: str, comment: str = "<!-- {} -->") -> bytes:
     """Return what to write to a file, with a mark; StoreError: the file there is the user's."""
     from analysis.runs.table import own
 
-    return own(path, text, comment, "out=")
+    return own(path, text, comment)
 
 
 def code_length(

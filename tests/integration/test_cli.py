@@ -10,7 +10,6 @@ import zipfile
 
 import pytest
 
-from analysis.__main__ import main as analysis
 from lorasweep.store.run_store import RunStore
 from tests.conftest import SMOKE
 from tests.world import ROOT, cli
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.xdist_group("smoke")
-def test_a_sweep_answers_and_asked_again_trains_nothing(smoke_copy, tmp_path, command, capsys):
+def test_a_sweep_answers_and_asked_again_trains_nothing(smoke_copy, tmp_path, command):
     first = smoke_copy
     assert "UNDECIDED" in first.stdout and "6 runs" in first.stderr
     report = tmp_path / "reports/lr_ratio-smoke"
@@ -33,8 +32,8 @@ def test_a_sweep_answers_and_asked_again_trains_nothing(smoke_copy, tmp_path, co
     assert "to do" not in second.stderr and written() == before
     status = json.loads(command(*SMOKE, "action=status", "format=json").stdout)
     assert status["runs"]["done"] == 6 and status["left_s"] == 0
-    assert analysis(["lr_ratio", "--reports-dir", f"{tmp_path}/reports"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == first.stdout.splitlines()[0]
+    again = command("answer", "lr_ratio")
+    assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
     for figure in ("lr_nll.png", "learning.png"):
         assert (report / figure).stat().st_size > 8_000
     other = f"exec.runs_dir={tmp_path}/other"
@@ -178,8 +177,7 @@ def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(tmp_path):
     assert len(trained) < sum(asked)  # what sweeps share was trained once
     twin = next(v for v in answers["invariance"]["verdicts"] if v["claim"] == "twins")
     assert twin["outcome"] == "SUPPORTED" and twin["estimate"]["value"] <= 1e-9
-    out = ("--reports-dir", f"{tmp_path}/reports", "--out", f"{tmp_path}/all")
-    assert analysis(["study", *out]) == 0
+    cli("answer", "study", f"out={tmp_path}/all", cwd=tmp_path)
     assert (tmp_path / "all/study.md").read_text().startswith("# When does LoRA match")
     assert "(`rank: order`, study)" in (tmp_path / "all/questions/rank.md").read_text()
     for name, folder in folders.items():

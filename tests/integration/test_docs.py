@@ -14,7 +14,6 @@ import subprocess
 
 import pytest
 
-from analysis.__main__ import main as analysis
 from analysis.report.study import answers
 from analysis.report.study import page as study_page
 from lorasweep.cli.actions import ACTIONS, as_overrides
@@ -34,7 +33,7 @@ MAY_REFUSE = {
     "action=measure": "the file and the weights are not there",
     "customers='customers.csv'": "no server is there",
 }
-COMMAND = re.compile(r"^(?:python -m )?(lorasweep|analysis)\b(.*)$", re.MULTILINE)
+COMMAND = re.compile(r"^(?:python -m )?lorasweep\b(.*)$", re.MULTILINE)
 SWEEPS = {path.stem for path in (ROOT / "sweeps").glob("*.yaml")} | {"alpha"}
 
 
@@ -67,28 +66,27 @@ def tried(args):
 
 
 def halves():
-    """Each command of the pages' bash blocks once, as it is tried: (page, package, *arguments). One
+    """Each command of the pages' bash blocks once, as it is tried: (page, *arguments). One
     for each action that takes about a second comes first, then all others."""
     found = {}
     for page in PAGES:
         blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
         for m in (m for block in blocks for m in COMMAND.finditer(block.replace("\\\n", " "))):
-            package, args = m[1], shlex.split(m[2], comments=True)
-            args = tried(in_overrides(args)) if package == "lorasweep" else args
-            found.setdefault((package, *args), (page.name, package, *args))
+            args = tried(in_overrides(shlex.split(m[1], comments=True)))
+            found.setdefault((*args,), (page.name, *args))
     long = tuple(f"action={a}" for a in ("fleet", "extend", "verify", "check_gpu"))
     short, every = {}, [*found.values()]
-    for page, package, *args in reversed(every):
-        action = next((a for a in args if a.startswith(("action=", "--help"))), package)
+    for page, *args in reversed(every):
+        action = next((a for a in args if a.startswith(("action=", "--help"))), "run")
         if not any(a.startswith((*long, "+sweep=study", "mirror=")) for a in args):
-            short[action] = (page, package, *args)
+            short[action] = (page, *args)
     return [*short.values()], [one for one in every if one not in short.values()]
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("smoke")
 @pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.full)])
-def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, capsys, monkeypatch):
+def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, monkeypatch):
     pages = "".join((ROOT / "docs" / f"{n}.md").read_text() for n in ("rows", "sweep_files"))
     for name, body in re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", pages, re.DOTALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,15 +105,11 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
     monkeypatch.setenv("WANDB_MODE", "offline")
     wanted, failed = halves()[half], []
     assert len(wanted) > 9
-    for page, package, *args in wanted:
-        capsys.readouterr()
-        if package == "lorasweep":
-            done = command(*args)
-            code, said = done.returncode, done.stderr
-        else:
-            code, said = analysis(args), capsys.readouterr().err
-        if code != 0 and not MAY_REFUSE.keys() & set(args):
-            failed.append(f"{page}: {package} {' '.join(args)}: exit {code}\n{said[-800:]}")
+    for page, *args in wanted:
+        done = command(*args)
+        if done.returncode != 0 and not MAY_REFUSE.keys() & set(args):
+            said = f"{page}: lorasweep {' '.join(args)}: exit {done.returncode}"
+            failed.append(f"{said}\n{done.stderr[-800:]}")
     assert not failed, "\n\n".join(failed)
 
 

@@ -8,10 +8,10 @@ import time
 import pandas as pd
 import pytest
 
-from analysis.__main__ import main
 from analysis.report.report import judge_and_report
 from lorasweep.work.answer import KEPT
 from tests.planted import kept_answer, planted
+from tests.world import cli
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (BROWSER and DRIVER):
@@ -62,7 +62,7 @@ def drawn(browser, times=1):
 def opened(browser, tmp_path, table):
     table.to_parquet(tmp_path / "runs.parquet")
     page = tmp_path / "page.html"
-    assert main(["html", str(tmp_path / "runs.parquet"), "--out", str(page)]) == 0
+    assert cli("fit", tmp_path / "runs.parquet", f"out={page}", cwd=tmp_path).returncode == 0
     browser.get_log("performance"), browser.get_log("browser")
     browser.get(page.as_uri())
     drawn(browser)

@@ -1,6 +1,7 @@
 """Write the pages over all answers: one of a screen, and beside it the details.
 
-`python -m analysis study --write` renders all kept answers and pages again from the kept tables.
+`lorasweep answer study out=analysis/results` renders all of them again
+from the kept tables.
 The texts are in `analysis/report/templates/study/`; no measured number is typed by hand.
 """
 

@@ -68,7 +68,7 @@ def broken(column, value, row=3):
 @pytest.mark.parametrize(
     ("table", "options", "words"),
     [
-        (planted().drop(columns="model"), [], ["no column 'model'", "--map"]),
+        (planted().drop(columns="model"), [], ["no column 'model'", "+columns."]),
         (planted().drop(columns="rank"), [], ["no column 'rank'"]),
         (planted().iloc[:0], [], ["no rows"]),
         *(
@@ -82,14 +82,15 @@ def broken(column, value, row=3):
         ),
         (planted().assign(method="lora"), [], ["row 1", "column rank"]),
         (planted().assign(seed=np.inf), [], ["row 1", "column seed"]),
-        (MIXED, ["--higher", "accuracy"], ["row 1, 3", "accuracy", "mixed units"]),
+        (MIXED, ["higher=accuracy"], ["row 1, 3", "accuracy", "mixed units"]),
         *(
-            (planted().rename(columns=THEIRS), [v for p in pairs for v in ("--map", p)], [words])
+            (planted().rename(columns=THEIRS), pairs, [words])
             for pairs, words in (
-                ([], "--map learning_rate=lr"),
-                (["learning_rate=lr"], "--map eval_loss=test_nll"),
-                (["learning_rat=lr"], "Did you mean 'learning_rate'?"),
-                (["learning_rate=lrr"], "Did you mean 'lr'?"),
+                ([], "+columns.lr=learning_rate"),
+                (["+columns.lr=learning_rate"], "+columns.test_nll=eval_loss"),
+                (["+columns.lr=learning_rat"], "Did you mean 'learning_rate'?"),
+                (["+columns.lrr=learning_rate"], "Did you mean 'lr'?"),
+                (["+columns.lr=eval_loss", "+columns.rank=eval_loss"], "a column of its own"),
             )
         ),
         (None, [], ["no file"]),
@@ -143,10 +144,10 @@ def test_other_ways_to_write_the_same_table(tmp_path, capsys):
     }
     rows.assign(**foreign).to_json(paths[-1], orient="records")
     for path in paths:
-        mapped = [f"--map={v}={k}" for k, v in THEIRS.items()] if path.stem == "theirs" else []
-        code, text, _ = run(capsys, "fit", path, "--json", *mapped)
+        mapped = [f"+columns.{k}={v}" for k, v in THEIRS.items()] if path.stem == "theirs" else []
+        code, text, _ = run(capsys, "fit", path, "format=json", *mapped)
         assert code == 0 and [r["rank"] for r in json.loads(text)] == [None, 4, 16]
-    assert run(capsys, "html", paths[-1], "--out", tmp_path / "new" / "page.html")[0] == 0
+    assert run(capsys, "fit", paths[-1], f"out={tmp_path}/new/page.html")[0] == 0
 
 
 @pytest.mark.parametrize("seeded", [True, False])
@@ -180,7 +181,10 @@ def test_what_is_left_out_or_taken_otherwise_is_noted_with_its_rows(tmp_path, ca
         # settings of names that are not ours, in a curve and at one learning rate
         (
             table.assign(peft_alpha=np.where(table["seed"] == 0, 16, 128), note=table.index),
-            ("not read: peft_alpha, note, which differ", "analysis fit FILE --map lora_alpha"),
+            (
+                "not read: peft_alpha, note, which differ",
+                "lorasweep fit FILE +columns.alpha=lora_alpha",
+            ),
         ),
         (table.assign(block=table["seed"] * 7), ("not read: column block, which differ",)),
         (table.assign(hidden_size=64 + table["seed"]), ("not read: hidden_size, which differ",)),
@@ -194,7 +198,7 @@ def test_a_setting_in_a_tables_index_is_read(tmp_path, capsys):
     table = planted(ranks=(4,))
     both = pd.concat([table.assign(alpha=a, test_nll=table["test_nll"] + a) for a in (1, 2)])
     both.set_index("alpha").to_parquet(tmp_path / "t.parquet")
-    code, out, _ = run(capsys, "fit", tmp_path / "t.parquet", "--json")
+    code, out, _ = run(capsys, "fit", tmp_path / "t.parquet", "format=json")
     assert code == 0 and len({row.get("alpha") for row in json.loads(out)} - {None}) == 2
 
 
@@ -300,7 +304,7 @@ def asked(tmp_path, capsys):
     """asked(table, *options): what fit prints about a table as JSON."""
 
     def values(table, *options):
-        code, text, _ = run(capsys, "fit", write(tmp_path, table), *options, "--json")
+        code, text, _ = run(capsys, "fit", write(tmp_path, table), *options, "format=json")
         assert code == 0
         return json.loads(text)
 
@@ -309,7 +313,7 @@ def asked(tmp_path, capsys):
 
 def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
     path = write(tmp_path, planted().assign(dataset="d", batch_size=16, layers="mlp"))
-    code, text, _ = run(capsys, "fit", path, "--out", tmp_path / "fits.json")
+    code, text, _ = run(capsys, "fit", path, f"out={tmp_path}/fits.json")
     rows = json.loads((tmp_path / "fits.json").read_text())
     keys = {"model", "dataset", "method", "rank", "layers", "batch_size", "steps", "n", "best_nll"}
     assert code == 0 and keys | {"best_lr", "low", "high", "band"} <= rows[0].keys()
@@ -323,21 +327,21 @@ def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
 
 
 def test_ratio_and_drift_come_back(asked):
-    assert all(r["low"] < 10 < r["high"] for r in asked(planted(), "--ratio")["ratios"])
-    (row,) = asked(planted(), "--drift")
+    assert all(r["low"] < 10 < r["high"] for r in asked(planted(), "show=ratio")["ratios"])
+    (row,) = asked(planted(), "show=drift")
     assert row["low"] < 0 < row["high"] and row["ranks"] == [4, 16]
     # rank 1 is not pooled with higher ranks
     low = planted(ratio=2.5, ranks=(1,)).dropna(subset=["rank"])
     models = [pd.concat([planted(), low]).assign(model=name) for name in "mno"]
-    found = asked(pd.concat(models), "--ratio")
+    found = asked(pd.concat(models), "show=ratio")
     assert {r["rank"] for r in found["ratios"]} == {1, 4, 16} and found["pooled"]["groups"] == 3
     assert found["pooled"]["low"] < 10 < found["pooled"]["high"] < 12
     more = planted(ranks=(4,), seeds=(9,))  # a seed that only LoRA has shifts no gap
     more = pd.concat([planted((None, 4)), more.assign(test_nll=more["test_nll"] + 5)])
-    assert abs(asked(more, "--ratio")["ratios"][0]["gap"]) < 0.01
+    assert abs(asked(more, "show=ratio")["ratios"][0]["gap"]) < 0.01
     # layer sets share one full fine-tuning curve, which is not two witnesses
     one = planted().assign(alpha=32.0, scaling_by="rank", init_scale=1.0, eps=1e-8)
-    found = asked(pd.concat([one.assign(layers=v) for v in ("attention", "mlp")]), "--ratio")
+    found = asked(pd.concat([one.assign(layers=v) for v in ("attention", "mlp")]), "show=ratio")
     variants = {r["group"].split("; ")[1] for r in found["ratios"]}
     assert variants == {"layers attention", "layers mlp"}  # not what all have, such as alpha
     assert len(found["ratios"]) == 4 and found["pooled"] is None
@@ -346,11 +350,11 @@ def test_ratio_and_drift_come_back(asked):
 @pytest.mark.parametrize(
     ("table", "options", "word"),
     [
-        ({"ranks": (4, 8)}, ("--ratio",), "no fullft run"),
-        ({"ranks": (None,)}, ("--drift",), "no lora run"),
-        ({}, ("--higher", "test_nl"), "Did you mean 'test_nll'?"),
-        ({}, ("--out", "runs.csv/fits.json"), "runs.csv"),  # cannot be written
-        ({}, ("--out", "runs.csv"), "runs.csv has other content"),
+        ({"ranks": (4, 8)}, ("show=ratio",), "no fullft run"),
+        ({"ranks": (None,)}, ("show=drift",), "no lora run"),
+        ({}, ("higher=test_nl",), "Did you mean 'test_nll'?"),
+        ({}, ("out=runs.csv/fits.json",), "runs.csv"),  # cannot be written
+        ({}, ("out=runs.csv",), "runs.csv has other content"),
     ],
 )
 def test_what_a_command_needs_is_named(tmp_path, capsys, monkeypatch, table, options, word):
@@ -360,29 +364,34 @@ def test_what_a_command_needs_is_named(tmp_path, capsys, monkeypatch, table, opt
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "words"),
     [
-        *("fit FILE --write", "fit FILE --scale tiny", "html FILE --ratio", "html FILE --json"),
-        *("study --within 1", "lr_ratio --map a=lr", "lr_ratio --higher acc", "lr_ratio --drift"),
+        ("fit FILE scale=small name=lr_ratio", "name is only for action=answer"),
+        ("answer study within=1", "within is only for action=fit"),
+        ("answer lr_ratio higher=acc", "higher is only for action=fit"),
+        ("fit FILE out=page.html show=ratio", "leave show= out"),
+        ("answer lr_ratio table=FILE", "out=DIR says where to write"),
+        ("answer study table=FILE out=DIR", "judged by one question"),
+        ("fit FILE within=0", "a number above 0"),
+        ("answer", "answer needs more"),
     ],
 )
-def test_an_option_of_another_command_is_refused(capsys, argv):
-    with pytest.raises(SystemExit):
-        run(capsys, *argv.split())
-    assert "takes no --" in capsys.readouterr().err
+def test_a_setting_that_would_be_ignored_is_refused(capsys, argv, words):
+    code, _, err = run(capsys, *argv.split())
+    assert code == 2 and words in err
 
 
 def test_a_table_that_cannot_be_judged_leaves_the_report(tmp_path, capsys):
     for name, words in (("x.csv", "a,b\n1,2\n"), ("x.parquet", "no parquet")):
         (tmp_path / name).write_text(words)
-        argv = ("lr_ratio", "--reports-dir", tmp_path, "--table", tmp_path / name, "--out")
-        code, _, err = run(capsys, *argv, tmp_path / "out")
+        argv = ("answer", "lr_ratio", f"table={tmp_path / name}", f"out={tmp_path}/out")
+        code, _, err = run(capsys, *argv)
         assert code == 2 and "table" in err and not (tmp_path / "out").exists()
 
 
 def test_an_optimum_of_a_metric_and_one_that_is_not_bracketed_which_is_null_with_a_bound(asked):
     table = planted(higher=True).rename(columns={"test_nll": "accuracy"})
-    rows = asked(table, "--higher", "accuracy")
+    rows = asked(table, "higher=accuracy")
     assert all(0.78 < r["best_nll"] < 0.81 and r["metric"] == "accuracy" for r in rows)
     assert rows[0]["low"] < 1.3e-4 < rows[0]["high"]
     table = planted(ranks=(4,))
@@ -396,32 +405,33 @@ def test_an_optimum_of_a_metric_and_one_that_is_not_bracketed_which_is_null_with
 def test_names_are_data_on_the_page_and_never_markup(tmp_path, capsys):
     table = planted(seeds=(0,)).assign(model="</script><img src=x>")
     page = tmp_path / "<b>.html"
-    assert run(capsys, "html", write(tmp_path, table), "--out", page)[0] == 0
+    assert run(capsys, "fit", write(tmp_path, table), f"out='{page}'")[0] == 0
     text = page.read_text()
     assert "<img src" not in text and "<b>" not in text and "\\u003cimg src=x" in text
 
 
 def test_a_kept_answer_is_printed_and_not_written(tmp_path, capsys, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in (KEPT / "lr_ratio-tiny").iterdir()}
-    code, text, err = run(capsys, "lr_ratio", "--reports-dir", tmp_path)
+    ask = ("answer", "lr_ratio", f"exec.reports_dir={tmp_path}")
+    code, text, err = run(capsys, *ask)
     assert code == 0 and "(ratio, primary): 4.19 [3.4," in text and "none of your own" in err
     assert "lr_ratio-tiny" in err  # the default scale, whichever file is newer
     assert {p: p.stat().st_mtime_ns for p in (KEPT / "lr_ratio-tiny").iterdir()} == before
-    again = ("--table", KEPT / "lr_ratio-tiny" / "table.parquet", "--out", tmp_path / "again")
-    assert run(capsys, "lr_ratio", "--reports-dir", tmp_path, *again)[0] == 0
+    again = (f"table={KEPT}/lr_ratio-tiny/table.parquet", f"out={tmp_path}/again")
+    assert run(capsys, *ask, *again)[0] == 0
     assert "**REFUTED**" in (tmp_path / "again" / "report.md").read_text()
-    assert run(capsys, "lr_ratio", "--reports-dir", tmp_path, *again)[0] == 2  # it has files now
-    again = (*again[:3], tmp_path / "new")
+    assert run(capsys, *ask, *again)[0] == 2  # it has files now
+    again = (again[0], f"out={tmp_path}/new")
     monkeypatch.setattr("analysis.report.report.write_html", lambda *given: 1 / 0)  # a full disk
     with pytest.raises(ZeroDivisionError):
-        run(capsys, "lr_ratio", "--reports-dir", tmp_path, *again)
+        run(capsys, *ask, *again)
     assert not [*(tmp_path / "new").iterdir()]
 
 
-@pytest.mark.parametrize("command", ["study", "lr_ratio"])
-def test_a_folder_with_files_of_others_is_left_alone(tmp_path, capsys, command):
+@pytest.mark.parametrize("name", ["study", "lr_ratio"])
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path, capsys, name):
     (mine := tmp_path / "map.png").write_text("mine")
-    code, _, err = run(capsys, command, "--reports-dir", tmp_path, "--out", tmp_path)
+    code, _, err = run(capsys, "answer", name, f"out={tmp_path}")
     assert code == 2 and "has files" in err and [*tmp_path.iterdir()] == [mine]
 
 
@@ -430,22 +440,22 @@ def test_a_file_is_replaced_only_if_we_wrote_it_and_nobody_changed_it(tmp_path, 
     page, notes, fits = (tmp_path / name for name in ("runs.html", "notes.txt", "fits.json"))
     for path in (page, notes):
         path.write_text("my notes")
-    for argv in (("html", table), ("fit", table, "--out", notes)):
-        code, _, err = run(capsys, *argv)
-        assert code == 2 and "has other content" in err and "--out FILE" in err
+    for path in (page, notes):
+        code, _, err = run(capsys, "fit", table, f"out={path}")
+        assert code == 2 and "has other content" in err and "out=FILE" in err
     assert page.read_text() == notes.read_text() == "my notes"
     page.unlink()
     for _ in range(2):  # again, and where it was moved to
-        assert run(capsys, "html", table)[0] == 0
-        assert run(capsys, "fit", table, "--out", fits)[0] == 0
+        assert run(capsys, "fit", table, f"out={page}")[0] == 0
+        assert run(capsys, "fit", table, f"out={fits}")[0] == 0
     moved = page.rename(tmp_path / "moved.html")
-    assert run(capsys, "html", table, "--within", "0.02", "--out", moved)[0] == 0
+    assert run(capsys, "fit", table, "within=0.02", f"out={moved}")[0] == 0
     changed = moved.read_text().replace("<body>", "<body>my notes")
     moved.write_text(changed)
-    assert run(capsys, "html", table, "--out", moved)[0] == 2 and moved.read_text() == changed
+    assert run(capsys, "fit", table, f"out={moved}")[0] == 2 and moved.read_text() == changed
     moved.unlink()
     moved.symlink_to(page)
-    assert run(capsys, "html", table, "--out", moved)[0] == 2
+    assert run(capsys, "fit", table, f"out={moved}")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -459,8 +469,8 @@ def test_a_file_is_replaced_only_if_we_wrote_it_and_nobody_changed_it(tmp_path, 
 )  # fmt: skip
 def test_columns_that_others_name_as_we_do_end_in_no_traceback(tmp_path, capsys, columns):
     path = write(tmp_path, planted().assign(**columns), "x.parquet")
-    for flags in (("fit",), ("fit", "--ratio"), ("fit", "--drift"), ("html",)):
-        assert run(capsys, flags[0], path, *flags[1:])[0] == 0
+    for more in ((), ("show=ratio",), ("show=drift",), (f"out={tmp_path}/page.html",)):
+        assert run(capsys, "fit", path, *more)[0] == 0
 
 
 CELLS = ("", "nan", "inf", "-1", "0", "1e-4", "2e-4", "1e-3", "2.5", "done", "x")
@@ -477,8 +487,8 @@ ROW = st.fixed_dictionaries({name: st.sampled_from(cells) for name, cells in COL
 @given(rows=st.lists(ROW, max_size=12))
 def test_any_table_is_answered_or_refused_in_a_line(tmp_path, capsys, rows):
     path = write(tmp_path, pd.DataFrame(rows, columns=list(COLUMNS)))
-    for flags in ((), ("--ratio",), ("--drift",)):
+    for flags in ((), ("show=ratio",), ("show=drift",)):
         code, _, err = run(capsys, "fit", path, *flags)
         lines = err.splitlines()
-        assert any(v.startswith("analysis:") for v in lines) == (code == 2)
+        assert any(v.startswith("lorasweep:") for v in lines) == (code == 2)
         assert code in (0, 2) and len(lines) <= 6
