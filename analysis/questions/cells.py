@@ -13,6 +13,7 @@ sentence.
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -206,6 +207,12 @@ def measured_by(name: str, declared: Mapping[str, Said]) -> Said:
 
 
 # ---------------------------------------------------------------- what is wrong
+
+
+def is_sentence(text: Any) -> bool:
+    """Return whether the answer can be written with `says`; see report/sentences.py."""
+    known = re.compile(r"\{(n|of|over)\}")
+    return isinstance(text, str) and "{n}" in text and not re.search("[{}]", known.sub("", text))
 
 
 def problems_of_where(place: str, said: Said) -> Iterator[str]:

@@ -533,8 +533,9 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
     wheres = dict[str, None]()
     for name, s in said.items():
         place = f"estimands.{name}"
-        if "{n}" not in s.get("says", "{n}"):
-            yield f"{place}.says: {s['says']!r}. Write {{n}} where the number belongs."
+        if not cells.is_sentence(s.get("says", "{n}")):
+            known = "{n} where the number belongs, and no other braces than {of} and {over}"
+            yield f"{place}.says: {s['says']!r}. Write {known}."
         if "difference" in s:
             able = [k for k, q in QUANTITIES.items() if q.by_seed]
             yield from cells.problems_of_difference(name, said, able)

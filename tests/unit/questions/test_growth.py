@@ -228,6 +228,10 @@ def test_the_noisier_side_tells_how_many_seeds_are_needed():
         ({"a": cell("cosine", rates=True)}, "a: unknown key 'rates'"),
         ({"a": cell("cosine", optional=True)}, "a: unknown key 'optional'"),
         ({"a": cell("cosine", says="LoRA lost")}, "a.says: 'LoRA lost'. Write {n}"),
+        ({"a": cell("cosine", says="{n} at {rank}")}, "a.says: '{n} at {rank}'. Write {n}"),
+        ({"a": cell("cosine", says="{n}, {n:.2f}")}, "a.says: '{n}, {n:.2f}'. Write {n}"),
+        ({"a": cell("cosine", says="{n} of {")}, "a.says: '{n} of {'. Write {n}"),
+        ({"a": cell("cosine", says=5)}, "a.says: 5. Write {n}"),
         (
             {"a": {k: v for k, v in cell("cosine").items() if k != "where"}},
             "a.where: None. Write a",
