@@ -107,10 +107,12 @@ def at_cell(e: base.Estimand, where: Said) -> base.Estimand:
     )
 
 
-def minus(a: Estimate, b: Estimate, log: bool = False) -> Estimate:
+def minus(a: Estimate, b: Estimate, log: bool = False, within: int = 0) -> Estimate:
     """Return a - b, or a / b if `log`; their errors count as independent. A bound gives nothing.
 
-    The spread, which tells how many seeds are needed, is of the side that errs more.
+    The spread, which tells how many seeds are needed, is of the side that errs more. `within`: how
+    many such differences the sides are made of, one in another. Each shuffles in its own way:
+    shuffled alike, b and c of (a - b) - (c - d) would err together.
     """
     if a.draws is None or b.draws is None or AT_LEAST in (*a.flags, *b.flags):
         return base.UNKNOWN
@@ -118,7 +120,8 @@ def minus(a: Estimate, b: Estimate, log: bool = False) -> Estimate:
     (less, _), (_, noisy) = sorted(
         [(float(np.std(x)), a), (float(np.std(y)), b)], key=lambda p: p[0]
     )
-    draws = x - np.random.default_rng(20261201).permutation(y)
+    rng = np.random.default_rng([20261201, *range(1, within + 1)])
+    draws = x - rng.permutation(y)
     spread = noisy.spread and noisy.spread.sharing(less)
     return from_draws(np.exp(draws) if log else draws, min(a.n, b.n), spread=spread)
 
@@ -129,6 +132,7 @@ def difference(
     """Declare a difference of two estimands of cells."""
     sides = [found[n] for n in declared[name]["difference"]]
     is_paired, log = bool(declared[name].get("by_seed")), sides[0].log
+    within = _differences(name, declared) - 1
 
     def by_seed(c: Cells) -> AtBest[float]:
         a, b = (e.by_seed(c) for e in sides if e.by_seed)
@@ -160,7 +164,7 @@ def difference(
         if is_paired:
             return over_seeds(by_seed(c))
         a, b = (e.measure(c) or base.UNKNOWN for e in sides)
-        return minus(a, b, log)
+        return minus(a, b, log, within)
 
     def gates(c: Cells) -> list[Gate]:
         each = [*dict.fromkeys(g for e in reversed(sides) for g in e.gates(c))]
@@ -198,6 +202,13 @@ def _curves(name: str, declared: Mapping[str, Said], c: Cells) -> Iterator[tuple
         pair = c.at(said["where"]).pairs[name]
         yield from ((str(said["of"]), o) for o in pair.of)
         yield str(said["over"]), pair.over
+
+
+def _differences(name: str, declared: Mapping[str, Said]) -> int:
+    """Count the differences that an estimand is made of, one in another, without those by seed."""
+    said = declared[name]
+    inner = max((_differences(n, declared) for n in said.get("difference", ())), default=-1)
+    return inner + (not said.get("by_seed"))
 
 
 def measured_by(name: str, declared: Mapping[str, Said]) -> Said:

@@ -197,6 +197,16 @@ def test_sides_of_a_difference_must_be_two_cells_of_one_arm():
         measured(Behind(SAME), apart, ("d",), longer)
 
 
+def test_the_four_sides_of_a_difference_of_differences_err_independently():
+    names = {"a": ("cosine", 64), "b": ("constant", 64), "c": ("cosine", 8), "d": ("constant", 8)}
+    of = {name: cell(*at) for name, at in names.items()}
+    of |= {"long": {"difference": ["a", "b"]}, "short": {"difference": ["c", "d"]}}
+    of["apart"] = {"difference": ["long", "short"]}
+    (apart, *each), *_ = measured(Noisy(SAME), of, ("apart", *names))
+    wanted = math.hypot(*(float(np.std(e.draws)) for e in each))
+    assert float(np.std(apart.draws)) == pytest.approx(wanted, rel=0.03)
+
+
 def test_a_bound_gives_no_difference():
     (a, b), *_ = measured(Behind(SAME), GROWTH, ("constant_long", "constant_short"))
     assert minus(a, b).has_interval()
