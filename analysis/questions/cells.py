@@ -237,7 +237,7 @@ def problems_of_where(place: str, said: Said) -> Iterator[str]:
         if key not in WHERE:
             yield f"{place}.where: unknown setting {key!r}. Use one of: {', '.join(WHERE)}."
         elif key in ("schedule", "precision"):
-            if not isinstance(value, str):
+            if not isinstance(value, str) or value in EXTREMES:
                 yield f"{place}.where.{key}: {value!r}. Write one name."
         elif value not in [*EXTREMES] and (type(value) is not int or value < 1):
             yield f"{place}.where.{key}: {value!r}. Write a number, fewest or most."

@@ -232,6 +232,7 @@ def test_the_noisier_side_tells_how_many_seeds_are_needed():
         ),
         ({"a": {**cell("cosine"), "where": {}}}, "a.where: {}. Write a value of each setting"),
         ({"a": cell(["cosine"])}, "a.where.schedule: ['cosine']. Write one name"),
+        ({"a": cell("most")}, "a.where.schedule: 'most'. Write one name"),
         ({"a": cell("cosine", "last")}, "a.where.steps: 'last'. Write a number, fewest or most"),
         ({"a": cell("cosine", 0)}, "a.where.steps: 0. Write a number"),
         ({"a": cell("cosine", True)}, "a.where.steps: True. Write a number"),
