@@ -555,7 +555,7 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
             if s["measure"] not in QUANTITIES:
                 yield _unknown(place, "measure", s["measure"], QUANTITIES)
             elif not _is_factor(times := s.get("times", None if s["measure"] == "cost_at" else 1)):
-                yield f"{place}.times: {times!r}. Write a number, or law: [g, k]."
+                yield f"{place}.times: {times!r}. Write a number, or law: [g, k], all above 0."
     for place, arm in arms.items():
         if isinstance(arm, str) and arm not in (names := (*ARMS, *variants)):
             yield _unknown(place, "arm", arm, names)
@@ -568,7 +568,9 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
 def _is_factor(times: Any) -> bool:
     of_law = isinstance(times, Mapping) and list(times) == ["law"]
     numbers = times["law"] if of_law else [times, times]
-    return np.shape(numbers) == (2,) and all(isinstance(n, int | float) for n in numbers)
+    if np.shape(numbers) != (2,) or not all(isinstance(n, int | float) for n in numbers):
+        return False
+    return all(0 < n < math.inf for n in numbers)
 
 
 def _unknown(place: str, what: str, given: str, known: Iterable[str]) -> str:

@@ -75,6 +75,8 @@ SPEED = {"measure": "speed", "of": {"rank": "top"}, "over": "full"}
         ({"of": {"layer": "mlp"}}, r"estimands.a.of: unknown setting 'layer'"),
         ({"measure": "cost_at"}, r"estimands.a.times: None. Write a number, or law: \[g, k\]"),
         ({"times": {"law": 0.9}}, r"estimands.a.times: {'law': 0.9}"),
+        ({"measure": "cost_at", "times": 0}, r"estimands.a.times: 0. Write .* all above 0"),
+        ({"measure": "cost_at", "times": -10}, r"estimands.a.times: -10. Write"),
         ({"marge": 1}, r"estimands.a: unknown key 'marge'"),
         ({"every_task": "b", "worst": "max"}, r"estimands.a: unknown"),
         (None, r"lr_ratio measures lr_ratio, .* not 'rho'"),  # a claim about an unknown estimand
