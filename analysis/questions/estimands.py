@@ -429,6 +429,13 @@ QUANTITIES = {
 }
 
 
+OF_RANKS = ("best_lr", "lr_drift")
+"""Quantities whose first arm may be several ranks; of another, only one rank would be measured."""
+
+OF_ONE = ("cost_at", "lr_drift", "bits_per_episode")
+"""Quantities of one arm, which may stand on both sides; another would be 0, or 1."""
+
+
 # ---------------------------------------------------------------- all tasks
 
 
@@ -556,6 +563,13 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
                 yield _unknown(place, "measure", s["measure"], QUANTITIES)
             elif not _is_factor(times := s.get("times", None if s["measure"] == "cost_at" else 1)):
                 yield f"{place}.times: {times!r}. Write a number, or law: [g, k], all above 0."
+            elif s["of"] == s["over"] and s["measure"] not in OF_ONE:
+                yield f"{place}: of and over are both {s['of']!r}. Name two arms."
+            for k in ("of", "over"):  # rank: top names one of them
+                ranks = {"rank", "min_rank"} & {*s[k]} if isinstance(s[k], Mapping) else {}
+                if ranks == {"min_rank"} and (k == "over" or s["measure"] not in OF_RANKS):
+                    able = f"Only `of` with {' or '.join(OF_RANKS)} may be several ranks."
+                    yield f"{place}.{k}: {s[k]!r}. {able} Name one."
     for place, arm in arms.items():
         if isinstance(arm, str) and arm not in (names := (*ARMS, *variants)):
             yield _unknown(place, "arm", arm, names)

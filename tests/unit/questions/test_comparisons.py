@@ -77,6 +77,9 @@ SPEED = {"measure": "speed", "of": {"rank": "top"}, "over": "full"}
         ({"times": {"law": 0.9}}, r"estimands.a.times: {'law': 0.9}"),
         ({"measure": "cost_at", "times": 0}, r"estimands.a.times: 0. Write .* all above 0"),
         ({"measure": "cost_at", "times": -10}, r"estimands.a.times: -10. Write"),
+        ({"of": {"min_rank": 4}}, r"estimands.a.of: .* Only `of` with best_lr or lr_drift"),
+        ({"measure": "best_lr", "over": {"min_rank": 4}}, r"estimands.a.over: .* Name one"),
+        ({"of": "full"}, r"estimands.a: of and over are both 'full'. Name two arms"),
         ({"marge": 1}, r"estimands.a: unknown key 'marge'"),
         ({"every_task": "b", "worst": "max"}, r"estimands.a: unknown"),
         (None, r"lr_ratio measures lr_ratio, .* not 'rho'"),  # a claim about an unknown estimand
