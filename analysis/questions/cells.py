@@ -262,6 +262,8 @@ def problems_of_difference(
         each = [declared[n].get("by_seed", "where" in declared[n]) for n in sides]
         if one != two:
             yield f"{place}.difference: of {one} and {two}. Name two estimands of one measure."
+        elif len({measured_by(n, declared).get("log") for n in sides}) > 1:
+            yield f"{place}.difference: one side says log, and one not. Write it on both."
         elif said.get("by_seed") and not (one in with_seeds and all(each)):
             known = ", ".join(with_seeds)
             yield f"{place}.by_seed: a side has no values by seed. Those with measure: {known} do."

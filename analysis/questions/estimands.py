@@ -531,9 +531,15 @@ OVER_TASKS = {"every_task": _everywhere, "trace": _trace}
 KEYS = ("measure", "of", "over", "times", "log", "pool", "rates", "load", "optional", "any_task")
 """Keys of an estimand on a task."""
 
+FLAGS = ("log", "rates", "optional", "any_task", "by_seed")
+"""Keys that are true or false."""
+
 
 def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator[str]:
     """Yield what is wrong with a sweep's estimands and variants."""
+    for name in (name for name, s in said.items() if not isinstance(s, Mapping)):
+        yield f"estimands.{name}: {said[name]!r}. Write measure, of and over."
+        return
     settings = {*CURVE_KEYS, "like", "min_rank"}
     arms: dict[str, Arm] = {f"variants.{k}": v for k, v in variants.items()}
     own = cells.AT_CELL if any("where" in s for s in said.values()) else KEYS
@@ -543,23 +549,28 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
         if not cells.is_sentence(s.get("says", "{n}")):
             known = "{n} where the number belongs, and no other braces than {of} and {over}"
             yield f"{place}.says: {s['says']!r}. Write {known}."
+        for key in (k for k in FLAGS if not isinstance(s.get(k, False), bool)):
+            yield f"{place}.{key}: {s[key]!r}. Write true or false."
         if "difference" in s:
             able = [k for k, q in QUANTITIES.items() if q.by_seed]
             yield from cells.problems_of_difference(name, said, able)
             continue
         known = ("worst", *OVER_TASKS) if s.keys() & OVER_TASKS.keys() and own is KEYS else own
-        of = [s[k] for k in s.keys() & OVER_TASKS.keys()]
-        parts = [v for names in of for v in ([names] if isinstance(names, str) else names)]
+        if "every_task" in s and s.get("worst") not in ("max", "min"):
+            yield f"{place}.worst: {s.get('worst')!r}. Write max or min."
+        of = [s[k] for k in s.keys() & {*OVER_TASKS, "pool"}]
+        parts = [v for names in of for v in (names if isinstance(names, list) else [names])]
         yield from (_unknown(place, "key", k, known) for k in s if k not in known)
         if own is not KEYS:
             yield from cells.problems_of_where(place, s)
             wheres[", ".join(s.get("where") or ())] = None
-        yield from (_unknown(place, "estimand", v, said) for v in parts if v not in said)
+        able = [n for n, other in said.items() if "of" in other]
+        yield from (_unknown(place, "estimand", v, able) for v in parts if v not in able)
         if known is own and not {"measure", "of", "over"} <= s.keys():
             yield f"{place}: {dict(s)}. Write measure, of and over."
         elif known is own:
             arms |= {f"{place}.{k}": s[k] for k in ("of", "over")}
-            if s["measure"] not in QUANTITIES:
+            if s["measure"] not in [*QUANTITIES]:
                 yield _unknown(place, "measure", s["measure"], QUANTITIES)
             elif not _is_factor(times := s.get("times", None if s["measure"] == "cost_at" else 1)):
                 yield f"{place}.times: {times!r}. Write a number, or law: [g, k], all above 0."
@@ -571,9 +582,9 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
                     able = f"Only `of` with {' or '.join(OF_RANKS)} may be several ranks."
                     yield f"{place}.{k}: {s[k]!r}. {able} Name one."
     for place, arm in arms.items():
-        if isinstance(arm, str) and arm not in (names := (*ARMS, *variants)):
+        if not isinstance(arm, Mapping) and arm not in (names := (*ARMS, *variants)):
             yield _unknown(place, "arm", arm, names)
-        for k in (k for k in (() if isinstance(arm, str) else arm) if k not in settings):
+        for k in (k for k in (arm if isinstance(arm, Mapping) else ()) if k not in settings):
             yield _unknown(place, "setting", k, sorted(settings))
     if len(wheres) > 1:
         yield f"estimands: `where` names {'; '.join(wheres)}. Name the same settings in each."
@@ -587,7 +598,7 @@ def _is_factor(times: Any) -> bool:
     return all(0 < n < math.inf for n in numbers)
 
 
-def _unknown(place: str, what: str, given: str, known: Iterable[str]) -> str:
+def _unknown(place: str, what: str, given: Any, known: Iterable[str]) -> str:
     return f"{place}: unknown {what} {given!r}. Use one of: {', '.join(known)}."
 
 

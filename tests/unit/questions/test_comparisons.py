@@ -80,6 +80,10 @@ SPEED = {"measure": "speed", "of": {"rank": "top"}, "over": "full"}
         ({"of": {"min_rank": 4}}, r"estimands.a.of: .* Only `of` with best_lr or lr_drift"),
         ({"measure": "best_lr", "over": {"min_rank": 4}}, r"estimands.a.over: .* Name one"),
         ({"of": "full"}, r"estimands.a: of and over are both 'full'. Name two arms"),
+        ({"measure": ["speed"]}, r"estimands.a: unknown measure \['speed'\]"),
+        ({"of": 5}, r"estimands.a.of: unknown arm 5. Use one of: full"),
+        ({"optional": "no"}, r"estimands.a.optional: 'no'. Write true or false"),
+        ({"pool": ["b"]}, r"estimands.a: unknown estimand 'b'. Use one of: a"),
         ({"marge": 1}, r"estimands.a: unknown key 'marge'"),
         ({"every_task": "b", "worst": "max"}, r"estimands.a: unknown"),
         (None, r"lr_ratio measures lr_ratio, .* not 'rho'"),  # a claim about an unknown estimand
@@ -91,6 +95,21 @@ def test_a_declaration_that_cannot_be_read_is_refused(changes, named):
             question_named("mine", {"a": {**SPEED, **changes}}, {})
         asked = planted.kept_question("lr_ratio", {"ratio": {"estimand": "rho", "margin": [0, 1]}})
         analyse(planted.planted_table(World(), arms(planted.base(), (4,), n=1, seeds=[0])), asked)
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ("speed", r"estimands.b: 'speed'. Write measure, of and over"),
+        (None, r"estimands.b: None. Write measure, of and over"),
+        ({"every_task": "a"}, r"estimands.b.worst: None. Write max or min"),
+        ({"every_task": "a", "worst": "most"}, r"estimands.b.worst: 'most'. Write max or min"),
+        ({"every_task": "b", "worst": "max"}, r"estimands.b: unknown estimand 'b'. Use one of: a"),
+    ],
+)
+def test_one_that_is_no_comparison_is_refused_without_a_traceback(said, named):
+    with pytest.raises(TableError, match=named):
+        question_named("mine", {"a": SPEED, "b": said}, {})
 
 
 def test_a_comparison_of_ones_own_is_a_few_lines_of_a_sweeps_file():

@@ -266,6 +266,14 @@ def test_the_noisier_side_tells_how_many_seeds_are_needed():
             "d.by_seed: a side has no values by seed. Those with measure: percent do.",
         ),
         (
+            {"d": {"difference": ["a", "b"], "by_seed": "no"}},
+            "d.by_seed: 'no'. Write true or false",
+        ),
+        (
+            {"a": cell("cosine", log=True), "d": {"difference": ["a", "b"]}},
+            "d.difference: one side says log, and one not",
+        ),
+        (
             {"a": {**cell("cosine"), "of": "best"}},
             "a.of: unknown arm 'best'. Use one of: full, control, lora",
         ),
