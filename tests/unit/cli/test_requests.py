@@ -438,6 +438,7 @@ CASES = {  # in this order: later cases read what earlier ones leave
     "report": ("report", *SMOKE, *RATES),
     "export": ("export", *SMOKE, *RATES, "out=runs.csv"),
     "fit": ("fit", "runs.csv"),
+    "answer": ("answer", "lr_ratio", "format=json"),
     "cancel": (*SMOKE, "action=cancel"),
     "status study": (*STUDY, "action=status"),
     "advise": ("action=advise", "customers=advised.csv"),
