@@ -547,10 +547,10 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
     for name, s in said.items():
         place = f"estimands.{name}"
         if not cells.is_sentence(s.get("says", "{n}")):
-            known = "{n} where the number belongs, and no other braces than {of} and {over}"
-            yield f"{place}.says: {s['says']!r}. Write {known}."
-        for key in (k for k in FLAGS if not isinstance(s.get(k, False), bool)):
-            yield f"{place}.{key}: {s[key]!r}. Write true or false."
+            form = "{n} where the number belongs, and no other braces than {of} and {over}"
+            yield f"{place}.says: {s['says']!r}. Write {form}."
+        for flag in (k for k in FLAGS if not isinstance(s.get(k, False), bool)):
+            yield f"{place}.{flag}: {s[flag]!r}. Write true or false."
         if "difference" in s:
             able = [k for k, q in QUANTITIES.items() if q.by_seed]
             yield from cells.problems_of_difference(name, said, able)
@@ -579,8 +579,8 @@ def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator
             for k in ("of", "over"):  # rank: top names one of them
                 ranks = {"rank", "min_rank"} & {*s[k]} if isinstance(s[k], Mapping) else {}
                 if ranks == {"min_rank"} and (k == "over" or s["measure"] not in OF_RANKS):
-                    able = f"Only `of` with {' or '.join(OF_RANKS)} may be several ranks."
-                    yield f"{place}.{k}: {s[k]!r}. {able} Name one."
+                    several = f"Only `of` with {' or '.join(OF_RANKS)} may be several ranks."
+                    yield f"{place}.{k}: {s[k]!r}. {several} Name one."
     for place, arm in arms.items():
         if not isinstance(arm, Mapping) and arm not in (names := (*ARMS, *variants)):
             yield _unknown(place, "arm", arm, names)
