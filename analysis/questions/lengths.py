@@ -121,7 +121,7 @@ class Arms(base.TwoArms):
             return []
         is_full = self.runs["method"] == "fullft"
         mine = ~is_full & (self.runs["rank"] == rank) if rank else is_full
-        return list(self.runs["step_s"][mine].dropna())
+        return sorted(self.runs["step_s"][mine].dropna())
 
     @cached_property
     def costs(self) -> dict[int, dict[str, Estimate]]:

@@ -321,7 +321,7 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     for run, row in table.iterrows():
         ended = {CUT_FROM: int(row.get(CUT_FROM, row["steps"])), "nll_start": start[run]}
         if row["steps"] == step:
-            rows.append(row)
+            rows.append({**row})
         elif run in nll.index:
             result = json.loads(row["result"])
             curve = [p for p in result["curve"] if p["step"] <= step]

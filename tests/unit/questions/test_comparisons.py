@@ -470,3 +470,15 @@ def test_compute(rho, shift, updates, length, expected):
     assert to_loss / per_step == pytest.approx(updates, rel=0.08)
     took = pytest.approx(0.7 * updates, rel=0.1)
     check(found, seconds_a_step="SUPPORTED", seconds_to_loss=took, **expected)
+
+
+@pytest.mark.parametrize("name", ["batch_size-tiny", "compute-tiny", "layers-small"])
+def test_the_order_of_a_tables_rows_changes_no_number(name):
+    table, asked = planted.kept_answer(planted.answer.KEPT / name)
+    other = table.sample(frac=1, random_state=1).reset_index(drop=True)
+    verdicts = (analyse(t, asked).verdicts for t in (table, other))
+    for a, b in zip(*verdicts, strict=True):
+        one, two = a.estimate.plain(), b.estimate.plain()
+        assert (a.claim, a.outcome, one.keys()) == (b.claim, b.outcome, two.keys())
+        ends = [[e[k] for k in ("value", "low", "high")] for e in (one, two)]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-9)
