@@ -43,7 +43,7 @@ from lorasweep.models.load import load as load_model
 from lorasweep.spec.metric import eval_steps
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
-from lorasweep.store.table import table_row
+from lorasweep.store.exported import table_row
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.question import Search
 from lorasweep.sweep.request import question

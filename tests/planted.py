@@ -21,7 +21,7 @@ from lorasweep.config.compose import compose_request
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.metric import METRICS, eval_steps
-from lorasweep.store.table import table_row
+from lorasweep.store.exported import table_row
 from lorasweep.sweep.request import question
 from lorasweep.work import answer
 from tests.world import planted_end

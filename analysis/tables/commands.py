@@ -23,8 +23,6 @@ from analysis.runs.table import CURVE_KEYS, LOSS, NLL, Reading, Shown, TableErro
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
-STUDY = "study"
-"""In place of a question: all of them."""
 
 
 def answer(
@@ -44,8 +42,7 @@ def answer(
     is_kept = folder.parent == KEPT
     runs, note = read(table or folder / "table.parquet"), ""
     if is_kept and table is None:
-        page = f"its report is {folder / 'report.md'}"
-        note = f"kept answer, as {reports} has none of your own; {page}"
+        note = f"kept answer, as {reports} has none of your own: {folder / 'report.md'}"
     _check_free(out)
     to = out or (None if is_kept else folder)  # kept reports are rendered together
     return judge_and_report(runs, read_question(folder), to, as_json, KEPT), note

@@ -6,12 +6,11 @@ from pathlib import Path
 from lorasweep.errors import SpecError
 from lorasweep.launch.slurm.submit import cancel
 from lorasweep.store import files, looks
+from lorasweep.store.exported import import_table, load_runs, read_exported, refuse_loss
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import import_table, load_runs, read_exported, refuse_loss
 from lorasweep.sweep.request import Request, question
 from lorasweep.work import answer
-from lorasweep.work.printed import Answer, notifier
-from lorasweep.work.printed import table as table_of_rows
+from lorasweep.work.printed import Answer, notifier, table
 from lorasweep.work.run import answered
 from lorasweep.work.search import all_points, is_search, judged
 
@@ -58,15 +57,15 @@ def answer_again(request: Request, store: RunStore) -> Answer:
     if not request.name:
         raise SpecError("action=answer needs name=QUESTION, or name=study for all claims.")
     reports, as_json = Path(request.exec.reports_dir), request.format == "json"
-    table, out = (Path(f).expanduser() if f else None for f in (request.table, request.out))
-    if table and (not out or request.name == "study"):
+    runs, out = (Path(f).expanduser() if f else None for f in (request.table, request.out))
+    if runs and (not out or request.name == "study"):
         raise SpecError("table=FILE is judged by one question, and out=DIR says where to write.")
     if request.name == "study":
         head, *rows = answer.of_study(reports, out)
         claims = [dict(zip(head, row)) for row in rows]
-        return Answer(claims, table_of_rows(claims, *head))
+        return Answer(claims, table(claims, *head))
     name = request.name + (f"-{request.scale}" if "scale" in request.given else "")
-    text, note = answer.of_report(name, reports, table, out, as_json)
+    text, note = answer.of_report(name, reports, runs, out, as_json)
     if note:
         notifier(request)(note)
     return Answer(json.loads(text) if as_json else None, text)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasweep.data import text
+from lorasweep.data import tokenizing
 from lorasweep.data.examples import Data, Example
 from lorasweep.data.messages import read
 from lorasweep.data.sources import Source
@@ -48,7 +48,7 @@ def _tokens(row: Example) -> Row:
 def _texts(run: RunSpec, source: Source, count: int, tokenizer: Any) -> Iterator[Row]:
     """Yield the first `count` rows that are trained on, as messages or pairs."""
     spec, eos = run.dataset, tokenizer.eos_token or ""
-    usable = (row for row in source.rows() if text.fits(spec, row, tokenizer))
+    usable = (row for row in source.rows() if tokenizing.fits(spec, row, tokenizer))
     for where, row in itertools.islice(usable, count):
         if run.trainer.rows == "messages":
             found, turns = read(spec, row, where), []
@@ -57,7 +57,7 @@ def _texts(run: RunSpec, source: Source, count: int, tokenizer: Any) -> Iterator
                 turns.append(turn if same else {**turn, "weight": int(learned)})
             yield {"messages": turns, **({"tools": found.tools} if found.tools else {})}
             continue
-        pieces = text.rendered(spec, row, where, tokenizer)
+        pieces = tokenizing.rendered(spec, row, where, tokenizer)
         if [in_loss for _, in_loss in pieces] not in ([True], [False, True]):
             raise DataError(
                 f"{where}: trainer.rows=pairs takes rows of a prompt and one answer in the loss. "

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
-from lorasweep.data import rewards, sources, text
+from lorasweep.data import rewards, sources, tokenizing
 from lorasweep.data.examples import Data, fingerprint, prompts_of, shuffled
 from lorasweep.data.messages import Conversation, read
 from lorasweep.data.sources import Row, Source
@@ -40,10 +40,11 @@ def load(
             "tokenizer (source hub, folder or gguf), or a synthetic data set (dialect, skills)."
         )
     source, held_out = sources_of(spec, data_dirs)
-    train = text.examples(spec, spec.train_split, source, tokenizer, spec.n_train, cache)
+    train = tokenizing.examples(spec, spec.train_split, source, tokenizer, spec.n_train, cache)
     first = spec.n_validation
-    test = text.examples(spec, spec.test_split, held_out, tokenizer, first + spec.n_test, cache)
-    fits = text.fits_of(train, test)
+    most = first + spec.n_test
+    test = tokenizing.examples(spec, spec.test_split, held_out, tokenizer, most, cache)
+    fits = tokenizing.fits_of(train, test)
     if len(test) <= first:
         enough = max(fit[-1] for fit in fits.values())
         raise DataError(

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lorasweep.advise.pages import plain_text, render
-from lorasweep.data import text
+from lorasweep.data import tokenizing
 from lorasweep.errors import LorasweepError, ModelError
 from lorasweep.fleet.choice import GAINED, Outcome, counts, counts_line
 from lorasweep.fleet.serving import ADAPTER, PEFT, Profile, problems
@@ -75,11 +75,11 @@ def export(
                     f"the weights of run {spec.id} were not kept. Train it again: python -m "
                     f"lorasweep action=adapter run={spec.id} out=FOLDER"
                 )
-            served = text.with_template(data, tokenizer_of(model))
-            text.check_served(data, served, rows.messages, [], rows.example, "example")
+            served = tokenizing.with_template(data, tokenizer_of(model))
+            tokenizing.check_served(data, served, rows.messages, [], rows.example, "example")
             with folders.replaced(mine, FACTS) as partial:
                 load.write_adapter(partial, spec, weights, outcome.result.get("base_commit"))
-                text.save_tokenizer(served, rows.stop, partial)
+                tokenizing.save_tokenizer(served, rows.stop, partial)
                 architecture = member.served.get("architecture", "")
                 if wrong := problems(partial, profile, model, spec.method, architecture):
                     said = " ".join(wrong)

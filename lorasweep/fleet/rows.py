@@ -14,7 +14,7 @@ import numpy as np
 
 from lorasweep.advise.read import LONGEST, RowError
 from lorasweep.advise.rules import rounded
-from lorasweep.data import column_names, messages, sources, splits, text
+from lorasweep.data import column_names, messages, sources, splits, tokenizing
 from lorasweep.data.messages import Message
 from lorasweep.errors import DataError
 from lorasweep.plan.needs import TEXT_FILL
@@ -63,7 +63,9 @@ class Rules:
         if self.template is not None:
             found["template"] = self.template
         found["whole_prompt"] &= self.whole_prompt
-        found["bos"] &= self.whole_prompt and bool(text.bos_of(DatasetSpec(bos=True), tokenizer))
+        found["bos"] &= self.whole_prompt and bool(
+            tokenizing.bos_of(DatasetSpec(bos=True), tokenizer)
+        )
         if self.mask is not None or (self.answers == "last" and format == "messages"):
             found["mask"] = self.mask or "last_assistant"
         return found
@@ -156,19 +158,20 @@ def rows_of(
     length = max_length or LONGEST
     spec = dataclasses.replace(spec, n_test_curve=0, max_length=length, **changes)
     train_rows, held_out_rows = splits.sources_of(spec, ["."])
-    found = text.examples(spec, spec.train_split, train_rows, tokenizer, None, "")
+    found = tokenizing.examples(spec, spec.train_split, train_rows, tokenizer, None, "")
     most = spec.n_validation + spec.n_test
-    other = text.examples(spec, spec.test_split, held_out_rows, tokenizer, most, "")
+    other = tokenizing.examples(spec, spec.test_split, held_out_rows, tokenizer, most, "")
     if not found.n_bytes.any():
         raise DataError(f"all {len(found)} training rows have an empty answer. Fill them in.")
-    warning = text.check_fit(spec, text.fits_of(found, other), "the column max_length to ")
+    fits = tokenizing.fits_of(found, other)
+    warning = tokenizing.check_fit(spec, fits, "the column max_length to ")
     if max_length is None:
         lengths, held_lengths = (np.diff(part.ends, prepend=0) for part in (found, other))
         longest = float(max(lengths.max(), held_lengths.max()))
         length = rounded(max(longest, float(lengths.mean()) / TEXT_FILL))
         spec = dataclasses.replace(spec, max_length=length)
     first = list(itertools.islice(train_rows.rows(), EXAMPLES))
-    text.check_rows(spec, first, tokenizer)
+    tokenizing.check_rows(spec, first, tokenizer)
     left_out = len(rows) - n_train if tested is not None else 0
     counts = (len(found), spec.n_validation > 0, repeated, same_prompt, left_out)
     rows_found = Rows(spec, *counts, warning=warning, **shown(spec, first, tokenizer))
@@ -299,11 +302,11 @@ def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> di
     else:
         names = ["{prompt}", "{completion}"]
         row = {spec.prompt_field: names[0], spec.completion_field: names[1]}
-    example = text.rendered(spec, row, "example", tokenizer)
+    example = tokenizing.rendered(spec, row, "example", tokenizer)
     answer = next((piece for piece, in_loss in reversed(example) if in_loss), "")
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""
-    turns, _ = text.request_of(spec, row, "example")
+    turns, _ = tokenizing.request_of(spec, row, "example")
     stop: dict[str, list[Any]] = {}
     if end and not (tokenizer.eos_token and end.strip().endswith(tokenizer.eos_token)):
         # a special token is named by its number, because servers leave its text out of the answer

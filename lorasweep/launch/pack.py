@@ -23,7 +23,7 @@ from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.checkpoint import State
-from lorasweep.store.claims import Heartbeat
+from lorasweep.store.owners import Heartbeat
 from lorasweep.store.run_store import TRIAL, Record, RunStore
 from lorasweep.tracking import provenance
 from lorasweep.train.events import Event

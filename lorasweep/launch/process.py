@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from lorasweep.store.claims import JOB_VARIABLE
+from lorasweep.store.owners import JOB_VARIABLE
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}

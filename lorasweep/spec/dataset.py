@@ -80,7 +80,7 @@ class DatasetSpec(Value):
     """Draw new data for each seed. All draws have the same parameters: their runs share a curve."""
 
     render: Literal["role_colon", "role_eos", "chat_template"] = later(FIRST_RENDER)
-    """How messages become text: see `lorasweep.data.text.parts_of`. role_colon: the study's form
+    """How messages become text: see `data.tokenizing.parts_of`. role_colon: the study's form
     for base models. role_eos: the same words; the EOS token ends an answer. chat_template: the
     tokenizer's form, for instruct models."""
     whole_prompt: bool = later(False)

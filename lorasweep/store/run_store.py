@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from lorasweep.errors import StoreError
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec
-from lorasweep.store import checkpoint, claims, files
+from lorasweep.store import checkpoint, files, owners
 
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """States of a run, computed from its folder and never stored. missing: not started. interrupted:
@@ -57,11 +57,11 @@ class RunStore:
         self,
         root: str | Path,
         dead: dict[str, int] | None = None,
-        jobs: claims.RunningJobs | None = None,
+        jobs: owners.RunningJobs | None = None,
     ) -> None:
         """Set the folder. `dead`: run id -> attempt whose owner is known to be dead."""
         self.root = Path(root).expanduser().absolute()
-        self._liveness = claims.Liveness(jobs)
+        self._liveness = owners.Liveness(jobs)
         self._dead = dead or {}
         self._known: dict[str, Entry] = {}
 
@@ -200,7 +200,7 @@ class RunStore:
     def owner(self, rid: str, attempt: int) -> dict[str, Any]:
         """Return the owner of an attempt; empty if it is missing or cannot be read."""
         with suppress(OSError):
-            return claims.read_owner(self.attempt(rid, attempt))
+            return owners.read_owner(self.attempt(rid, attempt))
         return {}
 
     def records(self, rid: str) -> list[Record]:
@@ -237,11 +237,11 @@ class RunStore:
         if last is not None and self.end(rid, last) is None:
             if self._alive(rid, last):
                 return None
-            if claims.restarted(self.owner(rid, last)):
+            if owners.restarted(self.owner(rid, last)):
                 # preempted, or the node failed: not a failure of the run
                 self.write_end(rid, last, "stopped", "started again by Slurm")
         mine = 1 if last is None else last + 1
-        owner = json.dumps(claims.this_process()).encode()
+        owner = json.dumps(owners.this_process()).encode()
         if not files.create_folder_once(self.attempt(rid, mine), {"owner.json": owner}):
             return None
         try:

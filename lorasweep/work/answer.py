@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.spec.metric import eval_steps
-from lorasweep.store.table import table_row
+from lorasweep.store.exported import table_row
 from lorasweep.sweep.grid import Point, curve_key, planned_seeds
 from lorasweep.sweep.question import Sweep
 from lorasweep.sweep.request import Request

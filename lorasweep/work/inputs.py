@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lorasweep.data import messages, rewards, sources, splits, text
+from lorasweep.data import messages, rewards, sources, splits, tokenizing
 from lorasweep.data.synthetic.generators import generator
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
 from lorasweep.launch.torch_trainer import TOKENS
@@ -131,9 +131,9 @@ def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> It
         f"{about}, {n_train:,} training, {len(data.validation):,} validation and "
         f"{len(data.test):,} test rows, {tokens:.0f} tokens a row; {counted}"
     )
-    if warning := text.check_fit(spec, data.fits, "dataset.max_length="):
+    if warning := tokenizing.check_fit(spec, data.fits, "dataset.max_length="):
         yield f"warning ({base}): {warning}"
-    pieces = text.rendered(spec, row, where, tokenizer)
+    pieces = tokenizing.rendered(spec, row, where, tokenizer)
     shown = "".join(f"[[{piece}]]" if in_loss else piece for piece, in_loss in pieces)
     shown = shown.replace("\n", "\\n")
     if len(shown) > EXAMPLE:

@@ -16,7 +16,7 @@ from lorasweep.advise.rates import law
 from lorasweep.advise.rules import family_of, law_rate, texts
 from lorasweep.config.compose import quoted
 from lorasweep.config.folders import exec_of
-from lorasweep.data import text
+from lorasweep.data import tokenizing
 from lorasweep.errors import LorasweepError, SpecError, StoreError
 from lorasweep.fleet import score
 from lorasweep.fleet.choice import with_further
@@ -31,8 +31,8 @@ from lorasweep.spec.metric import METRICS, metric_of
 from lorasweep.spec.recommended import RANKS
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint, folders, looks
+from lorasweep.store.exported import load_runs
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs
 from lorasweep.sweep.grid import (
     Point,
     added_points,
@@ -280,9 +280,9 @@ def _served(request: Request) -> tuple[Any, dict[str, Any]]:
     if spec.dataset.source == "synthetic":
         return None, {}
     tokenizer = load.tokenizer_of(spec.model, request.exec.models_dir, fetched)
-    served = text.with_template(spec.dataset, tokenizer)
+    served = tokenizing.with_template(spec.dataset, tokenizer)
     form = shown(spec.dataset, [], tokenizer)
-    text.check_served(spec.dataset, served, form["messages"], [], form["example"], "example")
+    tokenizing.check_served(spec.dataset, served, form["messages"], [], form["example"], "example")
     return served, form
 
 
@@ -333,7 +333,7 @@ def finish(
                 commit = (store.result(best.id) or {}).get("base_commit")
                 load.write_adapter(partial, best.spec, weights, commit, request.exec.models_dir)
                 if served:
-                    text.save_tokenizer(served, form["stop"], partial)
+                    tokenizing.save_tokenizer(served, form["stop"], partial)
                 content = {k: v for k, v in conclusion.items() if k != "out"}
                 content = {**results, "answer": content, "prompt_form": form}
                 (partial / ANSWER).write_text(json.dumps(content, indent=1))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasweep.cli.actions import act
-from lorasweep.data import text
+from lorasweep.data import tokenizing
 from lorasweep.errors import LorasweepError, SpecError
 from lorasweep.fleet.runs import folder_of
 from lorasweep.launch.local import run_points
@@ -413,7 +413,7 @@ def test_a_users_folder_and_a_full_disk_are_the_problem_of_one_customer(world, t
     (tmp_path / "elsewhere").mkdir()
     (world.folder / "eve").symlink_to(tmp_path / "elsewhere")
     world.write(runs=(Path(ann["model"]).parent, "ann.jsonl", 1))
-    trainer, save = Counting(), text.save_tokenizer
+    trainer, save = Counting(), tokenizing.save_tokenizer
 
     def full(served, stop, folder):
         save(served, stop, folder)
@@ -421,7 +421,7 @@ def test_a_users_folder_and_a_full_disk_are_the_problem_of_one_customer(world, t
             raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "save_tokenizer", full)
+        patch.setattr(tokenizing, "save_tokenizer", full)
         assert world.run("rates=advised", trainer=trainer) == 1
     out, err = capsys.readouterr()
     assert "ann has files, and no .lorasweep.jsonl" in err and "eve is a link" in err

@@ -23,7 +23,7 @@ from lorasweep.models import load as models
 from lorasweep.models.sharding import Mesh
 from lorasweep.plan.detect import Hardware
 from lorasweep.spec.execution import Cluster, Exec
-from lorasweep.store import claims
+from lorasweep.store import owners
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
 from tests import world
@@ -156,7 +156,7 @@ def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatc
     path = store.folder(point.id) / "attempts/1/owner.json"
     owner = json.loads(path.read_text())
     path.write_text(json.dumps({**owner, "boot": "other", "host": "elsewhere"}))
-    monkeypatch.setattr(claims, "SILENCE_S", 1.0)
+    monkeypatch.setattr(owners, "SILENCE_S", 1.0)
     local.run_points(request.points, store, request.exec, lambda event: None)
     assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
 

@@ -20,8 +20,8 @@ from lorasweep.methods.registry import spec_from
 from lorasweep.models import find
 from lorasweep.models import load as models
 from lorasweep.store import checkpoint
+from lorasweep.store.exported import load_runs
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs
 from lorasweep.train import pretrain
 from tests.conftest import SMOKE
 from tests.training import copied, worst

@@ -162,7 +162,7 @@ def release(jobs: Iterable[Job], notify: Notify) -> None:
 
 
 class RunningJobs:
-    """Tells which jobs are running; one query serves all jobs (`store.claims.RunningJobs`)."""
+    """Tells which jobs are running; one query serves all jobs (`store.owners.RunningJobs`)."""
 
     def __init__(self, runs_dir: str | Path) -> None:
         """Ask about the jobs of this run folder's owner."""

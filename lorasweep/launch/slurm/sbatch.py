@@ -18,7 +18,7 @@ from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
-from lorasweep.store.claims import JOB_VARIABLE
+from lorasweep.store.owners import JOB_VARIABLE
 
 
 def write(root: Path, title: str, runs: list[list[str]], tasks: Sequence[Any]) -> Path:

@@ -24,8 +24,8 @@ from lorasweep.launch.slurm.snapshot import prepare
 from lorasweep.plan.detect import hardware_of
 from lorasweep.plan.planner import Plan, make_plan
 from lorasweep.store import files
-from lorasweep.store.claims import SILENCE_S
 from lorasweep.store.files import Notify
+from lorasweep.store.owners import SILENCE_S
 from lorasweep.store.run_store import FINISHED, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request

@@ -10,8 +10,8 @@ from lorasweep import plugins
 from lorasweep.data.splits import check_available, load
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.methods.registry import method_class, spec_from
+from lorasweep.store.exported import load_runs
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs
 from lorasweep.tracking.provenance import packages_of
 from lorasweep.work.run import train
 from tests.conftest import FakeTrainer

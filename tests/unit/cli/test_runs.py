@@ -27,8 +27,8 @@ from lorasweep.plan import detect
 from lorasweep.plan.needs import run_flops
 from lorasweep.spec.metric import METRICS
 from lorasweep.store import checkpoint
+from lorasweep.store.exported import table_row
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import table_row
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import question
 from lorasweep.sweep.search import arm_key

@@ -27,7 +27,7 @@ import pytest
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from lorasweep.data import column_names, messages, text
+from lorasweep.data import column_names, messages, tokenizing
 from lorasweep.data import splits as data
 from lorasweep.data.examples import Example, collate, merge, padded, up
 from lorasweep.errors import DataError
@@ -277,11 +277,11 @@ def test_a_damaged_file_is_made_again(world, damage):
         "cut": good[:-7],
         "empty": b"",
         "changed": good[:-3] + bytes([good[-3] ^ 1]) + good[-2:],
-        "head": b"{" + good[1 : text.HEADER - 1] + b"x" + good[text.HEADER :],
+        "head": b"{" + good[1 : tokenizing.HEADER - 1] + b"x" + good[tokenizing.HEADER :],
     }
     path.unlink()  # `whole` maps the old one
     path.write_bytes(bad[damage])
-    assert text.mapped(path) is None
+    assert tokenizing.mapped(path) is None
     again, n = world()
     assert n == 2 * 600 and path.read_bytes() == good and seen(again) == seen(whole)
 
@@ -292,11 +292,11 @@ def test_processes_that_need_the_same_file_at_once_make_it_once(tmp_path):
     def make():
         made.append(1)
         example = Example(np.arange(5, dtype=np.int32), np.arange(5) > 2, 3)
-        return text.Rows.of([example] * 100)
+        return tokenizing.Rows.of([example] * 100)
 
     def work(_):
         start.wait()
-        return text.kept(tmp_path / "a/x.rows", make)
+        return tokenizing.kept(tmp_path / "a/x.rows", make)
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(work, range(4)))
@@ -525,7 +525,7 @@ def test_role_colon_is_the_studys_form_with_bos_where_there_is_one(tokens_of):
 def test_a_whole_prompt_has_the_tokens_that_a_server_sends(tokens_of, tokenizer, render):
     """Of one or two questions; an earlier answer is in the prompt, too."""
     differ, how = 0, {"add_generation_prompt": True, "tokenize": False}
-    served = text.with_template(shipped("tulu3", render=render), tokenizer())
+    served = tokenizing.with_template(shipped("tulu3", render=render), tokenizer())
     for n in (2, 4):
         sent = served(served.apply_chat_template(TURNS[: n - 1], **how), add_special_tokens=False)
         given = tokenizer(), TURNS[:n]
@@ -676,7 +676,7 @@ def read(tmp_path):
         spec = dataclasses.replace(column_names.dataset_of(str(path)), **changes)
         source, _ = data.sources_of(spec, ["."])
         tokenizer = tokenizer or with_chat(CHATML)
-        found = text.examples(spec, spec.train_split, source, tokenizer, None, "")
+        found = tokenizing.examples(spec, spec.train_split, source, tokenizer, None, "")
         return [(e.tokens.tolist(), e.loss.tolist(), e.n_bytes) for e in found]
 
     return make
@@ -859,13 +859,15 @@ def test_rows_read_back_are_those_trained_on(render, form, mask, tmp_path):
     for n, tokenizer in enumerate(chats if chat else (llama_like(), qwen_like())):
         for template in in_forms:
             spec = spec_in(render, form, template, mask=mask)
-            text.save_tokenizer(text.with_template(spec, tokenizer), {}, tmp_path / f"{n}")
+            tokenizing.save_tokenizer(
+                tokenizing.with_template(spec, tokenizer), {}, tmp_path / f"{n}"
+            )
             served = AutoTokenizer.from_pretrained(tmp_path / f"{n}")
             for k in range(20):
                 row = row_of(form, k, form == "messages" and n == 1 and chat)
-                turns, described = text.request_of(spec, row, "row")
+                turns, described = tokenizing.request_of(spec, row, "row")
                 one = SimpleNamespace(rows=lambda row=row: iter([("row", row)]))
-                (example,) = text.examples(spec, "train", one, tokenizer, None, "")
+                (example,) = tokenizing.examples(spec, "train", one, tokenizer, None, "")
                 how = {"tools": described or None, "tokenize": False}
                 whole = served.apply_chat_template(turns, **how)
                 trained = tokenizer.decode(example.tokens, clean_up_tokenization_spaces=False)
@@ -877,20 +879,22 @@ def test_rows_read_back_are_those_trained_on(render, form, mask, tmp_path):
                 prompt = served.apply_chat_template(turns[:until], **how)
                 assert trained.startswith(prompt)
                 if mask != "all":
-                    learned = "".join(p for p, _ in text.rendered(spec, row, "row", tokenizer)[:-1])
+                    learned = "".join(
+                        p for p, _ in tokenizing.rendered(spec, row, "row", tokenizer)[:-1]
+                    )
                     assert learned == prompt
-                text.check_rows(spec, [("row", row)], tokenizer)
+                tokenizing.check_rows(spec, [("row", row)], tokenizer)
 
 
 @pytest.mark.parametrize("wrong", ["{{ messages[0].content }}", "{{ 1 / 0 }}", NO_HEAD])
 def test_other_conversations_and_another_text_are_refused(wrong, monkeypatch):
-    served = text.with_template(spec_in("role_eos"), llama_like())
+    served = tokenizing.with_template(spec_in("role_eos"), llama_like())
     with pytest.raises(Exception, match="send one user message"):
         served.apply_chat_template([{"role": "system", "content": "Yes."}, USER], tokenize=False)
-    monkeypatch.setattr(text, "_plain", lambda spec, bos: wrong)
+    monkeypatch.setattr(tokenizing, "_plain", lambda spec, bos: wrong)
     rows = [("my.jsonl:1", row_of("messages", 0))]
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers"):
-        text.check_rows(spec_in("role_eos", "messages"), rows, with_chat(CHAT_TEMPLATE))
+        tokenizing.check_rows(spec_in("role_eos", "messages"), rows, with_chat(CHAT_TEMPLATE))
 
 
 @pytest.mark.slow  # parses the whole library three times

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from lorasweep.advise.read import RowError, check_rows
 from lorasweep.advise.rules import APART
-from lorasweep.data import messages, splits, text
+from lorasweep.data import messages, splits, tokenizing
 from lorasweep.errors import DataError, SpecError
 from lorasweep.fleet import adapters
 from lorasweep.fleet.choice import MOST_TRIED, Outcome, outcome_of, with_further
@@ -416,7 +416,9 @@ def test_without_a_form_for_servers_a_customer_has_an_error_and_no_folder(tmp_pa
     rows = {"messages": [{"role": "user", "content": "{prompt}"}], "example": [["{prompt}", False]]}
     here = with_gain(0, 0.1)
     member = dataclasses.replace(here.member, rows=dataclasses.replace(here.member.rows, **rows))
-    (found,) = exported([dataclasses.replace(here, member=member)], tmp_path, text.check_served)
+    (found,) = exported(
+        [dataclasses.replace(here, member=member)], tmp_path, tokenizing.check_served
+    )
     assert found.spec is None and "example: the chat template for servers" in found.problem
     assert not (tmp_path / "c0").exists() and not list(tmp_path.glob(".c0*"))
 
@@ -598,7 +600,7 @@ def test_rows_that_are_left_out_or_cut_are_counted_and_most_of_them_an_error(tmp
 def test_many_short_rows_of_one_part_do_not_hide_what_the_other_loses():
     def said(training, held_out):
         fits = {"training": training, "held-out": held_out}
-        return text.check_fit(DatasetSpec("rows"), fits, "max_length=")
+        return tokenizing.check_fit(DatasetSpec("rows"), fits, "max_length=")
 
     assert "leaves out 48 and cuts 0 of 100 held" in said((120, 0, 0, 60), (100, 0, 48, 99))
     assert "leaves out 10 and cuts 0 of 100 train" in said((100, 0, 10, 99), (1024, 0, 0, 60))
@@ -616,7 +618,7 @@ def test_rows_begin_with_bos_where_a_server_sends_it(tmp_path, tokenizer):
         row = next(iter(splits.load(spec, [folder], tokenizer).test))
         prompt = tokenizer.decode(row.tokens[~row.loss], skip_special_tokens=True)
         assert row.tokens[~row.loss].tolist() == tokenizer(prompt).input_ids
-        served = text.with_template(spec, tokenizer)
+        served = tokenizing.with_template(spec, tokenizer)
         said = [{"role": "user", "content": prompt.removesuffix("\n")}]
         sent = served.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         assert served(sent, add_special_tokens=False).input_ids == row.tokens[~row.loss].tolist()
@@ -716,7 +718,7 @@ def test_a_template_that_breaks_on_a_row_and_one_that_servers_could_not_use(tmp_
     breaking = with_chat(no_system + CHAT_TEMPLATE, llama_like)
     with pytest.raises(DataError, match=r"my.jsonl:28: the tokenizer's chat template .*no system"):
         fitted(path, tokenizer=breaking)
-    monkeypatch.setattr(text, "_extended", lambda spec, given: f"!{given}")
+    monkeypatch.setattr(tokenizing, "_extended", lambda spec, given: f"!{given}")
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers gives '!<user"):
         fitted(path, tokenizer=with_chat(CHAT_TEMPLATE, llama_like))
 
@@ -743,7 +745,9 @@ def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(
     texts = ["".join(t for t, in_loss in found.example if in_loss == k) for k in (False, True)]
     assert found.stop == stop and texts == [prompt or texts[0], learned or texts[1]]
     assert [m["content"] for m in found.messages] == ["{prompt}", "{completion}"]
-    text.save_tokenizer(text.with_template(found.dataset, tokenizer), found.stop, tmp_path)
+    tokenizing.save_tokenizer(
+        tokenizing.with_template(found.dataset, tokenizer), found.stop, tmp_path
+    )
     ends = GenerationConfig.from_pretrained(tmp_path)
     assert ends.eos_token_id == [1, *stop.get("stop_token_ids", [])]
     assert ends.stop_strings == stop.get("stop")

@@ -33,8 +33,8 @@ from lorasweep.models.load import weights_sha256
 from lorasweep.spec.run import validate
 from lorasweep.spec.trainer import PLACES, TrainerSpec
 from lorasweep.store import checkpoint
+from lorasweep.store.exported import load_runs, table_row
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs, table_row
 from lorasweep.train import referee
 from lorasweep.train.loop import attached
 from lorasweep.train.referee import doubt, read_weights

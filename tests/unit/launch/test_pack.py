@@ -32,7 +32,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
-from lorasweep.store import checkpoint, claims, files
+from lorasweep.store import checkpoint, files, owners
 from lorasweep.store.run_store import RunStore
 from lorasweep.train import sampling
 from lorasweep.train.events import EVALUATION, LEARNING, SAMPLING, phase
@@ -55,7 +55,7 @@ def clock(monkeypatch):
 
 def take_over(store, rid):
     """Claim a run as another process that believes its owner dead, and cut its records."""
-    owner = json.dumps(claims.this_process()).encode()
+    owner = json.dumps(owners.this_process()).encode()
     assert files.create_folder_once(store.attempt(rid, 2), {"owner.json": owner})
     store.cut_records(rid, 0)
 
@@ -172,9 +172,9 @@ def test_a_second_signal_ends_a_worker_that_cannot_stop(monkeypatch):
         (3, signal.SIGTERM, False, 1),
         (3, signal.SIGINT, True, 2),
     ):
-        monkeypatch.setenv(claims.JOB_VARIABLE, "1")
+        monkeypatch.setenv(owners.JOB_VARIABLE, "1")
         if not inside:
-            monkeypatch.delenv(claims.JOB_VARIABLE)
+            monkeypatch.delenv(owners.JOB_VARIABLE)
         clock[0] = after
         stop._handle(number, None)
         assert stop.set and ended.call_count == ends

@@ -28,9 +28,9 @@ from lorasweep.plan import detect
 from lorasweep.plan.detect import hardware_of
 from lorasweep.plan.planner import make_plan, place
 from lorasweep.spec.execution import Cluster, Exec
-from lorasweep.store import claims
+from lorasweep.store import owners
+from lorasweep.store.exported import load_runs
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs
 from tests.world import OTHER_USER, ROOT, as_another_user, cli, tiny_spec, wait_for
 
 
@@ -248,7 +248,7 @@ def test_slurm_decides_whether_an_owner_that_is_a_job_is_alive(slurm, tmp_path, 
         (tmp_path / name / "owner.json").write_text(json.dumps(owner))
         return tmp_path / name
 
-    first, liveness = attempt("1", 12), claims.Liveness(alive)
+    first, liveness = attempt("1", 12), owners.Liveness(alive)
     assert liveness.alive(first)
     running.clear()
     with monkeypatch.context() as m:
@@ -269,10 +269,10 @@ def test_slurm_decides_whether_an_owner_that_is_a_job_is_alive(slurm, tmp_path, 
 def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeypatch):
     for name, value in {"JOB_ID": "12", "CLUSTER_NAME": "here", "RESTART_COUNT": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert "slurm" not in claims.this_process()  # a command in an interactive job
-    monkeypatch.setenv(claims.JOB_VARIABLE, "1")
-    assert claims.restarted(job_of(12))
-    assert not any(map(claims.restarted, (job_of(12, restart=1), job_of(13), {})))
+    assert "slurm" not in owners.this_process()  # a command in an interactive job
+    monkeypatch.setenv(owners.JOB_VARIABLE, "1")
+    assert owners.restarted(job_of(12))
+    assert not any(map(owners.restarted, (job_of(12, restart=1), job_of(13), {})))
 
 
 def test_a_machine_without_slurm_says_what_to_do(monkeypatch, tmp_path):
@@ -534,7 +534,7 @@ def test_the_profiles_compose_and_letters_that_stdout_lacks_are_escaped(tmp_path
 
 def test_a_run_of_a_machine_that_died_is_found_by_watching(tmp_path, compose, monkeypatch):
     """Its heartbeat does not change, and nobody else knows."""
-    monkeypatch.setattr(claims, "SILENCE_S", 0.5)
+    monkeypatch.setattr(owners, "SILENCE_S", 0.5)
     monkeypatch.setattr(submit, "SILENCE_S", 0.5)
     store = RunStore(tmp_path / "runs")
     store.prepare()

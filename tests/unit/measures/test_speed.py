@@ -18,7 +18,7 @@ from analysis.measures.speed import Prefix, difference, effect, stalled, within
 from analysis.optimum.fit import fit_all, linex
 from analysis.runs.curves import at_step, task_problems, while_unsolved
 from benchmarks.public_evidence import by_loss, published, regret
-from lorasweep.store.table import load_runs
+from lorasweep.store.exported import load_runs
 from tests.planted import GAIN, START, lr_curve
 
 RANKS, LAST, FIRST = (1, 2, 4, 8), 256.0, 1.0

@@ -28,8 +28,8 @@ from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import validate
 from lorasweep.spec.streams import stream
 from lorasweep.store.checkpoint import weights_of
+from lorasweep.store.exported import load_runs
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import load_runs
 from lorasweep.sweep.grid import run_names, trained_by_set
 from lorasweep.train.loop import attached
 from lorasweep.train.objectives.sft import SupervisedFineTuning

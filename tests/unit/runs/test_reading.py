@@ -23,7 +23,7 @@ from lorasweep.methods.registry import METHODS
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.values import fields
-from lorasweep.store.table import table_row
+from lorasweep.store.exported import table_row
 from tests.planted import planted, run, table, write
 from tests.world import ROOT, tiny_spec, write_json
 

@@ -22,11 +22,11 @@ from lorasweep.errors import SpecError, StoreError
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.slurm import queue
 from lorasweep.spec.execution import Exec
-from lorasweep.store import checkpoint, claims, files, folders, looks
-from lorasweep.store.claims import Liveness
+from lorasweep.store import checkpoint, files, folders, looks, owners
+from lorasweep.store.exported import import_table, load_runs
 from lorasweep.store.folders import MARK, replaced
+from lorasweep.store.owners import Liveness
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import import_table, load_runs
 from lorasweep.sweep.grid import Point
 from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.world import tiny_spec, write_json
@@ -287,10 +287,10 @@ def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, 
     assert liveness.verdict(attempt) is True
 
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError))
-    assert claims.start_time(os.getpid()) == claims.UNKNOWN and claims.start_time(2**22 - 1) == ""
+    assert owners.start_time(os.getpid()) == owners.UNKNOWN and owners.start_time(2**22 - 1) == ""
     assert liveness.verdict(attempt) is None and liveness.alive(attempt)
     monkeypatch.undo()
-    change_owner(spec.id, started=claims.UNKNOWN)  # too many files were open at its claim
+    change_owner(spec.id, started=owners.UNKNOWN)  # too many files were open at its claim
     assert Liveness().verdict(attempt) is None and Liveness().alive(attempt)
     change_owner(spec.id, pid=DEAD_PID)
     assert Liveness().verdict(attempt) is False
@@ -479,16 +479,16 @@ def test_an_owner_is_dead_after_a_silence_and_not_because_it_cannot_be_read(
     assert store.last_attempt(rid) == 1
     attempt, clock, liveness = store.attempt(rid, 1), [0.0], Liveness()
     change_owner(rid, boot="other", host="elsewhere")
-    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(owners.time, "monotonic", lambda: clock[0])
     assert liveness.alive(attempt) and not liveness.sure(attempt)
     failing("heartbeat", errno.ESTALE)
-    clock[0] += 10 * claims.SILENCE_S
+    clock[0] += 10 * owners.SILENCE_S
     assert liveness.alive(attempt) and not liveness.sure(attempt)
     failing()
     for beat in ("5", "6"):
         (attempt / "heartbeat").write_text(beat)
         assert liveness.alive(attempt)
-        clock[0] += claims.SILENCE_S - 1
+        clock[0] += owners.SILENCE_S - 1
         assert liveness.alive(attempt)
     clock[0] += 2
     assert not liveness.alive(attempt)
