@@ -16,6 +16,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasweep.data import splits as data
 from lorasweep.data.examples import Data, Example, shuffled
@@ -282,3 +283,43 @@ def state_of(trainables, k=0, what="data"):
         if runs.start <= k < runs.stop:
             found[in_state] = getattr(p, what)[k - runs.start]
     return found
+
+
+class OtherLibrary(TorchDispatchMode):
+    """Each result of arithmetic in float64 is off by up to 16 units in the last place, as by another
+    device's cosine, or another order of sums. `narrower`: operations in a narrower type."""
+
+    MOVES = ("lift_fresh", "stack", "sum")  # rows' counts of loss tokens, which are whole numbers
+
+    def __init__(self):
+        super().__init__()
+        self.noise, self.narrower = torch.Generator().manual_seed(0), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor) and t.is_floating_point():
+                if t.dtype != torch.float64 and name not in self.MOVES:
+                    self.narrower.add(name)
+                if t.dtype == torch.float64 and name in ARITHMETIC:
+                    by = 2 * torch.rand(t.shape, generator=self.noise, dtype=t.dtype) - 1
+                    t.mul_(1 + 16 * torch.finfo(t.dtype).eps * by)
+        return out
+
+
+ARITHMETIC = [
+    "cos",
+    "sin",
+    "pow",
+    "mean",
+    "rsqrt",
+    "mm",
+    "bmm",
+    "_softmax",
+    "silu",
+    "_log_softmax",
+    "sum",
+    "div",
+    "sqrt",
+    "exp",
+]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lorasweep.errors import ModelError
 
@@ -21,7 +22,6 @@ COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
 """Type of activations and weight copies in matrix products."""
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
 """Parameters of a module of experts, [experts, outputs, inputs]."""
-GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # their factor is 1 + weight
 ROUNDING = 0.03
 """Accepted difference of outputs, as a share of the largest one: above bf16 rounding, far below the
 effect of another attention."""
@@ -111,31 +111,43 @@ def frozen_in_bf16(model: nn.Module, precision: str) -> Iterator[None]:
 
 
 def set_numerics(model: nn.Module, precision: str, published_in_bf16: bool) -> None:
-    """Let a model compute in a precision: matrices and norms in bf16, or norms in float64.
+    """Let a model compute in a precision: matrices and norms in bf16, or everything in float64.
 
     In bf16 the outputs of norms of fp32 states are converted once: autocast would convert them in
     each of the matrix products that follow. The gradients of these products are then added in bf16
-    instead of fp32. transformers computes norms in float32 for any input, also float64.
+    instead of fp32. transformers computes norms, rotary positions and routers in float32 for any
+    input, also float64, and two devices' float32 cosines differ.
     """
 
-    def rms_norm(module: Any, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        return (module.weight + offset) * (x * scale)
+    def in_float64(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        with _Float64():
+            return forward(*args, **kwargs)
 
     def convert(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
         return out.to(torch.bfloat16) if args[0].dtype == torch.float32 else out
 
     if precision == "bf16" and published_in_bf16:
         hold_in_bf16(model)
-    norm: Any
-    for norm in model.modules():
-        name = type(norm).__name__
-        if precision == "bf16" and name.endswith("RMSNorm"):
-            norm.register_forward_hook(convert)
-        elif precision == "fp64" and name in GEMMA_NORMS:
-            norm.forward = partial(rms_norm, norm, norm.eps, 1.0)
-        elif precision == "fp64" and name.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-            norm.forward = partial(rms_norm, norm, norm.variance_epsilon, 0.0)
+    part: Any
+    for part in model.modules():
+        if precision == "bf16" and type(part).__name__.endswith("RMSNorm"):
+            part.register_forward_hook(convert)
+        theirs = type(part).__module__.startswith("transformers") and not [*part.children()]
+        if precision == "fp64" and theirs:  # not whole layers: each may be computed again, alone
+            part.forward = partial(in_float64, part.forward)
+
+
+class _Float64(TorchFunctionMode):
+    """Computes in float64 what asks for float32."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        def wider(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(wider, args), **{k: wider(v) for k, v in (kwargs or {}).items()})
 
 
 # ---------------------------------------------------------------- forward passes

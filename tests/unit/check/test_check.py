@@ -4,6 +4,7 @@ correctness, which pass here and on a GPU, and find faults."""
 import dataclasses
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.planner import place
+from tests.training import OtherLibrary
 from tests.world import tiny_spec
 
 MODELS = catalogue.models([Path(conf_dir())])
@@ -139,6 +141,24 @@ def test_an_update_is_the_cpus(device, method):
     spec = dataclasses.replace(SPEC, method=method)
     found = measures.update_as_on_cpu(spec, torch.device(device))
     assert 0 < found["difference"] <= found["bound"]
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=4), FullFT()], ids=["lora", "fullft"])
+def test_another_devices_arithmetic_stays_within_the_bound_and_float32_is_nowhere(
+    method, monkeypatch
+):
+    """transformers computes norms and rotary positions in float32, which moved an update by 1e-4."""
+    other, train, calls = OtherLibrary(), measures.finetune, []
+
+    def finetune(*given):
+        calls.append(given)
+        with other if len(calls) == 2 else nullcontext():
+            yield from train(*given)
+
+    monkeypatch.setattr(measures, "finetune", finetune)
+    spec = dataclasses.replace(SPEC, method=method)
+    found = measures.update_as_on_cpu(spec, torch.device("cpu"))
+    assert 1e-14 < found["difference"] < found["bound"] and not other.narrower
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ from lorasweep.work.inputs import check_available
 from tests import small_hub
 from tests.customers import make_base, model_of
 from tests.small_hub import COMMIT, qwen_like
-from tests.training import EPS, Trained, customer, family_model, pack_of, run
+from tests.training import EPS, OtherLibrary, Trained, customer, family_model, pack_of, run
 from tests.unit.plan.test_plan import SMALL
 from tests.world import compose_request, tiny_spec, write_splits
 
@@ -185,7 +185,9 @@ def test_what_is_described_trains_and_peft_computes_what_an_exported_adapter_did
     base = models.load(made.spec, made.at, "fp64")
     _, rows = customer(spec, spec.dataset.name, 12, 8, 4, 2)
     for one in (dataclasses.replace(spec, method=FullFT(), lr=1e-3), spec):
-        found = Trained(finetune([one], base, rows))
+        with OtherLibrary() as arithmetic:
+            found = Trained(finetune([one], base, rows))
+        assert not arithmetic.narrower or made.family in CALLED_OTHERWISE
         tensors, result = found.states[one.id]["tensors"].items(), found.results[one.id]
         weights = {n.removeprefix(PARAM): t for n, t in tensors if n.startswith(PARAM)}
         assert sum(t.numel() for t in weights.values()) == one.method.n_trainable(made.spec)
