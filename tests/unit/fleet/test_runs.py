@@ -373,7 +373,7 @@ def exported(found, folder, check=lambda *form: None):
 
     with (  # neither adapter nor rows are real ones
         mock.patch.object(adapters, "problems", return_value=[]),
-        mock.patch.object(adapters.text, "check_served", check),
+        mock.patch.object(adapters.tokenizing, "check_served", check),
         mock.patch("lorasweep.models.load.write_adapter", save),
     ):
         return adapters.export(found, store, folder, "title", lambda model: llama_like())

@@ -4,6 +4,7 @@ drift, law and html on anyone's table."""
 import dataclasses
 import json
 import math
+import runpy
 
 import numpy as np
 import pandas as pd
@@ -379,6 +380,11 @@ def test_what_a_command_needs_is_named(tmp_path, capsys, monkeypatch, table, opt
 def test_a_setting_that_would_be_ignored_is_refused(capsys, argv, words):
     code, _, err = run(capsys, *argv.split())
     assert code == 2 and words in err
+
+
+def test_the_command_of_older_releases_names_the_two_that_took_its_place():
+    with pytest.raises(SystemExit, match=r"lorasweep answer .*lorasweep fit FILE"):
+        runpy.run_module("analysis", run_name="__main__")
 
 
 def test_a_table_that_cannot_be_judged_leaves_the_report(tmp_path, capsys):
